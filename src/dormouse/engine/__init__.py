@@ -1,0 +1,1 @@
+"""What runs a model: the Engine protocol, its implementations, and the worker process around one engine."""

@@ -1,0 +1,186 @@
+"""The words a node and a worker exchange over the inherited control socket.
+
+    node -> worker   Load, Generate, Cancel, Quiesce, Resume, Shutdown
+    worker -> node   Hello, Loaded, Delta, Finished, Failed, Quiesced, Resumed, WorkerError
+
+A worker says `Hello` first (also: never again after a restore, the socket's peer is new but the process is not). The
+node answers with one `Load` (cold start). After `Loaded`, any number of `Generate` may be in flight. `Quiesce` is sent
+only when the node has no request in flight; after `Quiesced` the worker touches nothing until `Resume` arrives, which
+is also the first message after a restore. `Resumed` ends either.
+
+Every struct is encoded as one msgpack map with its type under "type" and travels in one frame (frames.py). Unknown
+fields and wrong types are refused when decoding: both ends are always the same version of this package, and
+`Hello.version` proves it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How tokens are chosen. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` are off.
+
+    `logprobs` is None for none, else the number of alternatives wanted beside the chosen token (0..20).
+    A request with the same prompt, sampling and `seed` gives the same tokens whatever else runs in the batch.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+
+class ChatPrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="chat"):
+    """OpenAI chat messages, rendered by the model's own chat template in the worker."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+
+class TextPrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text"):
+    """Plain text, tokenised as the model's tokenizer does by default."""
+
+    text: str
+
+
+class TokensPrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="tokens"):
+    """Token ids, taken as they are."""
+
+    ids: list[int]
+
+
+Prompt = ChatPrompt | TextPrompt | TokensPrompt
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
+    pass
+
+
+# node -> worker
+
+
+class Load(_Message, tag="load"):
+    """Load a model. `path` is the folder of an imported model; `context` and `kv_tokens` of None mean the defaults."""
+
+    engine: str
+    path: str
+    device: str = "cpu"
+    threads: int | None = None
+    context: int | None = None
+    kv_tokens: int | None = None
+
+
+class Generate(_Message, tag="generate"):
+    """Start one generation. `id` is unique among those in flight."""
+
+    id: str
+    prompt: Prompt
+    sampling: Sampling
+
+
+class Cancel(_Message, tag="cancel"):
+    """Stop a generation; answered by its `Finished` with reason "cancel". Unknown ids are ignored."""
+
+    id: str
+
+
+class Quiesce(_Message, tag="quiesce"):
+    """Park: finish what runs, drop caches, close every descriptor but the control socket, answer `Quiesced`."""
+
+
+class Resume(_Message, tag="resume"):
+    """Go on after a capture that failed or a restore. `log_path` is where stdout and stderr go from now on."""
+
+    log_path: str
+
+
+class Shutdown(_Message, tag="shutdown"):
+    """Exit with status 0."""
+
+
+# worker -> node
+
+
+class Hello(_Message, tag="hello"):
+    """The worker is up and speaks `version`."""
+
+    version: int
+    pid: int
+
+
+class Loaded(_Message, tag="loaded"):
+    """The model is ready. `context` is the longest prompt + answer in tokens; `phases` are seconds by name."""
+
+    context: int
+    kv_tokens: int
+    eos_token_ids: list[int]
+    phases: dict[str, float]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One alternative at one position. `logprob` is natural; `text` is the token alone, decoded with replacement."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+class Delta(_Message, tag="delta"):
+    """New tokens of a generation and the text that became certain with them (may be empty: partial UTF-8 or a
+    possible stop string is held back). `logprobs[i]` is token i's own value followed by its alternatives."""
+
+    id: str
+    token_ids: list[int]
+    text: str
+    logprobs: list[list[TokenLogprob]] | None = None
+
+
+class Finished(_Message, tag="finished"):
+    """The end of a generation. `reason` is "stop" (end token or stop string), "length" or "cancel"."""
+
+    id: str
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Failed(_Message, tag="failed"):
+    """A generation that could not start or go on. `bad_request` tells the caller's fault from the worker's;
+    `reason` is an OpenAI error code such as "context_length_exceeded"."""
+
+    id: str
+    message: str
+    reason: str
+    bad_request: bool
+    param: str | None = None
+
+
+class Quiesced(_Message, tag="quiesced"):
+    """Parked. `phases` are seconds by name."""
+
+    phases: dict[str, float]
+
+
+class Resumed(_Message, tag="resumed"):
+    """Running again. `phases` are seconds by name."""
+
+    phases: dict[str, float]
+
+
+class WorkerError(_Message, tag="worker_error"):
+    """Load, Quiesce or Resume failed, or the engine broke. `remedy` says what to do."""
+
+    message: str
+    remedy: str
+
+
+ToWorker = Load | Generate | Cancel | Quiesce | Resume | Shutdown
+FromWorker = Hello | Loaded | Delta | Finished | Failed | Quiesced | Resumed | WorkerError

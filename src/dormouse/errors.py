@@ -1,0 +1,127 @@
+"""Every error a user of Dormouse can meet, in one tree.
+
+DormouseError
+  ConfigError          the configuration or the command line is wrong           exit 2, HTTP 400
+  RequestError         a request is wrong (type, value, too long)               exit 2, HTTP 400
+  NotFoundError        no such model, snapshot or file                          exit 3, HTTP 404
+  HostError            this machine lacks something (root, criu, memory, disk)  exit 4, HTTP 503
+  StoreError           the store refused or could not do it                     exit 5, HTTP 500
+    DamagedError       stored bytes are not what was written                    exit 5, HTTP 500
+    DiskFullError      no room for what was to be written                       exit 5, HTTP 507
+  SnapshotError        a capture or a restore failed                            exit 6, HTTP 500
+    IncompatibleError  a snapshot does not fit this host                        exit 6, HTTP 500
+  EngineError          the engine or its worker failed                          exit 7, HTTP 500
+  BusyError            a bounded queue is full; try again later                 exit 8, HTTP 429
+
+A message says what happened and to what; `remedy` says what to do about it. The CLI prints both and exits with
+`exit_code`, the gateway turns them into an OpenAI error body with `http_status` and `code`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DormouseError(Exception):
+    """Base of the tree. `str(error)` is the message followed by the remedy, when there is one."""
+
+    exit_code: ClassVar[int] = 1
+    http_status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.remedy}" if self.remedy else self.message
+
+
+class ConfigError(DormouseError):
+    """The configuration file or the command line is wrong."""
+
+    exit_code = 2
+    http_status = 400
+    code = "invalid_configuration"
+
+
+class RequestError(DormouseError):
+    """A request is wrong. `param` names the offending field and `reason` is OpenAI's machine-readable code."""
+
+    exit_code = 2
+    http_status = 400
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None, reason: str = "", remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.param = param
+        self.reason = reason or self.code
+
+
+class NotFoundError(DormouseError):
+    """No such model, snapshot or file."""
+
+    exit_code = 3
+    http_status = 404
+    code = "not_found"
+
+
+class HostError(DormouseError):
+    """This machine lacks something that the job needs."""
+
+    exit_code = 4
+    http_status = 503
+    code = "host_not_capable"
+
+
+class StoreError(DormouseError):
+    """The store refused, or could not do, what was asked."""
+
+    exit_code = 5
+    code = "store_error"
+
+
+class DamagedError(StoreError):
+    """Stored bytes are not the bytes that were written."""
+
+    code = "store_damaged"
+
+
+class DiskFullError(StoreError):
+    """The disk has no room for what was to be written."""
+
+    http_status = 507
+    code = "disk_full"
+
+
+class SnapshotError(DormouseError):
+    """A capture or a restore failed."""
+
+    exit_code = 6
+    code = "snapshot_failed"
+
+
+class IncompatibleError(SnapshotError):
+    """A snapshot does not fit this host; the message names the field that differs."""
+
+    code = "snapshot_incompatible"
+
+
+class EngineError(DormouseError):
+    """The engine or its worker process failed."""
+
+    exit_code = 7
+    code = "engine_error"
+
+
+class BusyError(DormouseError):
+    """A bounded queue is full. `retry_after` is in seconds."""
+
+    exit_code = 8
+    http_status = 429
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after: float, remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.retry_after = retry_after

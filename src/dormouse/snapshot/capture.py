@@ -1,0 +1,135 @@
+"""Capture: a quiesced worker becomes a committed snapshot.
+
+    note mapped files -> criu dump in the cell -> CaptureStream -> Ingest -> pack -> commit
+
+The worker stays stopped from the dump to the commit and is the caller's to kill after it. If anything fails before
+the commit is durable, it is continued as if nothing had happened and the transaction leaves no trace.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dormouse.errors import SnapshotError
+from dormouse.phases import Phases
+from dormouse.snapshot.cell import Cell
+from dormouse.snapshot.criu import dump_command, failure_reason
+from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.images import BODY_VERSION, ImageFile, SnapshotBody, encode_body
+from dormouse.snapshot.prefetch import mapped_files
+from dormouse.snapshot.streamer import CaptureStream
+from dormouse.store.store import Manifest, Store
+from dormouse.transfer.ingest import Ingest
+
+SNAPSHOT_KIND = "snapshot"
+
+
+@dataclass(frozen=True)
+class CellWorker:
+    """A worker in its cell: `pid` and `control_inode` as seen inside."""
+
+    cell: Cell
+    pid: int
+    control_inode: int
+
+
+@dataclass(frozen=True)
+class CaptureResult:
+    """A committed snapshot. `raw_bytes` are all images as CRIU wrote them, `stored_bytes` what the packs grew by."""
+
+    snapshot_id: str
+    raw_bytes: int
+    stored_bytes: int
+    phases: dict[str, float]
+
+
+def new_snapshot_id() -> str:
+    """A fresh, unguessable name of 12 characters."""
+    return secrets.token_hex(6)
+
+
+def capture(
+    worker: CellWorker,
+    store: Store,
+    criu: Criu,
+    *,
+    model: str,
+    key: dict[str, str],
+    now: Callable[[], float],
+    timeout: float,
+) -> CaptureResult:
+    """Dump and commit; the worker is then stopped and the caller's to kill. `timeout` is CRIU's, in seconds.
+
+    Raises SnapshotError, DiskFullError or StoreError; the worker then runs on and nothing was stored.
+    """
+    phases = Phases()
+    snapshot_id = new_snapshot_id()
+    host_pid = worker.cell.outer_pid(worker.pid)
+    try:
+        with store.begin() as transaction:
+            with phases.time("dump"), Ingest(transaction) as ingest:
+                mapped = mapped_files(host_pid)
+                images = _dump(worker, ingest, criu, timeout)
+            body = SnapshotBody(
+                version=BODY_VERSION,
+                model=model,
+                key=key,
+                pid=worker.pid,
+                control_inode=worker.control_inode,
+                images=images,
+                mapped=mapped,
+                phases=dict(phases),
+            )
+            with phases.time("commit"):
+                transaction.commit(
+                    Manifest(
+                        id=snapshot_id,
+                        kind=SNAPSHOT_KIND,
+                        name=model,
+                        created=now(),
+                        body=encode_body(body),
+                        refs=body.references(),
+                    )
+                )
+    except BaseException:
+        _continue_all(worker.cell)
+        raise
+    return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, dict(phases))
+
+
+def _dump(worker: CellWorker, ingest: Ingest, criu: Criu, timeout: float) -> list[ImageFile]:
+    with tempfile.TemporaryDirectory(prefix="dormouse-") as folder:
+        directory = Path(folder)
+        command = dump_command(criu, directory, pid=worker.pid, control_inode=worker.control_inode)
+        with CaptureStream(directory, ingest) as stream:
+            process = worker.cell.spawn(command, env={"PATH": os.defpath})
+            code = worker.cell.wait(process.pid, timeout)
+            if code is None:
+                os.kill(worker.cell.outer_pid(process.pid), signal.SIGKILL)
+                raise SnapshotError(f"criu dump did not end within {timeout:.0f} s")
+            if stream.error is not None:
+                raise stream.error
+            if code != 0:
+                raise SnapshotError(
+                    f"criu could not dump the worker: {log_reason(directory / 'dump.log')}",
+                    remedy="The worker runs on; see `dormouse doctor` for what this machine lacks",
+                )
+            stream.finish()
+            return stream.images()
+
+
+def log_reason(log: Path) -> str:
+    """What a CRIU log says went wrong."""
+    return failure_reason(log.read_text(errors="replace")) if log.exists() else "it wrote no log"
+
+
+def _continue_all(cell: Cell) -> None:
+    """Let every process of the cell run on, in whatever state the failed dump has left it."""
+    for pid in cell.processes():
+        os.kill(pid, signal.SIGCONT)

@@ -1,0 +1,93 @@
+"""What a snapshot's manifest says: the CRIU images as chunks, and all that is needed to bring them back.
+
+The body is one msgpack map (`SnapshotBody`) with a version; the store keeps it as an opaque, checksummed record beside
+the list of chunks it needs. Small images (nearly all of them) travel inside the body, so a restore reads one record
+and then only page chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from dormouse.errors import DamagedError, IncompatibleError
+from dormouse.store.chunk import Digest
+
+BODY_VERSION = 1
+INLINE_LIMIT = 64 << 10
+DIGEST_SIZE = 32
+
+
+class ImageFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One CRIU image: either its bytes (`inline`) or its chunks in order (`digests`, 32 bytes each, concatenated)."""
+
+    name: str
+    size: int
+    inline: bytes | None = None
+    digests: bytes = b""
+
+    def chunk_list(self) -> list[Digest]:
+        """The chunks in order."""
+        return [Digest(self.digests[at : at + DIGEST_SIZE]) for at in range(0, len(self.digests), DIGEST_SIZE)]
+
+
+class MappedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file the process had mapped: `ranges` are the (offset, length) in bytes that were in its memory."""
+
+    path: str
+    ranges: list[tuple[int, int]]
+
+
+class SnapshotBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a snapshot's manifest.
+
+    `key` is the compatibility key, `pid` the worker's pid in its cell, `control_inode` the inode its control socket
+    had (CRIU knows it by that), `phases` the seconds of the capture.
+    """
+
+    version: int
+    model: str
+    key: dict[str, str]
+    pid: int
+    control_inode: int
+    images: list[ImageFile]
+    mapped: list[MappedFile]
+    phases: dict[str, float]
+
+    def references(self) -> Sequence[Digest]:
+        """Every chunk the images need."""
+        return [digest for image in self.images for digest in image.chunk_list()]
+
+    def raw_bytes(self) -> int:
+        """Bytes of all images as CRIU wrote them."""
+        return sum(image.size for image in self.images)
+
+
+def encode_body(body: SnapshotBody) -> bytes:
+    """The body as stored."""
+    return msgspec.msgpack.encode(body)
+
+
+def decode_body(data: bytes, snapshot_id: str) -> SnapshotBody:
+    """The body of snapshot `snapshot_id`. Raises DamagedError, or IncompatibleError for a newer version."""
+    try:
+        version = msgspec.msgpack.decode(data, type=dict).get("version")
+        if isinstance(version, int) and version > BODY_VERSION:
+            raise IncompatibleError(
+                f"snapshot {snapshot_id} has format version {version}; this program reads up to {BODY_VERSION}",
+                remedy="Update dormouse, or remove the snapshot with `dormouse rm`",
+            )
+        body = msgspec.msgpack.decode(data, type=SnapshotBody)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DamagedError(
+            f"the manifest of snapshot {snapshot_id} is malformed: {error}",
+            remedy="Remove it with `dormouse rm`; the model then starts cold and is captured anew",
+        ) from error
+    for image in body.images:
+        if len(image.digests) % DIGEST_SIZE or (image.inline is not None and len(image.inline) != image.size):
+            raise DamagedError(
+                f"the manifest of snapshot {snapshot_id} is malformed at image {image.name}",
+                remedy="Remove it with `dormouse rm`; the model then starts cold and is captured anew",
+            )
+    return body

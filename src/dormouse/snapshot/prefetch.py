@@ -1,0 +1,88 @@
+"""File pages a restored process will want: noted at capture, asked of the disk at restore.
+
+CRIU does not store unmodified pages of mapped files (libraries, weights); after a restore they come in by page faults,
+one small read after another when the page cache is cold. So a capture notes which ranges of which files were in the
+process's memory (`/proc/PID/pagemap`), and a restore starts by telling the kernel to read them (`posix_fadvise
+WILLNEED`, asynchronous, no copy) while CRIU is still busy with the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+from dormouse.snapshot.images import MappedFile
+
+log = logging.getLogger(__name__)
+
+_MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) \S+ (\d+)\s*(.*)")
+# The top byte of a pagemap entry: bit 7 present, bit 5 file page (Documentation/admin-guide/mm/pagemap.rst).
+_PRESENT_FILE_PAGES = re.compile(rb"[\xa0-\xbf\xe0-\xff]+")
+_MERGE_GAP = 128 << 10
+_ADVISE_STEP = 4 << 20
+
+
+def mapped_files(pid: int) -> list[MappedFile]:
+    """The file ranges in the memory of host process `pid`, in the order of its address space.
+
+    Raises OSError when the process has ended or may not be inspected.
+    """
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            match = _MAPS_LINE.fullmatch(line)
+            if match is None:
+                continue
+            start, end, offset = (int(match[group], 16) for group in (1, 2, 4))
+            path = match[6]
+            if match[5] == "0" or not path.startswith("/") or path.startswith("/dev/") or path.endswith(" (deleted)"):
+                continue
+            entries = os.pread(pagemap.fileno(), (end - start) // mmap.PAGESIZE * 8, start // mmap.PAGESIZE * 8)
+            ranges.setdefault(path, []).extend(present_ranges(entries, offset))
+    return [MappedFile(path=path, ranges=merge(found)) for path, found in ranges.items() if found]
+
+
+def present_ranges(entries: bytes, offset: int) -> list[tuple[int, int]]:
+    """The (offset, length) of each run of present file pages in raw pagemap entries that begin at file `offset`."""
+    top_bytes = entries[7::8] if struct.pack("=H", 1) == b"\1\0" else entries[0::8]
+    return [
+        (offset + run.start() * mmap.PAGESIZE, (run.end() - run.start()) * mmap.PAGESIZE)
+        for run in _PRESENT_FILE_PAGES.finditer(top_bytes)
+    ]
+
+
+def merge(ranges: Iterable[tuple[int, int]], gap: int = _MERGE_GAP) -> list[tuple[int, int]]:
+    """Sorted ranges, those joined that overlap or lie at most `gap` bytes apart: one read beats two with a seek."""
+    merged: list[tuple[int, int]] = []
+    for offset, length in sorted(ranges):
+        if merged and offset <= merged[-1][0] + merged[-1][1] + gap:
+            first = merged[-1][0]
+            merged[-1] = (first, max(merged[-1][1], offset + length - first))
+        else:
+            merged.append((offset, length))
+    return merged
+
+
+def prefetch(files: Iterable[MappedFile]) -> int:
+    """Ask the kernel to read all ranges; returns the bytes asked for. What can't be opened is logged and left to
+    CRIU, whose own check of mapped files gives the error that counts."""
+    asked = 0
+    for file in files:
+        try:
+            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            log.warning("no read-ahead for %s: %s", file.path, error)
+            continue
+        try:
+            for offset, length in file.ranges:
+                for at in range(offset, offset + length, _ADVISE_STEP):
+                    os.posix_fadvise(fd, at, min(_ADVISE_STEP, offset + length - at), os.POSIX_FADV_WILLNEED)
+                asked += length
+        finally:
+            os.close(fd)
+    return asked

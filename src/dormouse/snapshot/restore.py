@@ -1,0 +1,89 @@
+"""Restore: a committed snapshot becomes a running worker in a new cell.
+
+Three things at once: the kernel reads ahead the files the worker will touch (prefetch.py), pool threads read, verify
+and decode chunks (ReadAhead), and CRIU in the new cell rebuilds the process from the pipes (RestoreStream). On any
+error the cell is killed and nothing is left.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from dormouse.errors import IncompatibleError, SnapshotError
+from dormouse.phases import Phases
+from dormouse.snapshot.capture import CellWorker, log_reason
+from dormouse.snapshot.cell import Cell
+from dormouse.snapshot.compatibility import first_mismatch
+from dormouse.snapshot.criu import restore_command
+from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.images import SnapshotBody, decode_body
+from dormouse.snapshot.prefetch import prefetch
+from dormouse.snapshot.streamer import RestoreStream
+from dormouse.store.store import Store
+from dormouse.transfer.readahead import ReadAhead
+
+_CRIU_CONTROL_FD = 100
+"""The control socket's number in the criu process: clear of the low numbers criu opens for itself."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A worker that runs again. `control` is the node's end of its control socket."""
+
+    worker: CellWorker
+    control: socket.socket
+    phases: dict[str, float]
+
+
+def restore(snapshot_id: str, store: Store, criu: Criu, *, key: dict[str, str], timeout: float) -> Restored:
+    """Restore a snapshot on this host, whose compatibility key for the model is `key`.
+
+    Raises NotFoundError, IncompatibleError (names the field), DamagedError, SnapshotError.
+    """
+    phases = Phases()
+    with phases.time("manifest"):
+        body = decode_body(store.manifest(snapshot_id).body, snapshot_id)
+        mismatch = first_mismatch(body.key, key)
+        if mismatch is not None:
+            raise IncompatibleError(
+                f"snapshot {snapshot_id} of {body.model} does not fit this host: {mismatch}",
+                remedy="The model starts cold and is captured anew",
+            )
+    threading.Thread(target=prefetch, args=(body.mapped,), name="prefetch", daemon=True).start()
+    with phases.time("cell"):
+        cell = Cell.create()
+    try:
+        with phases.time("criu"):
+            worker, control = _run_criu(cell, body, store, criu, timeout)
+    except BaseException:
+        cell.close()
+        raise
+    return Restored(worker, control, dict(phases))
+
+
+def _run_criu(
+    cell: Cell, body: SnapshotBody, store: Store, criu: Criu, timeout: float
+) -> tuple[CellWorker, socket.socket]:
+    with tempfile.TemporaryDirectory(prefix="dormouse-") as folder, ReadAhead(store) as chunks:
+        directory = Path(folder)
+        command = restore_command(criu, directory, control_fd=_CRIU_CONTROL_FD, control_inode=body.control_inode)
+        with RestoreStream(directory, body.images, chunks) as stream:
+            process = cell.spawn(command, env={"PATH": os.defpath}, control=_CRIU_CONTROL_FD)
+            assert process.control is not None and process.inode is not None
+            try:
+                code = cell.wait(process.pid, timeout)
+                if stream.error is not None:
+                    raise stream.error
+                if code is None:
+                    raise SnapshotError(f"criu restore did not end within {timeout:.0f} s")
+                if code != 0:
+                    raise SnapshotError(f"criu could not restore the worker: {log_reason(directory / 'restore.log')}")
+            except BaseException:
+                process.control.close()
+                raise
+            return CellWorker(cell, body.pid, process.inode), process.control

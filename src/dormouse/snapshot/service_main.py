@@ -1,0 +1,203 @@
+"""The host checkpoint service: the process that owns the cells and runs CRIU, so that the gateway's never blocks.
+
+    node (service.py)  --requests-->  main thread  -->  one pool thread per call  --reply-->  node
+
+Started by the node as `python -m dormouse.snapshot.service_main --fd N --data-dir DIR`; the first packet it sends is
+`Stopped(call=0)` when this host can do the job, or `Refused(call=0)`. When the node's end of the socket closes, in
+whatever way the node died, this process exits and with it every cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dormouse.errors import DormouseError, HostError, SnapshotError
+from dormouse.phases import Phases
+from dormouse.snapshot import service_messages as messages
+from dormouse.snapshot.capture import CellWorker, capture
+from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
+from dormouse.snapshot.criu_setup import Criu, find_criu
+from dormouse.snapshot.restore import restore
+from dormouse.store.store import Store
+
+log = logging.getLogger(__name__)
+
+_MAX_CALLS = 16
+_CRIU_TIMEOUT = 600.0
+
+# What a worker sees of the node's environment. A list of names rather than all but a few: the environment ends up in
+# the snapshot, and secrets must not.
+_PASSED_ON = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
+_PASSED_ON_PREFIXES = ("LC_", "OMP_", "MKL_", "CUDA_", "NVIDIA_", "TORCH_")
+
+
+def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a new worker."""
+    passed = {
+        name: value for name, value in environment.items() if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)
+    }
+    return passed | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+
+
+class Service:
+    """The calls, each blocking and run in a thread of its own."""
+
+    def __init__(self, store: Store, criu: Criu) -> None:
+        self._store = store
+        self._criu = criu
+        self._lock = threading.Lock()
+        self._workers: dict[str, CellWorker] = {}
+
+    def answer(self, request: messages.Request) -> tuple[messages.Reply, socket.socket | None]:
+        """Carry out one request. Raises DormouseError."""
+        match request:
+            case messages.StartWorker():
+                return self._start(request)
+            case messages.CaptureWorker():
+                return self._capture(request), None
+            case messages.RestoreSnapshot():
+                return self._restore(request)
+            case messages.StopCell():
+                self._stop(request.cell_id)
+                return messages.Stopped(call=request.call), None
+
+    def _start(self, request: messages.StartWorker) -> tuple[messages.Reply, socket.socket | None]:
+        phases = Phases()
+        with phases.time("cell"):
+            cell = Cell.create()
+        try:
+            log_fd = os.open(request.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                spawned = cell.spawn(
+                    [sys.executable, "-m", "dormouse.engine.worker", "--control-fd", str(CONTROL_FD)],
+                    env=worker_environment(os.environ),
+                    fds={1: log_fd, 2: log_fd},
+                    control=CONTROL_FD,
+                    pid_floor=worker_pid_floor(),
+                )
+            finally:
+                os.close(log_fd)
+            assert spawned.inode is not None
+            return self._started(request.call, CellWorker(cell, spawned.pid, spawned.inode), phases), spawned.control
+        except OSError as error:
+            cell.close()
+            raise SnapshotError(f"could not start a worker: {error}") from error
+        except BaseException:
+            cell.close()
+            raise
+
+    def _restore(self, request: messages.RestoreSnapshot) -> tuple[messages.Reply, socket.socket | None]:
+        restored = restore(
+            request.snapshot_id, self._store, self._criu, key=self._full_key(request.key), timeout=_CRIU_TIMEOUT
+        )
+        return self._started(request.call, restored.worker, restored.phases), restored.control
+
+    def _capture(self, request: messages.CaptureWorker) -> messages.Reply:
+        with self._lock:
+            worker = self._workers.get(request.cell_id)
+        if worker is None:
+            raise SnapshotError(f"cell {request.cell_id} is gone, there is nothing to capture")
+        result = capture(
+            worker,
+            self._store,
+            self._criu,
+            model=request.model,
+            key=self._full_key(request.key),
+            now=time.time,
+            timeout=_CRIU_TIMEOUT,
+        )
+        self._stop(request.cell_id)
+        return messages.Captured(
+            call=request.call,
+            snapshot_id=result.snapshot_id,
+            raw_bytes=result.raw_bytes,
+            stored_bytes=result.stored_bytes,
+            phases=result.phases,
+        )
+
+    def _started(self, call: int, worker: CellWorker, phases: dict[str, float]) -> messages.Started:
+        pid = worker.cell.outer_pid(worker.pid)
+        cell_id = secrets.token_hex(6)
+        with self._lock:
+            self._workers[cell_id] = worker
+        return messages.Started(call=call, cell_id=cell_id, pid=pid, phases=dict(phases))
+
+    def _stop(self, cell_id: str) -> None:
+        with self._lock:
+            worker = self._workers.pop(cell_id, None)
+        if worker is not None:
+            worker.cell.close()
+
+    def _full_key(self, key: dict[str, str]) -> dict[str, str]:
+        return key | {"criu": ".".join(map(str, self._criu.version))}
+
+
+def serve(sock: socket.socket, service: Service) -> None:
+    """Answer until the node's end closes."""
+    sending = threading.Lock()
+
+    def run(request: messages.Request) -> None:
+        control = None
+        try:
+            try:
+                reply, control = service.answer(request)
+            except DormouseError as error:
+                reply = messages.refused(request.call, error)
+            except Exception as error:
+                log.exception("%s failed", type(request).__name__)
+                reply = messages.refused(request.call, SnapshotError(f"unexpected {type(error).__name__}: {error}"))
+            with sending:
+                socket.send_fds(sock, [messages.encode(reply)], [control.fileno()] if control else [])
+        except OSError:
+            return  # the node is gone; the main thread has seen it too and ends this process
+        finally:
+            if control is not None:
+                control.close()
+
+    calls = ThreadPoolExecutor(_MAX_CALLS, thread_name_prefix="call")
+    while packet := sock.recv(messages.MAX_PACKET):
+        calls.submit(run, messages.decode_request(packet))
+
+
+def preflight(data_dir: Path) -> Service:
+    """All that must hold before the first call. Raises HostError or StoreError."""
+    criu = find_criu(data_dir)
+    try:
+        Cell.create().close()
+    except SnapshotError as error:
+        raise HostError(f"no cell can be made here: {error.message}", remedy="Run as root") from error
+    return Service(Store.open(data_dir / "store"), criu)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with socket.socket(fileno=arguments.fd) as sock:
+        sock.set_inheritable(False)
+        try:
+            service = preflight(arguments.data_dir)
+        except DormouseError as error:
+            sock.send(messages.encode(messages.refused(0, error)))
+            return
+        sock.send(messages.encode(messages.Stopped(call=0)))
+        serve(sock, service)
+    # Calls may still be running in pool threads; nobody waits for their answers, and every cell ends with this process.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What the node and the host checkpoint service say to each other: one msgpack struct per SOCK_SEQPACKET packet.
+
+Every request carries a `call` number and gets exactly one reply with it, in any order. `Started` comes with one
+descriptor, the node's end of the worker's control socket.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from dormouse import errors
+
+MAX_PACKET = 128 << 10
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
+    call: int
+
+
+class StartWorker(_Message, tag="start_worker"):
+    """A fresh worker in a new cell, its output appended to `log_path`."""
+
+    log_path: str
+
+
+class CaptureWorker(_Message, tag="capture"):
+    """Snapshot the quiesced worker of a cell, then kill it."""
+
+    cell_id: str
+    model: str
+    key: dict[str, str]
+
+
+class RestoreSnapshot(_Message, tag="restore"):
+    """Restore a snapshot in a new cell."""
+
+    snapshot_id: str
+    key: dict[str, str]
+
+
+class StopCell(_Message, tag="stop"):
+    """Kill a cell with all in it; unknown ones are gone already."""
+
+    cell_id: str
+
+
+class Started(_Message, tag="started"):
+    """A worker runs; the packet carries its control socket. `pid` is the host's."""
+
+    cell_id: str
+    pid: int
+    phases: dict[str, float]
+
+
+class Captured(_Message, tag="captured"):
+    """The snapshot is committed and the worker is gone."""
+
+    snapshot_id: str
+    raw_bytes: int
+    stored_bytes: int
+    phases: dict[str, float]
+
+
+class Stopped(_Message, tag="stopped"):
+    """The cell is gone and its memory free."""
+
+
+class Refused(_Message, tag="refused"):
+    """The call failed. `kind` is a class name in dormouse.errors."""
+
+    kind: str
+    message: str
+    remedy: str
+
+
+Request = StartWorker | CaptureWorker | RestoreSnapshot | StopCell
+Reply = Started | Captured | Stopped | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(message: Request | Reply) -> bytes:
+    """One message as one packet."""
+    return _encoder.encode(message)
+
+
+def decode_request(packet: bytes) -> Request:
+    """One packet from the node."""
+    return _requests.decode(packet)
+
+
+def decode_reply(packet: bytes) -> Reply:
+    """One packet from the service."""
+    return _replies.decode(packet)
+
+
+def refused(call: int, error: errors.DormouseError) -> Refused:
+    """An error as a reply."""
+    return Refused(call=call, kind=type(error).__name__, message=error.message, remedy=error.remedy)
+
+
+def as_error(reply: Refused) -> errors.DormouseError:
+    """The error a reply stands for, as the class it was raised with."""
+    kind = getattr(errors, reply.kind, errors.SnapshotError)
+    error: errors.DormouseError = kind(reply.message, remedy=reply.remedy)
+    return error

@@ -1,0 +1,133 @@
+"""The pure parts of a snapshot: manifest body, compatibility key, prefetch ranges, CRIU's command line and log."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import mmap
+import os
+import struct
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dormouse.errors import DamagedError, IncompatibleError
+from dormouse.snapshot import compatibility
+from dormouse.snapshot.criu import failure_reason
+from dormouse.snapshot.images import BODY_VERSION, ImageFile, MappedFile, SnapshotBody, decode_body, encode_body
+from dormouse.snapshot.prefetch import mapped_files, merge, prefetch, present_ranges
+
+PAGE = mmap.PAGESIZE
+
+
+def body() -> SnapshotBody:
+    return SnapshotBody(
+        version=BODY_VERSION,
+        model="m",
+        key={"kernel": "6.1"},
+        pid=100000,
+        control_inode=77,
+        images=[
+            ImageFile(name="core-1.img", size=3, inline=b"abc"),
+            ImageFile(name="pages-1.img", size=10, digests=bytes(range(64))),
+        ],
+        mapped=[MappedFile(path="/lib/x.so", ranges=[(0, 4096)])],
+        phases={"dump": 0.5},
+    )
+
+
+def test_a_body_comes_back_whole() -> None:
+    again = decode_body(encode_body(body()), "a")
+    assert again == body()
+    assert again.raw_bytes() == 13
+    assert again.references() == [bytes(range(32)), bytes(range(32, 64))]
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_as_a_body_give_a_named_error(data: bytes) -> None:
+    with pytest.raises((DamagedError, IncompatibleError)):
+        decode_body(data, "a")
+
+
+@given(st.data())
+def test_a_body_with_changed_bytes_is_a_body_or_a_named_error(data: st.DataObject) -> None:
+    encoded = bytearray(encode_body(body()))
+    encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(DamagedError, IncompatibleError):
+        decode_body(bytes(encoded), "a")
+
+
+def test_a_newer_body_is_refused_by_its_version() -> None:
+    newer = msgspec.msgpack.encode({"version": BODY_VERSION + 1, "something": "else"})
+    with pytest.raises(IncompatibleError, match="Update dormouse"):
+        decode_body(newer, "a")
+
+
+def test_the_same_host_and_model_fit() -> None:
+    key = compatibility.host_key(engine="null", model_digest="d", options={"threads": 2})
+    assert compatibility.first_mismatch(key, dict(key)) is None
+    assert key["option threads"] == "2"
+
+
+@pytest.mark.parametrize("field", ["kernel", "python", "model", "engine", "package msgspec", "option threads"])
+def test_a_mismatch_names_its_field_and_both_values(field: str) -> None:
+    key = compatibility.host_key(engine="null", model_digest="d", options={"threads": 2})
+    reason = compatibility.first_mismatch(key | {field: "other"}, key)
+    assert reason is not None and reason.startswith(f"{field}: captured with other, here is {key[field]}")
+    without = {name: value for name, value in key.items() if name != field}
+    assert compatibility.first_mismatch(without, key) is not None
+
+
+def test_a_cpu_may_have_more_flags_but_not_fewer() -> None:
+    assert compatibility.first_mismatch({"cpu_flags": "avx sse"}, {"cpu_flags": "avx avx512f sse"}) is None
+    reason = compatibility.first_mismatch({"cpu_flags": "avx avx512f sse"}, {"cpu_flags": "avx sse"})
+    assert reason == "cpu_flags: this CPU lacks avx512f"
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60), st.integers(0, 5))
+def test_present_ranges_are_exactly_the_present_file_pages(pages: list[tuple[bool, bool]], first: int) -> None:
+    entries = b"".join(struct.pack("=Q", present << 63 | file << 61 | 0x1234) for present, file in pages)
+    found = {
+        page
+        for offset, length in present_ranges(entries, first * PAGE)
+        for page in range(offset // PAGE, (offset + length) // PAGE)
+    }
+    assert found == {first + at for at, (present, file) in enumerate(pages) if present and file}
+
+
+@given(st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 50)), max_size=30), st.integers(0, 20))
+def test_merged_ranges_cover_the_same_and_keep_their_distance(ranges: list[tuple[int, int]], gap: int) -> None:
+    merged = merge(ranges, gap)
+    covered = {at for offset, length in merged for at in range(offset, offset + length)}
+    assert covered >= {at for offset, length in ranges for at in range(offset, offset + length)}
+    assert all(a + length + gap < b for (a, length), (b, _) in itertools.pairwise(merged))
+
+
+def test_mapped_files_names_what_this_process_has_touched(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(os.urandom(64 * PAGE))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as view:
+        view.madvise(mmap.MADV_RANDOM)
+        assert view[40 * PAGE] is not None
+        (mapped,) = [found for found in mapped_files(os.getpid()) if found.path == str(path)]
+        assert any(offset <= 40 * PAGE < offset + length for offset, length in mapped.ranges)
+    assert prefetch([mapped]) >= PAGE
+
+
+def test_prefetch_leaves_a_missing_file_to_criu(caplog: pytest.LogCaptureFixture) -> None:
+    assert prefetch([MappedFile(path="/no/such/file", ranges=[(0, 4096)])]) == 0
+    assert "/no/such/file" in caplog.text
+
+
+def test_the_first_errors_of_a_criu_log_are_the_reason() -> None:
+    text = (
+        "(00.000001) Version: 4.1.1\n"
+        "(00.012) Warn  (criu/kerndat.c:1285): Can't keep kdat cache\n"
+        "(00.100) 100000: Error (criu/files-reg.c:2080): File lib/x.so has bad size 12 (expect 13)\n"
+        "(00.101) Error (criu/cr-restore.c:1): Restoring FAILED.\n"
+    )
+    assert failure_reason(text) == "File lib/x.so has bad size 12 (expect 13); Restoring FAILED."
+    assert failure_reason("nothing") == "its log has no error line"
