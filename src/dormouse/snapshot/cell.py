@@ -91,9 +91,9 @@ class Cell:
         return cls(launcher, own)
 
     @property
-    def host_pid(self) -> int:
-        """The host's pid of the launcher, whose only child is PID 1 of the cell."""
-        return self._launcher.pid
+    def alive(self) -> bool:
+        """Whether PID 1 runs."""
+        return not self._ended
 
     def spawn(
         self,

@@ -11,6 +11,7 @@ import os
 import socket
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +41,16 @@ class Restored:
     phases: dict[str, float]
 
 
-def restore(snapshot_id: str, store: Store, criu: Criu, *, key: dict[str, str], timeout: float) -> Restored:
-    """Restore a snapshot on this host, whose compatibility key for the model is `key`.
+def restore(
+    snapshot_id: str,
+    store: Store,
+    criu: Criu,
+    *,
+    key: dict[str, str],
+    take_cell: Callable[[], Cell],
+    timeout: float,
+) -> Restored:
+    """Restore a snapshot on this host, whose compatibility key for the model is `key`, in a cell of its own.
 
     Raises NotFoundError, IncompatibleError (names the field), DamagedError, SnapshotError.
     """
@@ -56,7 +65,7 @@ def restore(snapshot_id: str, store: Store, criu: Criu, *, key: dict[str, str], 
             )
     threading.Thread(target=prefetch, args=(body.mapped,), name="prefetch", daemon=True).start()
     with phases.time("cell"):
-        cell = Cell.create()
+        cell = take_cell()
     try:
         with phases.time("criu"):
             worker, control = _run_criu(cell, body, store, criu, timeout)

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _MAX_CALLS = 16
 _CRIU_TIMEOUT = 600.0
+_PROBE_TIMEOUT = 20.0
 
 # What a worker sees of the node's environment. A list of names rather than all but a few: the environment ends up in
 # the snapshot, and secrets must not.
@@ -49,14 +50,45 @@ def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return passed | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
 
+class SpareCell:
+    """One empty cell kept ready. Making one takes 25 ms, and ten times that when its program must come from the disk;
+    a waking model need not wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cell: Cell | None = None
+
+    def take(self) -> Cell:
+        """The spare one if it is alive, else a new one."""
+        with self._lock:
+            cell, self._cell = self._cell, None
+        if cell is not None and cell.alive:
+            return cell
+        if cell is not None:
+            cell.close()
+        return Cell.create()
+
+    def refill(self) -> None:
+        """Make the next one, if there is none."""
+        with self._lock:
+            if self._cell is None:
+                self._cell = Cell.create()
+
+
 class Service:
     """The calls, each blocking and run in a thread of its own."""
 
     def __init__(self, store: Store, criu: Criu) -> None:
         self._store = store
         self._criu = criu
+        self._spare = SpareCell()
+        self._spare.refill()
         self._lock = threading.Lock()
         self._workers: dict[str, CellWorker] = {}
+
+    def prepare(self) -> None:
+        """Work that the next call gains from, done after an answer."""
+        self._spare.refill()
 
     def answer(self, request: messages.Request) -> tuple[messages.Reply, socket.socket | None]:
         """Carry out one request. Raises DormouseError."""
@@ -74,7 +106,7 @@ class Service:
     def _start(self, request: messages.StartWorker) -> tuple[messages.Reply, socket.socket | None]:
         phases = Phases()
         with phases.time("cell"):
-            cell = Cell.create()
+            cell = self._spare.take()
         try:
             log_fd = os.open(request.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
@@ -98,7 +130,12 @@ class Service:
 
     def _restore(self, request: messages.RestoreSnapshot) -> tuple[messages.Reply, socket.socket | None]:
         restored = restore(
-            request.snapshot_id, self._store, self._criu, key=self._full_key(request.key), timeout=_CRIU_TIMEOUT
+            request.snapshot_id,
+            self._store,
+            self._criu,
+            key=self._full_key(request.key),
+            take_cell=self._spare.take,
+            timeout=_CRIU_TIMEOUT,
         )
         return self._started(request.call, restored.worker, restored.phases), restored.control
 
@@ -158,6 +195,7 @@ def serve(sock: socket.socket, service: Service) -> None:
                 reply = messages.refused(request.call, SnapshotError(f"unexpected {type(error).__name__}: {error}"))
             with sending:
                 socket.send_fds(sock, [messages.encode(reply)], [control.fileno()] if control else [])
+            service.prepare()
         except OSError:
             return  # the node is gone; the main thread has seen it too and ends this process
         finally:
@@ -172,10 +210,17 @@ def serve(sock: socket.socket, service: Service) -> None:
 def preflight(data_dir: Path) -> Service:
     """All that must hold before the first call. Raises HostError or StoreError."""
     criu = find_criu(data_dir)
+    cell = Cell.create()
     try:
-        Cell.create().close()
+        code = cell.wait(cell.spawn(["/bin/true"], env={}).pid, _PROBE_TIMEOUT)
     except SnapshotError as error:
-        raise HostError(f"no cell can be made here: {error.message}", remedy="Run as root") from error
+        raise HostError(
+            f"no cell can be made here: {error.message}", remedy="Run as root; `dormouse doctor` tells what is missing"
+        ) from error
+    finally:
+        cell.close()
+    if code != 0:
+        raise HostError(f"a program in a cell ended with status {code}", remedy="Run `dormouse doctor`")
     return Service(Store.open(data_dir / "store"), criu)
 
 
