@@ -12,6 +12,8 @@ DormouseError
     IncompatibleError  a snapshot does not fit this host                        exit 6, HTTP 500
   EngineError          the engine or its worker failed                          exit 7, HTTP 500
   BusyError            a bounded queue is full; try again later                 exit 8, HTTP 429
+  StoppingError        this node is shutting down; try again later              exit 9, HTTP 503
+  DeadlineError        the longest time allowed has passed                      exit 10, HTTP 504
 
 A message says what happened and to what; `remedy` says what to do about it. The CLI prints both and exits with
 `exit_code`, the gateway turns them into an OpenAI error body with `http_status` and `code`.
@@ -125,3 +127,19 @@ class BusyError(DormouseError):
     def __init__(self, message: str, *, retry_after: float, remedy: str = "") -> None:
         super().__init__(message, remedy=remedy)
         self.retry_after = retry_after
+
+
+class StoppingError(DormouseError):
+    """This node is shutting down and takes no new work."""
+
+    exit_code = 9
+    http_status = 503
+    code = "shutting_down"
+
+
+class DeadlineError(DormouseError):
+    """The longest time allowed for something has passed."""
+
+    exit_code = 10
+    http_status = 504
+    code = "deadline_exceeded"

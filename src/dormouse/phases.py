@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Phases(dict[str, float]):
-    """A dict of seconds that fills itself: `with phases.time("criu"): ...`. The clock also runs when the body raises."""
+    """Fills itself: `with phases.time("criu"): ...`. The time of a body that raises counts too."""
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:

@@ -67,7 +67,7 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 # node -> worker
 
 
-class Load(_Message, tag="load"):
+class Load(_Message, frozen=True, tag="load"):
     """Load a model. `path` is the folder of an imported model; `context` and `kv_tokens` of None mean the defaults."""
 
     engine: str
@@ -78,7 +78,7 @@ class Load(_Message, tag="load"):
     kv_tokens: int | None = None
 
 
-class Generate(_Message, tag="generate"):
+class Generate(_Message, frozen=True, tag="generate"):
     """Start one generation. `id` is unique among those in flight."""
 
     id: str
@@ -86,37 +86,37 @@ class Generate(_Message, tag="generate"):
     sampling: Sampling
 
 
-class Cancel(_Message, tag="cancel"):
+class Cancel(_Message, frozen=True, tag="cancel"):
     """Stop a generation; answered by its `Finished` with reason "cancel". Unknown ids are ignored."""
 
     id: str
 
 
-class Quiesce(_Message, tag="quiesce"):
+class Quiesce(_Message, frozen=True, tag="quiesce"):
     """Park: finish what runs, drop caches, close every descriptor but the control socket, answer `Quiesced`."""
 
 
-class Resume(_Message, tag="resume"):
+class Resume(_Message, frozen=True, tag="resume"):
     """Go on after a capture that failed or a restore. `log_path` is where stdout and stderr go from now on."""
 
     log_path: str
 
 
-class Shutdown(_Message, tag="shutdown"):
+class Shutdown(_Message, frozen=True, tag="shutdown"):
     """Exit with status 0."""
 
 
 # worker -> node
 
 
-class Hello(_Message, tag="hello"):
+class Hello(_Message, frozen=True, tag="hello"):
     """The worker is up and speaks `version`."""
 
     version: int
     pid: int
 
 
-class Loaded(_Message, tag="loaded"):
+class Loaded(_Message, frozen=True, tag="loaded"):
     """The model is ready. `context` is the longest prompt + answer in tokens; `phases` are seconds by name."""
 
     context: int
@@ -133,7 +133,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprob: float
 
 
-class Delta(_Message, tag="delta"):
+class Delta(_Message, frozen=True, tag="delta"):
     """New tokens of a generation and the text that became certain with them (may be empty: partial UTF-8 or a
     possible stop string is held back). `logprobs[i]` is token i's own value followed by its alternatives."""
 
@@ -143,7 +143,7 @@ class Delta(_Message, tag="delta"):
     logprobs: list[list[TokenLogprob]] | None = None
 
 
-class Finished(_Message, tag="finished"):
+class Finished(_Message, frozen=True, tag="finished"):
     """The end of a generation. `reason` is "stop" (end token or stop string), "length" or "cancel"."""
 
     id: str
@@ -152,7 +152,7 @@ class Finished(_Message, tag="finished"):
     completion_tokens: int
 
 
-class Failed(_Message, tag="failed"):
+class Failed(_Message, frozen=True, tag="failed"):
     """A generation that could not start or go on. `bad_request` tells the caller's fault from the worker's;
     `reason` is an OpenAI error code such as "context_length_exceeded"."""
 
@@ -163,19 +163,19 @@ class Failed(_Message, tag="failed"):
     param: str | None = None
 
 
-class Quiesced(_Message, tag="quiesced"):
+class Quiesced(_Message, frozen=True, tag="quiesced"):
     """Parked. `phases` are seconds by name."""
 
     phases: dict[str, float]
 
 
-class Resumed(_Message, tag="resumed"):
+class Resumed(_Message, frozen=True, tag="resumed"):
     """Running again. `phases` are seconds by name."""
 
     phases: dict[str, float]
 
 
-class WorkerError(_Message, tag="worker_error"):
+class WorkerError(_Message, frozen=True, tag="worker_error"):
     """Load, Quiesce or Resume failed, or the engine broke. `remedy` says what to do."""
 
     message: str

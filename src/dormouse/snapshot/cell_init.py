@@ -62,8 +62,8 @@ def become(argv: list[str], env: dict[str, str], wanted: dict[int, int]) -> None
     """In the new child: own session, default signals, the wanted descriptors {number: source}, then exec."""
     os.setsid()
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    for handled in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
+        signal.signal(handled, signal.SIG_DFL)
     null = os.open(os.devnull, os.O_RDWR)
     sources = {0: null, 1: null, 2: null} | wanted
     # Sources first move out of the way of every target number, so that no dup2 closes one that is still needed.
@@ -126,11 +126,11 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is the node's business
     bring_up_loopback()
     while True:
-        ready, _, _ = select.select([own, wake_read], [], [])
+        ready, _, _ = select.select([own.fileno(), wake_read], [], [])
         if wake_read in ready:
             os.read(wake_read, 4096)
             reap(own)
-        if own in ready:
+        if own.fileno() in ready:
             data, fds = receive(own)
             if not data:
                 return

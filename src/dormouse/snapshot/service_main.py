@@ -74,6 +74,12 @@ class SpareCell:
             if self._cell is None:
                 self._cell = Cell.create()
 
+    def close(self) -> None:
+        """End the spare one."""
+        with self._lock:
+            if self._cell is not None:
+                self._cell.close()
+
 
 class Service:
     """The calls, each blocking and run in a thread of its own."""
@@ -85,6 +91,10 @@ class Service:
         self._spare.refill()
         self._lock = threading.Lock()
         self._workers: dict[str, CellWorker] = {}
+
+    def close(self) -> None:
+        """End what no worker uses. Workers are the caller's to stop."""
+        self._spare.close()
 
     def prepare(self) -> None:
         """Work that the next call gains from, done after an answer."""

@@ -17,13 +17,13 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
     call: int
 
 
-class StartWorker(_Message, tag="start_worker"):
+class StartWorker(_Message, frozen=True, tag="start_worker"):
     """A fresh worker in a new cell, its output appended to `log_path`."""
 
     log_path: str
 
 
-class CaptureWorker(_Message, tag="capture"):
+class CaptureWorker(_Message, frozen=True, tag="capture"):
     """Snapshot the quiesced worker of a cell, then kill it."""
 
     cell_id: str
@@ -31,20 +31,20 @@ class CaptureWorker(_Message, tag="capture"):
     key: dict[str, str]
 
 
-class RestoreSnapshot(_Message, tag="restore"):
+class RestoreSnapshot(_Message, frozen=True, tag="restore"):
     """Restore a snapshot in a new cell."""
 
     snapshot_id: str
     key: dict[str, str]
 
 
-class StopCell(_Message, tag="stop"):
+class StopCell(_Message, frozen=True, tag="stop"):
     """Kill a cell with all in it; unknown ones are gone already."""
 
     cell_id: str
 
 
-class Started(_Message, tag="started"):
+class Started(_Message, frozen=True, tag="started"):
     """A worker runs; the packet carries its control socket. `pid` is the host's."""
 
     cell_id: str
@@ -52,7 +52,7 @@ class Started(_Message, tag="started"):
     phases: dict[str, float]
 
 
-class Captured(_Message, tag="captured"):
+class Captured(_Message, frozen=True, tag="captured"):
     """The snapshot is committed and the worker is gone."""
 
     snapshot_id: str
@@ -61,11 +61,11 @@ class Captured(_Message, tag="captured"):
     phases: dict[str, float]
 
 
-class Stopped(_Message, tag="stopped"):
+class Stopped(_Message, frozen=True, tag="stopped"):
     """The cell is gone and its memory free."""
 
 
-class Refused(_Message, tag="refused"):
+class Refused(_Message, frozen=True, tag="refused"):
     """The call failed. `kind` is a class name in dormouse.errors."""
 
     kind: str

@@ -28,7 +28,7 @@ from typing import Self
 
 from dormouse.errors import DormouseError, SnapshotError
 from dormouse.snapshot.images import INLINE_LIMIT, ImageFile
-from dormouse.store.chunk import Digest
+from dormouse.store.chunk import Buffer, Digest
 from dormouse.transfer.ingest import Ingest
 from dormouse.transfer.readahead import ReadAhead
 
@@ -282,7 +282,7 @@ class RestoreStream(_Stream):
             os.close(pipe)
 
 
-def _drain(pipe: int, data: bytes | memoryview) -> None:
+def _drain(pipe: int, data: Buffer) -> None:
     """Write all of `data`."""
     rest = memoryview(data)
     while rest:

@@ -1,0 +1,266 @@
+"""The `dormouse` command: verbs only, each a thin layer over one function of the package.
+
+Results go to stdout, progress and errors to stderr. Every verb takes `--data-dir`, and `--json` where it has a result;
+`--quiet` silences progress. Exit codes are those of errors.py (2: usage or configuration, 3: not found, ...).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+import dormouse
+from dormouse import catalogue, doctor
+from dormouse.checkpoint.importer import import_model
+from dormouse.checkpoint.models import remove_model
+from dormouse.config import DataDir, default_data_dir, load_config
+from dormouse.errors import DormouseError
+from dormouse.progress import Reporter
+from dormouse.snapshot.criu_setup import setup_criu
+from dormouse.store.store import Store
+
+INTERNAL_ERROR = 70
+
+out = Console()
+err = Console(stderr=True)
+
+
+def common(function: Callable[..., None]) -> Callable[..., None]:
+    """The options every verb has: --data-dir, --json, --quiet."""
+
+    @click.option("--data-dir", type=click.Path(path_type=Path), help="Data folder.  [env: DORMOUSE_HOME]")
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+    @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+    @functools.wraps(function)
+    def wrapper(data_dir: Path | None, as_json: bool, quiet: bool, **rest: Any) -> None:
+        click.get_current_context().ensure_object(dict)["json"] = as_json
+        folder = DataDir(data_dir or default_data_dir(os.environ))
+        function(data_dir=folder, as_json=as_json, reporter=Reporter(err, silent=quiet or as_json), **rest)
+
+    return wrapper
+
+
+def emit(value: object) -> None:
+    """A JSON result."""
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(dormouse.__version__, prog_name="dormouse")
+def cli() -> None:
+    """Serve large models that sleep when nobody asks for them and wake in about a second."""
+
+
+@cli.command()
+@click.argument("sources", metavar="CONFIG.yaml | NAME...", nargs=-1, required=True)
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Data folder.  [env: DORMOUSE_HOME]")
+@click.option("--host", help="Address to listen on.  [env: DORMOUSE_HOST]")
+@click.option("--port", type=int, help="Port to listen on; 0 takes a free one.  [env: DORMOUSE_PORT]")
+@click.option(
+    "--api-keys-file", type=click.Path(path_type=Path), help="One key per line.  [env: DORMOUSE_API_KEYS_FILE]"
+)
+@click.option("--keep-alive", help="For models named here: how long an idle one stays, such as 5m or forever.")
+@click.option("--log-level", help="debug, info, warning or error.  [env: DORMOUSE_LOG_LEVEL]")
+def serve(sources: tuple[str, ...], keep_alive: str | None, **flags: Any) -> None:
+    """Serve models over an OpenAI-compatible API.
+
+    Takes one configuration file (ends in .yaml or .yml), or the names of imported models to serve with default
+    settings.
+    """
+    from dormouse.gateway.server import run_server
+
+    files = [source for source in sources if source.endswith((".yaml", ".yml"))]
+    names = [source for source in sources if source not in files]
+    if len(files) > 1 or (files and names):
+        raise click.UsageError("give one configuration file, or model names, not both")
+    models = {name: {"keep_alive": keep_alive} if keep_alive is not None else {} for name in names}
+    if files and keep_alive is not None:
+        raise click.UsageError("--keep-alive goes with model names; in a configuration file each model has its own")
+    config = load_config(Path(files[0]) if files else None, flags=flags, models=models)
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    sys.exit(run_server(config))
+
+
+@cli.command("import")
+@click.argument("source")
+@click.option("--name", required=True, help="The name to serve it under.")
+@click.option("--replace", is_flag=True, help="Replace a model of that name; its snapshots become unusable.")
+@common
+def import_(source: str, name: str, replace: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Import a model: a Hugging Face folder, safetensors files, a GGUF file, or `smollm2-135m`."""
+    data_dir.create()
+    with reporter:
+        model = import_model(source, name, data_dir.models, progress=reporter.progress, replace=replace)
+    if as_json:
+        emit(catalogue.model_json(model))
+    else:
+        out.print(
+            f"Imported [bold]{escape(model.name)}[/]: {model.parameters / 1e6:.0f} M parameters, "
+            f"{catalogue.human(model.weight_bytes)} of weights"
+        )
+
+
+@cli.command("ls")
+@common
+def list_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """List models, snapshots, their sizes and states."""
+    listing = catalogue.listing(data_dir)
+    emit(listing) if as_json else out.print(catalogue.render(listing))
+
+
+@cli.command()
+@click.argument("snapshot_id", metavar="ID")
+@common
+def inspect(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Show what is in a snapshot: its images, sizes, phases and compatibility key."""
+    details = catalogue.details(data_dir, snapshot_id)
+    emit(details) if as_json else out.print(catalogue.render_details(details))
+
+
+@cli.command()
+@click.argument("targets", metavar="ID...", nargs=-1, required=True)
+@click.option("--model", "is_model", is_flag=True, help="The arguments are model names; their snapshots go too.")
+@common
+def rm(targets: tuple[str, ...], is_model: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Remove snapshots, or with --model whole models, and free their disk space."""
+    removed = []
+    with Store.open(data_dir.store) as store:
+        for target in targets:
+            if is_model:
+                catalogue.refuse_if_served(data_dir, target)
+                remove_model(data_dir.models, target)
+                snapshots = [row.id for row in store.manifests(name=target)]
+            else:
+                snapshots = [catalogue.resolve(store, target)]
+            for snapshot in snapshots:
+                store.remove(snapshot)
+            removed += [target] if is_model else snapshots
+        report = store.collect_garbage()
+    if as_json:
+        emit({"removed": removed, "freed_bytes": report.freed_bytes})
+    else:
+        out.print(f"Removed {', '.join(map(escape, removed))}; {catalogue.human(report.freed_bytes)} freed")
+
+
+@cli.command()
+@click.option("--quick", is_flag=True, help="Check stored checksums only; do not decode every chunk.")
+@common
+def verify(quick: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Check every stored byte. Exit status 5 when anything is damaged."""
+    with Store.open(data_dir.store) as store, reporter:
+        report = store.verify(deep=not quick, progress=reporter.amount("verify"))
+    if as_json:
+        emit({"ok": report.ok, "chunks": report.chunks, "damages": [str(damage) for damage in report.damages]})
+    else:
+        for damage in report.damages:
+            out.print(f"[red]damaged[/] {escape(str(damage))}")
+        out.print(f"{report.chunks} chunks checked, {len(report.damages)} damaged")
+    if not report.ok:
+        sys.exit(5)
+
+
+@cli.group()
+def setup() -> None:
+    """Set up what this machine lacks."""
+
+
+@setup.command("criu")
+@common
+def setup_criu_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Find CRIU 4.1 or newer, or unpack one into the data folder with apt's own tools."""
+    data_dir.create()
+    with reporter:
+        criu = setup_criu(data_dir.root, progress=reporter.step)
+    version = ".".join(map(str, criu.version))
+    if as_json:
+        emit({"version": version, "source": criu.source, "command": list(criu.argv_prefix)})
+    else:
+        out.print(f"CRIU {version} ({criu.source})")
+
+
+@cli.command("doctor")
+@common
+def doctor_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Tell what this machine can do, and the remedy for what it cannot. Exit status 4 when the main job can't run."""
+    with reporter:
+        reporter.step("examining this machine")
+        checks = doctor.examine(data_dir.root)
+    emit(doctor.as_json(checks)) if as_json else out.print(doctor.render(checks))
+    if not doctor.main_job_possible(checks):
+        sys.exit(4)
+
+
+@cli.group()
+def bench() -> None:
+    """Measure."""
+
+
+@bench.command("start")
+@click.argument("model")
+@click.option("--runs", default=5, show_default=True, type=click.IntRange(1, 1000), help="Starts of each kind.")
+@click.option("--prompt", default="What is the capital of France?", show_default=True, help="The user's message.")
+@common
+def bench_start(model: str, runs: int, prompt: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Time cold starts against snapshot restores, to the first token, page cache dropped before each."""
+    import asyncio
+
+    from dormouse import bench_start as bench_module
+
+    with reporter:
+        result = asyncio.run(bench_module.measure(data_dir, model, runs=runs, prompt=prompt, step=reporter.step))
+    emit(bench_module.as_json(result)) if as_json else out.print(bench_module.render(result))
+
+
+def main() -> None:
+    """Entry point: runs a verb and turns every error into one clear sentence and an exit status."""
+    started = time.monotonic()
+    try:
+        cli.main(standalone_mode=False, prog_name="dormouse")
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        err.print("interrupted")
+        sys.exit(130)
+    except DormouseError as error:
+        _show(error)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has gone
+        sys.exit(0)
+    except Exception as error:
+        if os.environ.get("DORMOUSE_DEBUG"):
+            raise
+        err.print(
+            f"[red]error:[/] unexpected {type(error).__name__}: {escape(str(error))}\n"
+            f"[cyan]hint:[/] This is a bug in dormouse; run again with DORMOUSE_DEBUG=1 for the details "
+            f"(after {time.monotonic() - started:.1f} s)"
+        )
+        sys.exit(INTERNAL_ERROR)
+
+
+def _show(error: DormouseError) -> None:
+    if "--json" in sys.argv:
+        emit({"error": {"code": error.code, "message": error.message, "remedy": error.remedy}})
+        return
+    err.print(f"[red]error:[/] {escape(error.message)}", highlight=False)
+    if error.remedy:
+        err.print(f"[cyan]hint:[/] {escape(error.remedy)}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

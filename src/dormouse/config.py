@@ -1,0 +1,350 @@
+"""The settings of `dormouse serve`: one tree of frozen pydantic models, and the one place that reads them.
+
+    defaults  <-  YAML file  <-  DORMOUSE_* environment  <-  command-line flags          (the right one wins)
+
+`load_config` merges the four, validates once, and names for each mistake where it was made (file and line, variable
+or flag) and what is allowed there. `config_schema` is the JSON schema of the file. Nothing else in the package reads
+these settings from the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails
+
+from dormouse.errors import ConfigError
+
+API_KEYS_VARIABLE = "DORMOUSE_API_KEYS"
+HOME_VARIABLE = "DORMOUSE_HOME"
+
+MAX_CONFIG_BYTES = 1 << 20
+_MAX_DEPTH = 20
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
+_DURATION_UNITS = {None: 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?")
+_SIZE_UNITS = {None: 1, "B": 1} | {
+    f"{letter}{infix}B": base ** (power + 1)
+    for power, letter in enumerate("KMGT")
+    for infix, base in (("", 1000), ("i", 1024))
+}
+
+
+def parse_duration(value: object) -> object:
+    """Seconds from 30, 2.5, "90s", "5m", "1h", "250ms"; "forever" is infinity. Raises ValueError."""
+    if isinstance(value, str):
+        if value == "forever":
+            return math.inf
+        match = _DURATION.fullmatch(value.strip())
+        if match is None:
+            raise ValueError("is not a duration: write seconds or a number with ms, s, m, h or d, such as 90s or 5m")
+        return float(match[1]) * _DURATION_UNITS[match[2]]
+    return value
+
+
+def parse_size(value: object) -> object:
+    """Bytes from 1048576, "512MB", "2GiB". Raises ValueError."""
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if match is None:
+            raise ValueError("is not a size: write bytes or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB")
+        return int(float(match[1]) * _SIZE_UNITS[match[2]])
+    return value
+
+
+def _finite(value: float) -> float:
+    if math.isinf(value):
+        raise ValueError("must end some day: only keep_alive may be forever")
+    return value
+
+
+_DURATION_SCHEMA = WithJsonSchema(
+    {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^(\d+(\.\d+)?\s*(ms|s|m|h|d)?)$"}]}
+)
+_KEEP_ALIVE_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "number", "minimum": 0},
+            {"type": "string", "pattern": r"^(forever|\d+(\.\d+)?\s*(ms|s|m|h|d)?)$"},
+        ]
+    }
+)
+_SIZE_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "integer", "minimum": 1},
+            {"type": "string", "pattern": r"^\d+(\.\d+)?\s*([KMGT]i?B|B)?$"},
+        ]
+    }
+)
+
+KeepAlive = Annotated[float, BeforeValidator(parse_duration), Field(ge=0), _KEEP_ALIVE_SCHEMA]
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0), AfterValidator(_finite), _DURATION_SCHEMA]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), _SIZE_SCHEMA]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(_Settings):
+    """How one model is served."""
+
+    engine: Literal["transformers", "null"] | None = None
+    """What runs the model: transformers or null. Left out: as the model was imported."""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    """Where it runs: cpu, cuda or cuda:N."""
+    keep_alive: KeepAlive = 300.0
+    """How long an idle model stays in memory before it sleeps: seconds, 90s, 5m, 1h, or forever."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads of the worker (1..1024). Left out: one per core."""
+    context: Annotated[int, Field(ge=16)] | None = None
+    """Longest prompt and answer together, in tokens (16 or more). Left out: the model's own limit, if memory allows."""
+    kv_tokens: Annotated[int, Field(ge=16)] | None = None
+    """Room for this many tokens of all requests together (16 or more). Left out: the engine's default."""
+    snapshot: bool = True
+    """true: an idle model is captured and wakes from its snapshot. false: it is stopped and starts cold."""
+    max_concurrent: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Requests the worker handles at once (1..1024); more of them wait in the queue."""
+
+
+class ServeConfig(_Settings):
+    """The whole configuration of one node and its gateway."""
+
+    data_dir: UserPath
+    """Folder of models, store, logs and run files. Left out: $DORMOUSE_HOME, else dormouse in the XDG data home."""
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen on. Anything but a loopback address needs API keys."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8114
+    """TCP port to listen on (0..65535); 0 takes any free one."""
+    api_keys_file: UserPath | None = None
+    """File with one API key per line; # starts a comment. DORMOUSE_API_KEYS (comma-separated) adds more."""
+    metrics_open: bool = False
+    """true: /metrics answers without a key even when keys are set."""
+    max_queue: Annotated[int, Field(ge=1, le=65536)] = 256
+    """Requests that may wait for one model (1..65536); further ones get 429."""
+    max_body_bytes: Size = 4 << 20
+    """Longest request body: bytes or a size such as 4MiB."""
+    ping_interval: Duration = 1.0
+    """Seconds between the comment lines a waiting stream gets."""
+    start_timeout: Duration = 300.0
+    """Longest time one step may take: a start, a capture, a stop."""
+    request_timeout: Duration = 600.0
+    """Longest time a request may take in all, waiting included."""
+    grace: Duration = 30.0
+    """On SIGTERM, time that running requests get to finish."""
+    memory: Size | None = None
+    """Memory that all workers together may take: bytes or a size such as 8GiB. Left out: 80 % of the machine's."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least important log messages shown: debug, info, warning or error."""
+    models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
+    """The models served, by the name they were imported under."""
+
+
+@dataclass(frozen=True)
+class DataDir:
+    """The folders below data_dir. `create` makes the private ones (0700)."""
+
+    root: Path
+    models: Path = field(init=False)
+    store: Path = field(init=False)
+    logs: Path = field(init=False)
+    run: Path = field(init=False)
+    criu: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("models", "store", "logs", "run", "criu"):
+            object.__setattr__(self, name, self.root / name)
+
+    def create(self) -> Self:
+        """Make the folders the node writes to. Raises ConfigError where that is not allowed."""
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (self.models, self.logs, self.run):
+                folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the data folder {self.root} cannot be used: {error.strerror}",
+                remedy=f"Set data_dir, or {HOME_VARIABLE}, to a folder you may write to",
+            ) from error
+        return self
+
+
+def default_data_dir(environ: Mapping[str, str]) -> Path:
+    """$DORMOUSE_HOME, else `dormouse` in the XDG data home."""
+    if home := environ.get(HOME_VARIABLE):
+        return Path(home)
+    data_home = environ.get("XDG_DATA_HOME") or Path(environ.get("HOME") or Path.home()) / ".local" / "share"
+    return Path(data_home) / "dormouse"
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON schema of the YAML file."""
+    schema = ServeConfig.model_json_schema()
+    schema["required"] = [name for name in schema.get("required", ()) if name != "data_dir"]
+    return schema
+
+
+def load_config(
+    path: Path | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    flags: Mapping[str, object] | None = None,
+    models: Mapping[str, Mapping[str, object]] | None = None,
+) -> ServeConfig:
+    """The merged and validated settings. `flags` maps top-level settings to values (None: not given); `models` are
+    served beside those of the file. Raises ConfigError, which names place and remedy."""
+    values, marks = _read_yaml(path) if path is not None else ({}, {})
+    origin: dict[str, str] = {}
+    for name in ServeConfig.model_fields:
+        variable = HOME_VARIABLE if name == "data_dir" else f"DORMOUSE_{name.upper()}"
+        if name != "models" and variable in environ:
+            values[name], origin[name] = environ[variable], f"environment variable {variable}"
+    for name, value in (flags or {}).items():
+        if value is not None:
+            values[name], origin[name] = value, f"--{name.replace('_', '-')}"
+    values.setdefault("data_dir", default_data_dir(environ))
+    if models:
+        values["models"] = {**(values.get("models") or {}), **models}
+    try:
+        return ServeConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, path, marks, origin) from error
+
+
+def load_api_keys(config: ServeConfig, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The API keys of the file and the environment. Raises ConfigError when the file can't be read or holds none."""
+    keys = [key.strip() for key in environ.get(API_KEYS_VARIABLE, "").split(",") if key.strip()]
+    if config.api_keys_file is None:
+        return keys
+    try:
+        lines = config.api_keys_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"the API key file {config.api_keys_file} cannot be read: {error}",
+            remedy="Write one key per line into it, or take api_keys_file out of the configuration",
+        ) from error
+    found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not found:
+        raise ConfigError(f"the API key file {config.api_keys_file} holds no key", remedy="Write one key per line")
+    return keys + found
+
+
+# YAML with the line of every value
+
+Location = tuple[str | int, ...]
+Marks = dict[Location, int]
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no aliases, so that a small file stays a small tree."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], Marks]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"the configuration file {path} cannot be read: {error.strerror}",
+            remedy="See dormouse.example.yaml for a file to start from",
+        ) from error
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"the configuration file {path} is over {MAX_CONFIG_BYTES} bytes")
+    marks: Marks = {}
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        tree = {} if root is None else _build(loader, root, (), marks)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}, line 1: the file must be a mapping of settings", remedy=_allowed(ServeConfig, ""))
+    return tree, marks
+
+
+def _build(loader: _Loader, node: yaml.Node, at: Location, marks: Marks) -> Any:
+    """The Python value of a node; fills `marks` with 1-based lines by location."""
+    if len(at) > _MAX_DEPTH:
+        raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=node.start_mark)
+    marks.setdefault(at, node.start_mark.line + 1)
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(loader, item, (*at, index), marks) for index, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node)
+    tree: dict[str, Any] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a setting's name must be plain text", problem_mark=key.start_mark)
+        if key.value in tree:
+            raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+        marks[(*at, key.value)] = key.start_mark.line + 1
+        tree[key.value] = _build(loader, value, (*at, key.value), marks)
+    return tree
+
+
+# From pydantic's findings to one clear sentence
+
+
+def _explain(error: ValidationError, path: Path | None, marks: Marks, origin: Mapping[str, str]) -> ConfigError:
+    findings = error.errors()
+    first = findings[0]
+    location = tuple(part for part in first["loc"] if part != "[key]")
+    setting = ".".join(map(str, location))
+    more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+    message, remedy = _finding(first, location)
+    return ConfigError(f"{_place(location, path, marks, origin)}{setting}: {message}{more}", remedy=remedy)
+
+
+def _place(location: Location, path: Path | None, marks: Marks, origin: Mapping[str, str]) -> str:
+    if location and (source := origin.get(str(location[0]))):
+        return f"{source}: "
+    while location and location not in marks:
+        location = location[:-1]
+    return f"{path}, line {marks[location]}: " if path is not None and location in marks else ""
+
+
+def _finding(error: ErrorDetails, location: Location) -> tuple[str, str]:
+    in_model = len(location) > 1 and location[0] == "models"
+    settings: type[_Settings] = ModelConfig if in_model else ServeConfig
+    name = str(location[2] if len(location) > 2 and in_model else location[0] if location else "")
+    if error["type"] == "extra_forbidden":
+        return "no such setting", _allowed(settings, name)
+    if in_model and len(location) == 2:
+        if error["type"] == "string_pattern_mismatch":
+            return "not a model name", "Use up to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit"
+        return "must be a mapping of settings", "Write {} for a model with default settings"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = repr(error["input"])
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    message = f"{shown} {message}" if error["type"] == "value_error" else f"{message}, not {shown}"
+    description = settings.model_fields[name].description if name in settings.model_fields else None
+    return message, (description or "").rstrip(".")
+
+
+def _allowed(settings: type[_Settings], name: str) -> str:
+    fields = sorted(settings.model_fields)
+    near = difflib.get_close_matches(name, fields, n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return f"{hint}Allowed here: {', '.join(fields)}"

@@ -1,0 +1,241 @@
+"""The engine on transformers: prompts to tokens, tokens to text, requests to batches.
+
+    submit (main thread): limits, chat template, tokenizer --post--> loop thread: Batch.step
+                          -> choose a token per request -> TextStream -> Delta, Finished --emit--> worker
+
+One thread computes; it sleeps when nothing is in flight. Requests of a batch can't influence each other's tokens:
+attention is computed per request, a choice depends on the request's seed and position only, and on the CPUs that were
+tried a row of a matrix product does not depend on the other rows (on a GPU that last part does not hold exactly).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dormouse.engine.detokenize import TextStream
+from dormouse.engine.loop import Loop
+from dormouse.engine.messages import Cancel, ChatPrompt, Delta, Failed, Finished, Generate, Load, Loaded, TokenLogprob
+from dormouse.engine.prompts import check_room, context_overflow, failed
+from dormouse.engine.protocol import Emit
+from dormouse.engine.sampling import alternatives, check_sampling, choose, uniform
+from dormouse.errors import DormouseError, EngineError, HostError
+from dormouse.phases import Phases
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_KV_TOKENS = 16384
+_MAX_KV_SHARE = 0.5  # of the memory that is free
+
+
+@dataclass
+class _Request:
+    """A generation: made by the main thread, from then on the loop thread's."""
+
+    generate: Generate
+    seed: int
+    prompt: list[int]
+    limit: int
+    text: TextStream
+    made: int = 0
+
+
+class TransformersEngine:
+    """See the module, and protocol.Engine."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, _Request] = {}
+        self._chosen: list[tuple[_Request, int, list[TokenLogprob] | None]] = []
+
+    def load(self, spec: Load, emit: Emit) -> Loaded:
+        phases = Phases()
+        folder = Path(spec.path)
+        with phases.time("import"):
+            _set_threads(spec.threads)
+            from dormouse.engine import chat_tokenizer, transformers_batch, transformers_model
+        transformers_batch.check_internals()
+        with phases.time("model"):
+            device = _device(spec.device)
+            model = transformers_model.load_model(folder, device, transformers_batch.ATTENTION)
+        with phases.time("tokenizer"):
+            self._tokenizer = chat_tokenizer.ChatTokenizer(folder)
+        with phases.time("cache"):
+            kv_tokens = _kv_tokens(spec, model, transformers_batch.kv_bytes_per_token(model))
+            self._batch = transformers_batch.Batch(model, kv_tokens=kv_tokens, sample=self._sample)
+        self._context = _context(spec, model, kv_tokens)
+        self._ends = _end_tokens(model.generation_config.eos_token_id, self._tokenizer.eos_token_id)
+        self._emit = emit
+        self._loop: Loop[_Request | Cancel] = Loop(self._step, self._fail)
+        return Loaded(context=self._context, kv_tokens=kv_tokens, eos_token_ids=sorted(self._ends), phases=phases)
+
+    def submit(self, request: Generate) -> None:
+        try:
+            self._loop.post(self._prepare(request))
+        except DormouseError as error:
+            self._emit(failed(request.id, error))
+
+    def cancel(self, request_id: str) -> None:
+        self._loop.post(Cancel(request_id))
+
+    def quiesce(self) -> None:
+        self._loop.park()
+        self._batch.drop_cache()
+
+    def resume(self) -> None:
+        self._loop.unpark()
+
+    def close(self) -> None:
+        self._loop.close()
+
+    def _prepare(self, request: Generate) -> _Request:
+        check_room(len(self._requests))
+        sampling = request.sampling
+        check_sampling(sampling)
+        prompt = self._tokenizer.encode(request.prompt)
+        if len(prompt) >= self._context:
+            what = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
+            raise context_overflow(self._context, len(prompt), what)
+        return _Request(
+            generate=request,
+            # From the kernel, not from this process's memory, which other replicas of a snapshot have as well.
+            seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+            prompt=prompt,
+            limit=min(sampling.max_tokens, self._context - len(prompt)),
+            text=TextStream(self._tokenizer.decode, sampling.stop, prompt),
+        )
+
+    # The rest runs on the loop's thread.
+
+    def _step(self, commands: list[_Request | Cancel]) -> bool:
+        for command in commands:
+            if isinstance(command, _Request):
+                self._requests[command.generate.id] = command
+                self._batch.add(command.generate.id, command.prompt)
+            elif command.id in self._requests:
+                self._end(self._requests[command.id], "cancel")
+        self._chosen.clear()
+        self._batch.step()
+        for request, token, logprobs in self._chosen:
+            self._advance(request, token, logprobs)
+        return bool(self._requests)
+
+    def _sample(self, ids: list[str], logits: torch.Tensor) -> list[int]:
+        tokens = []
+        for request_id, row in zip(ids, logits, strict=True):
+            request = self._requests[request_id]
+            sampling = request.generate.sampling
+            token = choose(row, sampling, uniform(request.seed, request.made))
+            logprobs = None if sampling.logprobs is None else self._logprobs(row, token, sampling.logprobs)
+            self._chosen.append((request, token, logprobs))
+            tokens.append(token)
+        return tokens
+
+    def _logprobs(self, row: torch.Tensor, token: int, count: int) -> list[TokenLogprob]:
+        return [
+            TokenLogprob(token_id=i, text=self._tokenizer.token_text(i), logprob=logprob)
+            for i, logprob in alternatives(row, token, count)
+        ]
+
+    def _advance(self, request: _Request, token: int, logprobs: list[TokenLogprob] | None) -> None:
+        """Stream one token. An end token is neither streamed nor counted."""
+        if token in self._ends:
+            if rest := request.text.finish():
+                self._emit(Delta(id=request.generate.id, token_ids=[], text=rest))
+            self._end(request, "stop")
+            return
+        request.made += 1
+        text = request.text.push([token])
+        reason = "stop" if request.text.stopped else "length" if request.made == request.limit else None
+        if reason == "length":
+            text += request.text.finish()
+        self._emit(
+            Delta(
+                id=request.generate.id,
+                token_ids=[token],
+                text=text,
+                logprobs=None if logprobs is None else [logprobs],
+            )
+        )
+        if reason:
+            self._end(request, "stop" if request.text.stopped else reason)
+
+    def _end(self, request: _Request, reason: str) -> None:
+        del self._requests[request.generate.id]
+        self._batch.remove(request.generate.id)
+        self._emit(
+            Finished(
+                id=request.generate.id,
+                reason=reason,
+                prompt_tokens=len(request.prompt),
+                completion_tokens=request.made,
+            )
+        )
+
+    def _fail(self, error: Exception) -> None:
+        """A step raised (out of memory, for example): its requests fail, the next ones start on a clean state."""
+        requests, self._requests = self._requests, {}
+        self._batch.reset()
+        for request_id in requests:
+            self._emit(
+                Failed(id=request_id, message=f"the engine failed: {error}", reason="engine_error", bad_request=False)
+            )
+
+
+def _set_threads(threads: int | None) -> None:
+    """Before torch is imported: its OpenMP runtime reads the number once."""
+    os.environ["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise EngineError(f"there is no device {name!r}", remedy="Use cpu or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise HostError(
+            f"the model is to run on {name}, but torch sees no GPU", remedy="Run `dormouse doctor`, or use cpu"
+        )
+    return device
+
+
+def _kv_tokens(spec: Load, model: Any, bytes_per_token: int) -> int:
+    """How many tokens the cache holds: what was asked for if it fits, else the default, bounded by free memory."""
+    if model.device.type == "cuda":
+        import torch
+
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = _available_memory()
+    most = int(free * _MAX_KV_SHARE) // bytes_per_token
+    wanted = spec.kv_tokens or min(DEFAULT_KV_TOKENS, most)
+    if not 0 < wanted <= most:
+        raise HostError(
+            f"a cache of {wanted} tokens needs {wanted * bytes_per_token >> 20} MiB; at most half of the free "
+            f"{free >> 20} MiB may be used",
+            remedy="Set a smaller kv_tokens for the model, or free some memory",
+        )
+    return wanted
+
+
+def _available_memory() -> int:
+    """Bytes that can be taken without swapping, as the kernel estimates it."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise HostError("/proc/meminfo has no MemAvailable", remedy="Use a kernel of 3.14 or newer")
+
+
+def _context(spec: Load, model: Any, kv_tokens: int) -> int:
+    own = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or kv_tokens)
+    return min(spec.context or own, own, kv_tokens)
+
+
+def _end_tokens(configured: int | list[int] | None, of_tokenizer: int | None) -> frozenset[int]:
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in [*ids, of_tokenizer] if i is not None)

@@ -1,0 +1,217 @@
+"""The worker process: one engine behind one inherited socket.
+
+    python -m dormouse.engine.worker --control-fd N
+
+    node --frames--> main thread (this module) --submit, cancel--> engine's thread --emit--> frames to the node
+
+The main thread reads the socket; whoever has a message to send writes it itself, under one lock, with a blocking
+send. So there is no queue to bound: a node that reads slowly slows the engine down, and once `Quiesced` is sent
+nothing is left to be sent. The end of the stream ends the process.
+
+The process is snapshotted between `Quiesced` and `Resume`. Before `Quiesced` the engine's thread sleeps, stdout and
+stderr go to /dev/null (a snapshot refuses a file that has changed since), free memory is returned to the kernel, and
+the only descriptor left besides those is the control socket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import logging
+import os
+import socket
+import sys
+import threading
+
+from dormouse.engine.frames import Inbox, pack_frame
+from dormouse.engine.messages import (
+    PROTOCOL_VERSION,
+    Cancel,
+    Failed,
+    FromWorker,
+    Generate,
+    Hello,
+    Load,
+    Quiesce,
+    Quiesced,
+    Resume,
+    Resumed,
+    Shutdown,
+    ToWorker,
+    WorkerError,
+)
+from dormouse.engine.protocol import Engine
+from dormouse.errors import DormouseError, EngineError
+from dormouse.phases import Phases
+
+_RECEIVE = 1 << 16
+log = logging.getLogger(__name__)
+
+
+def create_engine(name: str) -> Engine:
+    """The engine of a name. Heavy imports happen here, not before: a worker that waits for Load costs 20 MB."""
+    if name == "null":
+        from dormouse.engine.null_engine import NullEngine
+
+        return NullEngine()
+    if name == "transformers":
+        from dormouse.engine.transformers_engine import TransformersEngine
+
+        return TransformersEngine()
+    raise EngineError(f"there is no engine named {name!r}", remedy="Use 'transformers' or 'null'")
+
+
+class Worker:
+    """The main loop; `run` returns the process's exit status."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._sending = threading.Lock()
+        self._engine: Engine | None = None
+        self._parked = False
+
+    def run(self) -> int:
+        inbox: Inbox[ToWorker] = Inbox(ToWorker)  # type: ignore[arg-type]  # a union is what the decoder wants
+        try:
+            self._send(Hello(version=PROTOCOL_VERSION, pid=os.getpid()))
+            while data := self._control.recv(_RECEIVE):
+                for message in inbox.feed(data):
+                    if isinstance(message, Shutdown):
+                        return 0
+                    self._handle(message)
+        except EngineError as error:  # only the inbox lets one through: what follows it can't be understood
+            self._send(WorkerError(message=error.message, remedy="Restart the worker"))
+            return 1
+        except ConnectionError:
+            log.warning("the node has gone")
+        finally:
+            if self._engine is not None:
+                self._engine.close()
+        return 0
+
+    def _handle(self, message: ToWorker) -> None:
+        try:
+            self._dispatch(message)
+        except ConnectionError:
+            raise
+        except DormouseError as error:
+            self._send(WorkerError(message=error.message, remedy=error.remedy))
+        except Exception as error:
+            log.exception("%s failed", type(message).__name__)
+            self._send(
+                WorkerError(message=f"{type(message).__name__} failed: {error!r}", remedy="See the worker's log")
+            )
+
+    def _dispatch(self, message: ToWorker) -> None:
+        match message:
+            case Load():
+                self._load(message)
+            case Generate():
+                self._generate(message)
+            case Cancel() if self._engine is not None and not self._parked:
+                self._engine.cancel(message.id)
+            case Quiesce():
+                self._quiesce()
+            case Resume():
+                self._resume(message)
+            case _:
+                pass
+
+    def _load(self, spec: Load) -> None:
+        if self._engine is not None:
+            raise EngineError("this worker has a model already", remedy="Start another worker")
+        gc.disable()  # imports make a million objects that all stay: collecting among them costs a tenth of the time
+        engine = create_engine(spec.engine)
+        loaded = engine.load(spec, self._emit)
+        gc.freeze()
+        gc.enable()
+        self._engine = engine
+        self._send(loaded)
+
+    def _generate(self, request: Generate) -> None:
+        if self._engine is not None and not self._parked:
+            self._engine.submit(request)
+            return
+        why = "the worker is parked" if self._engine is not None else "no model is loaded"
+        self._send(Failed(id=request.id, message=why, reason="engine_error", bad_request=False))
+
+    def _quiesce(self) -> None:
+        phases = Phases()
+        with phases.time("engine"):
+            self._loaded().quiesce()
+        self._parked = True
+        with phases.time("memory"):
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+        _redirect_output(os.devnull, os.O_WRONLY)
+        self._send(Quiesced(phases=phases))
+
+    def _resume(self, message: Resume) -> None:
+        phases = Phases()
+        engine = self._loaded()
+        try:
+            _redirect_output(message.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        except OSError as error:
+            raise EngineError(
+                f"the worker's log {message.log_path} can't be opened: {error.strerror}",
+                remedy="Check the folder's permissions and free space",
+            ) from error
+        with phases.time("engine"):
+            engine.resume()
+        self._parked = False
+        self._send(Resumed(phases=phases))
+
+    def _loaded(self) -> Engine:
+        if self._engine is None:
+            raise EngineError("no model is loaded", remedy="Send Load first")
+        return self._engine
+
+    def _emit(self, message: FromWorker) -> None:
+        """What the engine's thread calls. A node that has gone is the main thread's business: it sees the end of the
+        stream and ends the process, so here the message is only dropped."""
+        try:
+            self._send(message)
+        except ConnectionError:
+            log.warning("the node has gone; a %s message is dropped", type(message).__name__)
+
+    def _send(self, message: FromWorker) -> None:
+        frame = pack_frame(message)
+        with self._sending:
+            self._control.sendall(frame)
+
+
+def _redirect_output(path: str, flags: int) -> None:
+    """Make stdout and stderr go to `path` (0600 if it is created), keeping the descriptor numbers."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    opened = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    try:
+        for standard in (1, 2):
+            os.dup2(opened, standard)
+    finally:
+        os.close(opened)
+
+
+def _environment() -> None:
+    """What libraries read when they are imported: no network, no telemetry, no threads of the tokenizer."""
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        DO_NOT_TRACK="1",
+        TOKENIZERS_PARALLELISM="false",
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="dormouse-worker", description="Run one engine behind an inherited socket.")
+    parser.add_argument("--control-fd", type=int, required=True, help="descriptor of the AF_UNIX stream socket")
+    control_fd: int = parser.parse_args().control_fd
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _environment()
+    with socket.socket(fileno=control_fd) as control:
+        return Worker(control).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The outermost layer of the app: who may come in, when, and what is written down about it.
+
+request -> [draining? 503] -> [key? 401] -> route -> response + x-request-id -> one log line, one count
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dormouse.errors import StoppingError
+from dormouse.gateway.metrics import Metrics
+from dormouse.gateway.problems import HttpProblem, problem_response
+
+log = logging.getLogger(__name__)
+
+_STORY = "dormouse.story"
+_OPEN_ROUTES = ("/healthz", "/readyz")
+_ROUTES = frozenset({*_OPEN_ROUTES, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions"})
+CLIENT_GONE = 499
+
+
+@dataclass
+class Story:
+    """What becomes known about a request on its way; `status` overrides the response's (a stream that broke off)."""
+
+    model: str = ""
+    start: str = ""
+    first_token: float | None = None
+    tokens: int = 0
+    status: int | None = None
+
+
+def story_of(scope: Scope) -> Story:
+    """The story of the request with this scope."""
+    story = scope[_STORY]
+    assert isinstance(story, Story)
+    return story
+
+
+class Keys:
+    """API keys. They are kept and compared as digests, all of them each time, so that the time an answer takes says
+    nothing about any key."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def allow(self, authorization: str) -> bool:
+        """Whether a request with this Authorization header may come in."""
+        scheme, _, key = authorization.partition(" ")
+        given = hashlib.sha256(key.strip().encode()).digest()
+        matches = [hmac.compare_digest(digest, given) for digest in self._digests]
+        return not self._digests or (scheme.lower() == "bearer" and any(matches))
+
+
+class Gate:
+    """ASGI middleware around everything. `draining` refuses new work; `idle` is set while nothing is answered."""
+
+    def __init__(self, app: ASGIApp, *, keys: Keys, metrics: Metrics, metrics_open: bool) -> None:
+        self._app = app
+        self._keys = keys
+        self._metrics = metrics
+        self._open = {*_OPEN_ROUTES, "/metrics"} if metrics_open else set(_OPEN_ROUTES)
+        self.draining = False
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._active = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        began = time.perf_counter()
+        request_id = f"req_{secrets.token_hex(8)}"
+        story = scope[_STORY] = Story()
+        status = CLIENT_GONE
+
+        async def noting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        self._active += 1
+        self.idle.clear()
+        try:
+            await self._enter(scope, receive, noting_send)
+        finally:
+            self._active -= 1
+            if not self._active:
+                self.idle.set()
+            self._write_down(scope, story, story.status or status, time.perf_counter() - began, request_id)
+
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = self._problem(scope)
+        if problem is None:
+            await self._app(scope, receive, send)
+        else:
+            await problem_response(problem)(scope, receive, send)
+
+    def _problem(self, scope: Scope) -> Exception | None:
+        path: str = scope["path"]
+        if path not in self._open and not self._keys.allow(Headers(scope=scope).get("authorization", "")):
+            message = "Incorrect or missing API key. Send it as `Authorization: Bearer KEY`"
+            return HttpProblem(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        if self.draining and path.startswith("/v1/"):
+            return StoppingError("the server is shutting down", remedy="Try again later")
+        return None
+
+    def _write_down(self, scope: Scope, story: Story, status: int, seconds: float, request_id: str) -> None:
+        route = _route(scope["path"])
+        self._metrics.requests.labels(route, story.model, str(status)).inc()
+        log.log(
+            logging.INFO if route.startswith("/v1/") else logging.DEBUG,
+            "%s %s %d model=%s start=%s first_token=%s tokens=%d seconds=%.3f id=%s",
+            *(scope["method"], route, status, story.model or "-", story.start or "-"),
+            *(f"{story.first_token:.3f}" if story.first_token is not None else "-", story.tokens, seconds, request_id),
+        )
+
+
+def _route(path: str) -> str:
+    """The path as a label: there must not be as many labels as there are typos."""
+    if path in _ROUTES:
+        return path
+    return "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, refused as soon as it is longer than `limit` bytes."""
+    announced = request.headers.get("content-length", "0")
+    body = bytearray()
+    if announced.isdigit() and int(announced) <= limit:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > limit:
+                break
+        else:
+            return bytes(body)
+    raise HttpProblem(413, f"The body is longer than {limit} bytes", code="request_too_large")

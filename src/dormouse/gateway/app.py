@@ -1,0 +1,113 @@
+"""The routes of the gateway as one ASGI app over a node.
+
+Gate (access.py) -> router -> parse (requests.py) -> Reply (serving.py) -> node
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from dormouse.config import ServeConfig
+from dormouse.errors import DormouseError, NotFoundError
+from dormouse.gateway.access import CLIENT_GONE, Gate, Keys, read_body
+from dormouse.gateway.metrics import Metrics
+from dormouse.gateway.problems import HttpProblem, json_response, problem_response
+from dormouse.gateway.requests import Job, parse_chat, parse_completion
+from dormouse.gateway.serving import Reply
+from dormouse.node.node import Node
+
+
+def create_app(node: Node, config: ServeConfig, keys: Iterable[str]) -> Gate:
+    """The app, behind its gate. Without keys everyone who can connect may use it."""
+    metrics = Metrics(node)
+    routes = _Routes(node, config, metrics)
+    app = Starlette(
+        routes=[
+            Route("/v1/models", routes.models, methods=["GET"]),
+            Route("/v1/models/{id:path}", routes.model, methods=["GET"]),
+            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+            Route("/v1/completions", routes.completion, methods=["POST"]),
+            Route("/healthz", routes.health, methods=["GET"]),
+            Route("/readyz", routes.ready, methods=["GET"]),
+            Route("/metrics", routes.metrics, methods=["GET"]),
+        ],
+        exception_handlers={
+            DormouseError: _answer_problem,
+            HttpProblem: _answer_problem,
+            HTTPException: _answer_http_exception,
+            ClientDisconnect: _answer_nobody,
+            Exception: _answer_problem,
+        },
+    )
+    gate = Gate(app, keys=Keys(keys), metrics=metrics, metrics_open=config.metrics_open)
+    routes.gate = gate
+    return gate
+
+
+class _Routes:
+    """The endpoints."""
+
+    gate: Gate
+
+    def __init__(self, node: Node, config: ServeConfig, metrics: Metrics) -> None:
+        self._node = node
+        self._config = config
+        self._metrics = metrics
+
+    async def models(self, request: Request) -> Response:
+        return json_response({"object": "list", "data": [self._model(name) for name in sorted(self._node.models)]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["id"]
+        if name not in self._node.models:
+            raise NotFoundError(f"the model {name!r} is not served here", remedy="See /v1/models for those that are")
+        return json_response(self._model(name))
+
+    async def chat(self, request: Request) -> Reply:
+        return await self._reply(request, parse_chat)
+
+    async def completion(self, request: Request) -> Reply:
+        return await self._reply(request, parse_completion)
+
+    async def health(self, request: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        if self.gate.draining:
+            return json_response({"status": "shutting down"}, status=503)
+        return json_response({"status": "ready"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _reply(self, request: Request, parse: Callable[[bytes], Job]) -> Reply:
+        job = parse(await read_body(request, self._config.max_body_bytes))
+        return Reply(job, self._node, self._metrics, self._config)
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": int(self._node.started), "owned_by": "dormouse"}
+
+
+async def _answer_problem(request: Request, error: Exception) -> Response:
+    return problem_response(error)
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    phrase = HTTPStatus(error.status_code).phrase
+    message = f"{phrase}: {request.method} {request.url.path}"
+    code = phrase.lower().replace(" ", "_")
+    return problem_response(HttpProblem(error.status_code, message, code=code, headers=error.headers))
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """The client went away while it was still sending: nobody reads this, but the log tells."""
+    return Response(status_code=CLIENT_GONE)

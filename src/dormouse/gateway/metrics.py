@@ -1,0 +1,117 @@
+"""What /metrics shows. Counters and histograms are fed where the thing happens; gauges are read from the node when
+somebody asks. Model labels are names that are served, so their number is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from dormouse.errors import DormouseError
+from dormouse.node.node import Node
+from dormouse.node.replica import Start, State
+from dormouse.snapshot.service import CaptureResult
+
+_START_BUCKETS = (0.01, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 60, 120, 300)
+_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+
+class Metrics:
+    """The registry of one gateway; the node's observer."""
+
+    def __init__(self, node: Node) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "dormouse_requests", "HTTP requests by outcome.", ("route", "model", "status"), registry=registry
+        )
+        self.first_token = Histogram(
+            "dormouse_time_to_first_token_seconds",
+            "From the arrival of a request to its first token, waiting included.",
+            ("model", "path"),
+            buckets=_START_BUCKETS,
+            registry=registry,
+        )
+        self.token_gap = Histogram(
+            "dormouse_inter_token_seconds",
+            "Between two token events of one answer.",
+            ("model",),
+            buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._starts = Histogram(
+            "dormouse_start_seconds",
+            "How long replicas took to become ready, by start path.",
+            ("model", "path"),
+            buckets=_START_BUCKETS,
+            registry=registry,
+        )
+        self._phases = Counter(
+            "dormouse_phase_seconds",
+            "Seconds spent per phase of starts and captures.",
+            ("model", "step", "phase"),
+            registry=registry,
+        )
+        self._failures = Counter(
+            "dormouse_start_failures", "Starts that no path led to.", ("model", "reason"), registry=registry
+        )
+        self._fallbacks = Counter(
+            "dormouse_fallbacks", "Snapshots that could not be used.", ("model", "reason"), registry=registry
+        )
+        self._captures = Counter("dormouse_captures", "Captures by outcome.", ("model", "outcome"), registry=registry)
+        self._captured_bytes = Counter(
+            "dormouse_captured_bytes", "Bytes of captured images.", ("model", "kind"), registry=registry
+        )
+        registry.register(_NodeGauges(node))
+        node.observe(self)
+
+    def page(self) -> bytes:
+        """The text of /metrics."""
+        return generate_latest(self._registry)
+
+    # dormouse.node.parts.Observer
+
+    def started(self, model: str, start: Start, phases: Mapping[str, float]) -> None:
+        self._starts.labels(model, start.path).observe(start.seconds)
+        self._add_phases(model, start.path, phases)
+
+    def start_failed(self, model: str, error: DormouseError) -> None:
+        self._failures.labels(model, error.code).inc()
+
+    def fell_back(self, model: str, error: DormouseError) -> None:
+        self._fallbacks.labels(model, error.code).inc()
+
+    def captured(self, model: str, result: CaptureResult, phases: Mapping[str, float]) -> None:
+        self._captures.labels(model, "committed").inc()
+        self._captured_bytes.labels(model, "raw").inc(result.raw_bytes)
+        self._captured_bytes.labels(model, "stored").inc(result.stored_bytes)
+        self._add_phases(model, "capture", phases)
+
+    def capture_failed(self, model: str, error: DormouseError) -> None:
+        self._captures.labels(model, error.code).inc()
+
+    def _add_phases(self, model: str, step: str, phases: Mapping[str, float]) -> None:
+        for phase, seconds in phases.items():
+            self._phases.labels(model, step, phase).inc(seconds)
+
+
+class _NodeGauges:
+    """Reads the node when it is scraped."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def collect(self) -> Iterator[Metric]:
+        """The gauges of all models."""
+        waiting = GaugeMetricFamily("dormouse_waiting", "Requests that wait for the model.", labels=["model"])
+        in_flight = GaugeMetricFamily("dormouse_in_flight", "Requests that use the model.", labels=["model"])
+        memory = GaugeMetricFamily("dormouse_worker_rss_bytes", "Memory the worker has now.", labels=["model"])
+        state = GaugeMetricFamily("dormouse_replica_state", "1 for the current state.", labels=["model", "state"])
+        for status in self._node.statuses():
+            waiting.add_metric([status.name], status.waiting)
+            in_flight.add_metric([status.name], status.in_flight)
+            memory.add_metric([status.name], status.rss_bytes)
+            for name in State:
+                state.add_metric([status.name, name.value], float(status.state == name.value))
+        yield from (waiting, in_flight, memory, state)

@@ -1,0 +1,39 @@
+"""A node made of the product's own parts: the imported models, the store, the host checkpoint service."""
+
+from __future__ import annotations
+
+import asyncio
+
+from dormouse.checkpoint.models import ImportedModel, open_model
+from dormouse.config import DataDir, ModelConfig, ServeConfig
+from dormouse.errors import ConfigError
+from dormouse.node.catalog import StoreCatalog
+from dormouse.node.node import Node
+from dormouse.node.parts import Model
+from dormouse.snapshot.compatibility import host_key
+from dormouse.snapshot.service import HostService
+
+
+async def assemble_node(config: ServeConfig) -> Node:
+    """A node that `async with` starts and ends. Raises ConfigError, NotFoundError or StoreError."""
+    if not config.models:
+        raise ConfigError("there is no model to serve", remedy="Name one under models, or `dormouse serve NAME`")
+    folders = DataDir(config.data_dir).create()
+    models = {name: await asyncio.to_thread(open_model, folders.models, name) for name in config.models}
+    return Node(config, lambda: HostService.start(folders.root), models, StoreCatalog(folders.store), _key)
+
+
+def _key(model: Model, settings: ModelConfig) -> dict[str, str]:
+    """What must be the same for a snapshot of this model to be used."""
+    assert isinstance(model, ImportedModel)
+    return host_key(
+        engine=settings.engine or model.engine,
+        model_digest=model.digest,
+        options={
+            "context": settings.context,
+            "device": settings.device,
+            "kv_tokens": settings.kv_tokens,
+            "path": model.path,
+            "threads": settings.threads,
+        },
+    )

@@ -1,0 +1,270 @@
+"""The node's end of one worker's control socket: requests out, token events back to whoever asked for them.
+
+A reader task feeds every received message to the generation it belongs to. A generation keeps one pending delta: what
+arrives while its consumer is busy is joined to it. So a slow client costs at most the bytes of its own answer, never
+delays another request of the same worker, and needs no queue.
+
+When the worker ends, or says something that it must not, every generation and command under way gets an EngineError,
+and `on_lost` is called once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
+
+from dormouse.engine.frames import Inbox, pack_frame
+from dormouse.engine.messages import (
+    PROTOCOL_VERSION,
+    Cancel,
+    Delta,
+    Failed,
+    Finished,
+    FromWorker,
+    Generate,
+    Hello,
+    Load,
+    Loaded,
+    Prompt,
+    Quiesce,
+    Quiesced,
+    Resume,
+    Resumed,
+    Sampling,
+    TokenLogprob,
+    ToWorker,
+    WorkerError,
+)
+from dormouse.errors import DormouseError, EngineError, RequestError
+
+_READ_SIZE = 1 << 16
+_Reply = TypeVar("_Reply", Hello, Loaded, Quiesced, Resumed)
+
+
+class _Generation:
+    """What has come for one request and was not yet taken."""
+
+    def __init__(self) -> None:
+        self._arrived = asyncio.Event()
+        self._deltas: list[Delta] = []
+        self._end: Finished | DormouseError | None = None
+
+    def put(self, delta: Delta) -> None:
+        self._deltas.append(delta)
+        self._arrived.set()
+
+    def end(self, end: Finished | DormouseError) -> None:
+        self._end = end
+        self._arrived.set()
+
+    async def take(self) -> Delta | Finished:
+        """The next event; deltas that piled up come as one. Raises the error that ended the generation."""
+        await self._arrived.wait()
+        if self._deltas:
+            deltas, self._deltas = self._deltas, []
+            if self._end is None:
+                self._arrived.clear()
+            return deltas[0] if len(deltas) == 1 else _join(deltas)
+        assert self._end is not None
+        if isinstance(self._end, DormouseError):
+            raise self._end
+        return self._end
+
+
+def _join(deltas: list[Delta]) -> Delta:
+    logprobs: list[list[TokenLogprob]] | None = None
+    if deltas[0].logprobs is not None:
+        logprobs = [position for delta in deltas for position in delta.logprobs or ()]
+    return Delta(
+        id=deltas[0].id,
+        token_ids=[token for delta in deltas for token in delta.token_ids],
+        text="".join(delta.text for delta in deltas),
+        logprobs=logprobs,
+    )
+
+
+class WorkerLink:
+    """Owns `control` from `open` until `close`. Commands (`load`, `quiesce`, `resume`) are given one at a time."""
+
+    def __init__(
+        self,
+        model: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        fresh: bool,
+        on_lost: Callable[[DormouseError], None],
+    ) -> None:
+        self._model = model
+        self._reader = reader
+        self._writer = writer
+        self._ids = itertools.count(1)
+        self._generations: dict[str, _Generation] = {}
+        self._cancelled: set[str] = set()
+        self._settled = asyncio.Event()
+        self._settled.set()
+        self._reply: asyncio.Future[FromWorker] | None = asyncio.get_running_loop().create_future() if fresh else None
+        self._lost: DormouseError | None = None
+        self._on_lost: Callable[[DormouseError], None] | None = on_lost
+        self._task = asyncio.create_task(self._receive(), name=f"link {model}")
+
+    @classmethod
+    async def open(
+        cls, model: str, control: socket.socket, *, fresh: bool, on_lost: Callable[[DormouseError], None]
+    ) -> WorkerLink:
+        """Start to listen on `control`. A `fresh` worker says `Hello` first, a restored one has said it long ago."""
+        control.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=control)
+        return cls(model, reader, writer, fresh, on_lost)
+
+    @property
+    def lost(self) -> DormouseError | None:
+        """Why the worker is gone; None while it is there."""
+        return self._lost
+
+    async def load(self, load: Load) -> Loaded:
+        """Wait for a fresh worker's `Hello` and have it load a model. Raises EngineError."""
+        hello = await self._expect(Hello)
+        if hello.version != PROTOCOL_VERSION:
+            raise EngineError(
+                f"the worker of {self._model} speaks protocol {hello.version}, this node speaks {PROTOCOL_VERSION}",
+                remedy="Install one version of Dormouse, then restart `dormouse serve`",
+            )
+        return await self._command(load, Loaded)
+
+    async def quiesce(self) -> Quiesced:
+        """Park the worker, once the generations that were cancelled have ended. Raises EngineError."""
+        await self._settled.wait()
+        return await self._command(Quiesce(), Quiesced)
+
+    async def resume(self, log_path: str) -> Resumed:
+        """Let a parked or restored worker go on. Raises EngineError."""
+        return await self._command(Resume(log_path=log_path), Resumed)
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Delta | Finished]:
+        """Token events, the last one a `Finished`. Closing the iterator early cancels the generation.
+
+        Raises RequestError (the worker refuses the request) or EngineError.
+        """
+        number = str(next(self._ids))
+        frame = _request_frame(Generate(id=number, prompt=prompt, sampling=sampling))
+        if self._lost is not None:
+            raise self._lost
+        generation = self._generations[number] = _Generation()
+        self._settled.clear()
+        try:
+            self._writer.write(frame)
+            with contextlib.suppress(ConnectionError):  # the reader task sees it too, and tells the generation
+                await self._writer.drain()
+            while True:
+                event = await generation.take()
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            self._abandon(number)
+
+    async def close(self) -> None:
+        """Close the socket; a worker that is still there ends. Idempotent."""
+        self._on_lost = None
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        self._lose(EngineError(f"the worker of {self._model} was stopped"))
+
+    def _abandon(self, number: str) -> None:
+        if self._generations.pop(number, None) is not None and self._lost is None:
+            self._cancelled.add(number)
+            self._send(Cancel(id=number))
+        self._check_settled()
+
+    def _send(self, message: ToWorker) -> None:
+        if self._lost is not None:
+            raise self._lost
+        self._writer.write(pack_frame(message))
+
+    async def _command(self, message: ToWorker, reply_type: type[_Reply]) -> _Reply:
+        self._send(message)
+        self._reply = asyncio.get_running_loop().create_future()
+        return await self._expect(reply_type)
+
+    async def _expect(self, reply_type: type[_Reply]) -> _Reply:
+        assert self._reply is not None
+        message = await self._reply
+        if isinstance(message, WorkerError):
+            raise EngineError(message.message, remedy=message.remedy)
+        if not isinstance(message, reply_type):
+            raise EngineError(
+                f"the worker of {self._model} answered {type(message).__name__} instead of {reply_type.__name__}"
+            )
+        return message
+
+    async def _receive(self) -> None:
+        inbox: Inbox[FromWorker] = Inbox(FromWorker)  # type: ignore[arg-type]
+        ended = f"the worker of {self._model} ended unexpectedly"
+        try:
+            while data := await self._reader.read(_READ_SIZE):
+                for message in inbox.feed(data):
+                    self._dispatch(message)
+            self._lose(EngineError(ended, remedy="Look into its log"))
+        except OSError as error:
+            self._lose(EngineError(f"{ended}: {error}", remedy="Look into its log"))
+        except EngineError as error:
+            self._lose(error)
+
+    def _dispatch(self, message: FromWorker) -> None:
+        match message:
+            case Delta():
+                if generation := self._generations.get(message.id):
+                    generation.put(message)
+            case Finished():
+                self._finish(message.id, message)
+            case Failed():
+                self._finish(message.id, _as_error(message))
+            case _ if self._reply is not None and not self._reply.done():
+                self._reply.set_result(message)
+            case WorkerError():
+                raise EngineError(message.message, remedy=message.remedy)
+            case _:
+                raise EngineError(f"the worker of {self._model} sent {type(message).__name__} unasked")
+
+    def _finish(self, number: str, end: Finished | DormouseError) -> None:
+        if generation := self._generations.pop(number, None):
+            generation.end(end)
+        self._cancelled.discard(number)
+        self._check_settled()
+
+    def _check_settled(self) -> None:
+        if not self._generations and not self._cancelled:
+            self._settled.set()
+
+    def _lose(self, error: DormouseError) -> None:
+        if self._lost is not None:
+            return
+        self._lost = error
+        for generation in self._generations.values():
+            generation.end(error)
+        self._generations.clear()
+        self._cancelled.clear()
+        self._settled.set()
+        if self._reply is not None and not self._reply.done():
+            self._reply.set_exception(error)
+            self._reply.exception()  # whoever awaits it gets it; that nobody does is no mistake
+        self._writer.close()
+        if self._on_lost is not None:
+            self._on_lost(error)
+
+
+def _request_frame(request: Generate) -> bytes:
+    try:
+        return pack_frame(request)
+    except EngineError as error:
+        raise RequestError(error.message, reason="request_too_large", remedy=error.remedy) from error
+
+
+def _as_error(failed: Failed) -> DormouseError:
+    if failed.bad_request:
+        return RequestError(failed.message, param=failed.param, reason=failed.reason)
+    return EngineError(failed.message)

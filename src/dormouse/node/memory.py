@@ -1,0 +1,34 @@
+"""How much memory there is, what a worker takes, and what one will take before it runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dormouse.node.parts import Model
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+# Beside the weights: interpreter, libraries, KV cache and scratch of an idle worker, measured and rounded up.
+_OVERHEAD = {"transformers": 1 << 30, "null": 64 << 20}
+
+
+def machine_memory() -> int:
+    """Bytes this process may count on: the machine's, or its control group's limit when that is lower."""
+    total = os.sysconf("SC_PHYS_PAGES") * _PAGE
+    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
+    return total if limit == "max" else min(total, int(limit))
+
+
+def estimate(model: Model, engine: str) -> int:
+    """Bytes a worker of this model is expected to take."""
+    return model.weight_bytes + _OVERHEAD.get(engine, 1 << 30)
+
+
+def resident_bytes(pid: int) -> int:
+    """The memory a process has now, shared file pages included; 0 when it has gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+    except (FileNotFoundError, ProcessLookupError):
+        return 0

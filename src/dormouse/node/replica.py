@@ -1,0 +1,434 @@
+"""The life of one model's replica as a pure state machine: events in, effects out, time as an argument.
+
+                 +--------------------------- Failed --------------------------+
+                 v                                                              |
+    Request -> asleep -> restoring --Done--> ready -> quiescing -> capturing -> (Done: asleep)
+                 |           | Failed          ^          |            | Failed
+                 |           v                 |          v            v
+                 +------> starting --Done------+------ resuming <------+        any of these -> stopping -> asleep
+
+Each state but asleep and ready has exactly one operation under way; the runner (runner.py) carries it out and reports
+`Done` or `Failed`. So there is never more than one worker, and a result can't be mistaken for another's. A request
+holds a waiter's number from `Request` until `Leave`; every waiter gets exactly one `Serve` or `Fail`, unless it leaves
+first.
+
+Two choices worth knowing:
+
+- A request that arrives while the worker is being quiesced makes it resume at once: that takes milliseconds. One that
+  arrives during the capture itself waits for the commit and the restore: a dump can't be interrupted safely, and with
+  the snapshot committed the same wait is never paid again.
+- A capture that fails leaves the worker running; the next attempt comes after twice the keep-alive, and after three
+  failures the idle model is stopped without a snapshot, for memory held by an idle model is what users pay for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+from dormouse.errors import BusyError, DormouseError, StoppingError
+
+MAX_CAPTURE_FAILURES = 3
+STOP_RETRY = 5.0
+_FIRST_GUESS = 5.0
+
+StartPath = Literal["hot", "snapshot", "cold"]
+
+
+class State(StrEnum):
+    """What the replica is doing now."""
+
+    ASLEEP = "asleep"
+    STARTING = "starting"
+    RESTORING = "restoring"
+    READY = "ready"
+    QUIESCING = "quiescing"
+    CAPTURING = "capturing"
+    RESUMING = "resuming"
+    STOPPING = "stopping"
+
+
+@dataclass(frozen=True)
+class Start:
+    """How the replica became ready for one request, and the seconds that took."""
+
+    path: StartPath
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.path}; {self.seconds:.3f}"
+
+
+# Events
+
+
+@dataclass(frozen=True)
+class Request:
+    """Someone wants to use the model. `waiter` is a number never used before."""
+
+    waiter: int
+
+
+@dataclass(frozen=True)
+class Leave:
+    """The waiter has finished, or has gone without waiting any longer."""
+
+    waiter: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """The operation under way has succeeded; `snapshot_id` is a capture's."""
+
+    snapshot_id: str | None = None
+    phases: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The operation under way has failed. After a failed start nothing runs; after a failed capture the worker does."""
+
+    error: DormouseError
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """The start under way was given up before it did anything: nobody wants it any more."""
+
+
+@dataclass(frozen=True)
+class WorkerDied:
+    """The worker of a ready replica has ended by itself."""
+
+    error: DormouseError
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """Sleep as soon as no request runs, whatever the keep-alive says."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed: `deadline` may have come."""
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """Stop now and for good."""
+
+
+Event = Request | Leave | Done | Failed | Abandoned | WorkerDied | Sleep | Tick | Shutdown
+
+
+# Effects
+
+
+@dataclass(frozen=True)
+class StartCold:
+    """Start a worker and load the model."""
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Restore a worker from a snapshot and resume it."""
+
+    snapshot_id: str
+
+
+@dataclass(frozen=True)
+class Quiesce:
+    """Ask the worker to park."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Capture the parked worker and end it."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Let the parked worker go on."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the worker."""
+
+
+@dataclass(frozen=True)
+class Serve:
+    """The replica is this waiter's to use until it leaves."""
+
+    waiter: int
+    start: Start
+
+
+@dataclass(frozen=True)
+class Fail:
+    """The waiter can't be served."""
+
+    waiter: int
+    error: DormouseError
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Tell: a start has succeeded."""
+
+    start: Start
+    phases: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Tell: a snapshot could not be used."""
+
+    snapshot_id: str
+    error: DormouseError
+
+
+@dataclass(frozen=True)
+class CaptureFailed:
+    """Tell: no snapshot was made."""
+
+    error: DormouseError
+
+
+Operation = StartCold | Restore | Quiesce | Capture | Resume | Stop
+Effect = Operation | Serve | Fail | Ready | Fallback | CaptureFailed
+
+
+@dataclass(frozen=True)
+class _Waiter:
+    arrived: float
+    starts: int
+
+
+class Replica:
+    """One model's replica. Not thread-safe: one event loop owns it."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        keep_alive: float,
+        max_queue: int,
+        max_concurrent: int,
+        snapshots: bool,
+        snapshot_id: str | None,
+        now: float,
+    ) -> None:
+        self.model = model
+        self.state = State.ASLEEP
+        self.since = now
+        self.snapshot_id = snapshot_id if snapshots else None
+        self.last_error: DormouseError | None = None
+        self.idle_since: float | None = None
+        self._keep_alive = keep_alive
+        self._max_queue = max_queue
+        self._max_concurrent = max_concurrent
+        self._snapshots = snapshots
+        self._waiters: dict[int, _Waiter] = {}
+        self._running: set[int] = set()
+        self._capture_failures = 0
+        self._pressed = False
+        self._closing = False
+        self._began = now
+        self._starts = 0
+        self._last_start: Start | None = None
+        self._retry_stop_at: float | None = None
+        self._effects: list[Effect] = []
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._waiters)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that use the worker."""
+        return len(self._running)
+
+    @property
+    def leaving(self) -> bool:
+        """Its memory is about to be freed."""
+        return self.state in (State.QUIESCING, State.CAPTURING, State.STOPPING)
+
+    @property
+    def kept_forever(self) -> bool:
+        """Only an explicit `Sleep` puts it to sleep."""
+        return math.isinf(self._keep_alive)
+
+    @property
+    def deadline(self) -> float | None:
+        """When a `Tick` is due."""
+        if self._retry_stop_at is not None:
+            return self._retry_stop_at
+        if self.state is not State.READY or self.idle_since is None or self.kept_forever:
+            return None
+        return self.idle_since + self._keep_alive * (1 << self._capture_failures)
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take one event; what is to be done about it comes back in order."""
+        match event:
+            case Request():
+                self._request(event.waiter, now)
+            case Leave():
+                self._waiters.pop(event.waiter, None)
+                self._running.discard(event.waiter)
+            case Done():
+                self._done(event, now)
+            case Failed():
+                self._failed(event.error, now)
+            case Abandoned():
+                self._enter(State.ASLEEP, now)
+            case WorkerDied():
+                if self.state is State.READY:
+                    self.last_error = event.error
+                    self._operate(State.STOPPING, Stop(), now)
+            case Sleep():
+                self._pressed = self.state is not State.ASLEEP
+            case Shutdown():
+                self._closing = True
+                self._fail_waiters(_shutting_down(self.model))
+            case Tick():
+                if self._retry_stop_at is not None and now >= self._retry_stop_at:
+                    self._operate(State.STOPPING, Stop(), now)
+        self._settle(now)
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _request(self, waiter: int, now: float) -> None:
+        if self._closing:
+            self._effects.append(Fail(waiter, _shutting_down(self.model)))
+        elif len(self._waiters) >= self._max_queue:
+            expected = self._last_start.seconds if self._last_start else _FIRST_GUESS
+            error = BusyError(
+                f"{len(self._waiters)} requests already wait for model {self.model}",
+                retry_after=max(1.0, expected),
+                remedy="Try again later, or raise max_queue",
+            )
+            self._effects.append(Fail(waiter, error))
+        else:
+            self._waiters[waiter] = _Waiter(now, self._starts)
+
+    def _done(self, event: Done, now: float) -> None:
+        match self.state:
+            case State.STARTING | State.RESTORING:
+                self._started(event, now)
+            case State.QUIESCING:
+                if self._closing:
+                    self._operate(State.STOPPING, Stop(), now)
+                elif self._waiters:
+                    self._operate(State.RESUMING, Resume(), now)
+                else:
+                    self._operate(State.CAPTURING, Capture(), now)
+            case State.CAPTURING:
+                self.snapshot_id = event.snapshot_id
+                self._capture_failures = 0
+                self._enter(State.ASLEEP, now)
+            case State.RESUMING:
+                self._enter(State.READY, now)
+            case State.STOPPING:
+                self._enter(State.ASLEEP, now)
+
+    def _started(self, event: Done, now: float) -> None:
+        path: StartPath = "snapshot" if self.state is State.RESTORING else "cold"
+        self._last_start = Start(path, now - self._began)
+        self._starts += 1
+        self.last_error = None
+        self._effects.append(Ready(self._last_start, event.phases))
+        self._enter(State.READY, now)
+
+    def _failed(self, error: DormouseError, now: float) -> None:
+        self.last_error = error
+        match self.state:
+            case State.RESTORING:
+                assert self.snapshot_id is not None
+                self._effects.append(Fallback(self.snapshot_id, error))
+                self.snapshot_id = None
+                if self._waiters:
+                    self._operate(State.STARTING, StartCold(), now)
+                else:
+                    self._enter(State.ASLEEP, now)
+            case State.STARTING:
+                self._fail_waiters(error)
+                self._enter(State.ASLEEP, now)
+            case State.QUIESCING:
+                self._capture_failed(error)
+                self._operate(State.STOPPING, Stop(), now)
+            case State.CAPTURING:
+                self._capture_failed(error)
+                if self._waiters or not (self._pressed or self._closing):
+                    self._operate(State.RESUMING, Resume(), now)
+                else:
+                    self._operate(State.STOPPING, Stop(), now)
+            case State.RESUMING:
+                self._operate(State.STOPPING, Stop(), now)
+            case State.STOPPING:
+                self._fail_waiters(error)
+                self._retry_stop_at = now + STOP_RETRY
+
+    def _capture_failed(self, error: DormouseError) -> None:
+        self._capture_failures += 1
+        self._effects.append(CaptureFailed(error))
+
+    def _settle(self, now: float) -> None:
+        """What follows from the state alone, whichever event led to it."""
+        if self.state is State.ASLEEP and self._waiters:
+            self._began = now
+            if self.snapshot_id is not None:
+                self._operate(State.RESTORING, Restore(self.snapshot_id), now)
+            else:
+                self._operate(State.STARTING, StartCold(), now)
+        elif self.state is State.READY and self._closing:
+            self._operate(State.STOPPING, Stop(), now)
+        elif self.state is State.READY:
+            self._serve(now)
+            if self._running:
+                self.idle_since = None
+                return
+            if self.idle_since is None:
+                self.idle_since = now
+            deadline = self.deadline
+            if self._pressed or (deadline is not None and now >= deadline):
+                self._fall_asleep(now)
+
+    def _serve(self, now: float) -> None:
+        while self._waiters and len(self._running) < self._max_concurrent:
+            number = next(iter(self._waiters))
+            waiter = self._waiters.pop(number)
+            self._running.add(number)
+            start = self._last_start if waiter.starts < self._starts else None
+            self._effects.append(Serve(number, start or Start("hot", now - waiter.arrived)))
+
+    def _fall_asleep(self, now: float) -> None:
+        if self._snapshots and self.snapshot_id is None and self._capture_failures < MAX_CAPTURE_FAILURES:
+            self._operate(State.QUIESCING, Quiesce(), now)
+        else:
+            self._operate(State.STOPPING, Stop(), now)
+
+    def _fail_waiters(self, error: DormouseError) -> None:
+        self._effects += [Fail(waiter, error) for waiter in self._waiters]
+        self._waiters.clear()
+
+    def _operate(self, state: State, operation: Operation, now: float) -> None:
+        self._enter(state, now)
+        if state is State.STOPPING:
+            self._running.clear()
+        self._effects.append(operation)
+
+    def _enter(self, state: State, now: float) -> None:
+        self.state, self.since = state, now
+        self.idle_since = None
+        self._retry_stop_at = None
+        if state is State.ASLEEP:
+            self._pressed = False
+
+
+def _shutting_down(model: str) -> StoppingError:
+    return StoppingError(f"the node is shutting down, model {model} is not started any more", remedy="Try again later")

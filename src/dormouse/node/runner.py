@@ -1,0 +1,387 @@
+"""Carries out what one replica's state machine decides: operations on the host service and the worker's link.
+
+    request -> Replica.handle -> effects -> tasks here -> Done | Failed -> Replica.handle -> ...
+
+Everything runs on the node's event loop. At most one operation task exists at a time; however it ends, its outcome
+goes back to the machine, so no waiter depends on a task that was forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dormouse.config import ModelConfig
+from dormouse.engine.messages import Delta, Finished, Load, Prompt, Sampling
+from dormouse.errors import DormouseError, EngineError
+from dormouse.node import replica as machine
+from dormouse.node.link import WorkerLink
+from dormouse.node.memory import estimate, resident_bytes
+from dormouse.node.parts import Host, Model, Observer
+from dormouse.node.replica import Replica, Start, State
+from dormouse.phases import Phases
+from dormouse.snapshot.service import CaptureResult, WorkerHandle
+
+log = logging.getLogger(__name__)
+
+
+class AbandonedError(Exception):
+    """A start was given up while it waited for memory, because nobody waits for it any more."""
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """One model as `dormouse ls` and the metrics show it; `since` is in seconds of Unix time."""
+
+    name: str
+    state: str
+    since: float
+    in_flight: int
+    waiting: int
+    rss_bytes: int
+    snapshot_id: str | None
+    last_error: str | None
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a runner shares with the node's other runners."""
+
+    host: Host
+    observers: list[Observer]
+    step_timeout: float
+    max_queue: int
+    make_room: Callable[[Runner], Awaitable[None]]
+    changed: Callable[[], None]
+    captured: Callable[[str, str], None]
+    wall_clock: Callable[[], float]
+
+
+class Lease:
+    """A ready replica in the hands of one request. `start` says how it became ready."""
+
+    def __init__(self, model: Model, context: int, start: Start, link: WorkerLink) -> None:
+        self.model = model
+        self.context = context
+        self.start = start
+        self._link = link
+        self._streams: list[AsyncIterator[Delta | Finished]] = []
+
+    def generate(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Delta | Finished]:
+        """Token events, the last one a `Finished`. Raises RequestError or EngineError while iterating."""
+        stream = self._link.generate(prompt, sampling)
+        self._streams.append(stream)
+        return stream
+
+    async def end(self) -> None:
+        """Cancel what has not finished."""
+        for stream in self._streams:
+            assert isinstance(stream, AsyncGenerator)
+            await stream.aclose()
+
+
+class Runner:
+    """One model's replica together with its worker."""
+
+    def __init__(
+        self,
+        model: Model,
+        settings: ModelConfig,
+        around: Surroundings,
+        *,
+        key: dict[str, str],
+        snapshot_id: str | None,
+        log_path: Path,
+    ) -> None:
+        self.model = model
+        self.admitted = False
+        self._around = around
+        self._key = key
+        self._log_path = log_path
+        self._loop = asyncio.get_running_loop()
+        self._load = Load(
+            engine=settings.engine or model.engine,
+            path=str(model.path),
+            device=settings.device,
+            threads=settings.threads,
+            context=settings.context,
+            kv_tokens=settings.kv_tokens,
+        )
+        self.replica = Replica(
+            model.name,
+            keep_alive=settings.keep_alive,
+            max_queue=around.max_queue,
+            max_concurrent=settings.max_concurrent,
+            snapshots=settings.snapshot,
+            snapshot_id=snapshot_id,
+            now=self._loop.time(),
+        )
+        self._wants_snapshot = settings.snapshot
+        self._numbers = itertools.count(1)
+        self._futures: dict[int, asyncio.Future[Lease]] = {}
+        self._handle: WorkerHandle | None = None
+        self._link: WorkerLink | None = None
+        self._operation: asyncio.Task[machine.Done] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._estimate = estimate(model, self._load.engine)
+
+    # For the node
+
+    @property
+    def footprint(self) -> int:
+        """Bytes to count for it: what it has taken so far, and at least what such a model is expected to take."""
+        if self._handle is not None:
+            self._estimate = max(self._estimate, resident_bytes(self._handle.pid))
+        return self._estimate
+
+    def status(self) -> ModelStatus:
+        """The state now."""
+        replica = self.replica
+        return ModelStatus(
+            name=self.model.name,
+            state=replica.state.value,
+            since=self._around.wall_clock() - (self._loop.time() - replica.since),
+            in_flight=replica.in_flight,
+            waiting=replica.waiting,
+            rss_bytes=resident_bytes(self._handle.pid) if self._handle else 0,
+            snapshot_id=replica.snapshot_id,
+            last_error=str(replica.last_error) if replica.last_error else None,
+        )
+
+    async def acquire(self) -> tuple[int, Lease]:
+        """Wait for readiness; the number is for `release`. Raises BusyError, StoppingError or what a start raised."""
+        waiter = next(self._numbers)
+        future = self._futures[waiter] = self._loop.create_future()
+        self._dispatch(machine.Request(waiter))
+        try:
+            return waiter, await future
+        except BaseException:
+            self._dispatch(machine.Leave(waiter))
+            raise
+        finally:
+            del self._futures[waiter]
+
+    def release(self, waiter: int) -> None:
+        """The request is over."""
+        self._dispatch(machine.Leave(waiter))
+
+    def press(self) -> None:
+        """Sleep as soon as no request runs."""
+        self._dispatch(machine.Sleep())
+
+    def shut_down(self) -> None:
+        """Fail all waiters and end the worker."""
+        self._dispatch(machine.Shutdown())
+
+    async def abort(self) -> None:
+        """Give up the operation under way; the caller ends all workers next."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._operation is not None:
+            self._operation.cancel()
+            await asyncio.wait([self._operation])
+        if self._link is not None:
+            await self._link.close()
+
+    @property
+    def missing_snapshot(self) -> DormouseError | None:
+        """Why this model has no snapshot although it should have one."""
+        return self.replica.last_error if self._wants_snapshot and self.replica.snapshot_id is None else None
+
+    # Effects
+
+    def _dispatch(self, event: machine.Event) -> None:
+        for effect in self.replica.handle(event, self._loop.time()):
+            self._carry_out(effect)
+        if self._timer is not None:
+            self._timer.cancel()
+        deadline = self.replica.deadline
+        self._timer = self._loop.call_at(deadline, self._dispatch, machine.Tick()) if deadline is not None else None
+        self._around.changed()
+
+    def _carry_out(self, effect: machine.Effect) -> None:
+        match effect:
+            case machine.Serve():
+                self._serve(effect)
+            case machine.Fail():
+                if not (future := self._futures[effect.waiter]).done():
+                    future.set_exception(effect.error)
+            case machine.Ready() | machine.Fallback() | machine.CaptureFailed():
+                self._tell(effect)
+            case _:
+                assert self._operation is None
+                self._operation = self._loop.create_task(self._work(effect))
+                self._operation.add_done_callback(self._ended)
+
+    def _tell(self, effect: machine.Ready | machine.Fallback | machine.CaptureFailed) -> None:
+        name = self.model.name
+        match effect:
+            case machine.Ready():
+                log.info("model %s is ready: %s (%s)", name, effect.start, _shown(effect.phases))
+                for observer in self._around.observers:
+                    observer.started(name, effect.start, effect.phases)
+            case machine.Fallback():
+                log.warning("snapshot %s of model %s was not used: %s", effect.snapshot_id, name, effect.error)
+                for observer in self._around.observers:
+                    observer.fell_back(name, effect.error)
+            case machine.CaptureFailed():
+                log.warning("model %s was not captured: %s", name, effect.error)
+                for observer in self._around.observers:
+                    observer.capture_failed(name, effect.error)
+
+    def _work(self, operation: machine.Operation) -> Coroutine[Any, Any, machine.Done]:
+        match operation:
+            case machine.StartCold():
+                return self._bring_up(None)
+            case machine.Restore():
+                return self._bring_up(operation.snapshot_id)
+            case machine.Quiesce():
+                return self._quiesce()
+            case machine.Capture():
+                return self._capture()
+            case machine.Resume():
+                return self._resume()
+            case machine.Stop():
+                return self._stop()
+
+    def _serve(self, effect: machine.Serve) -> None:
+        assert self._link is not None
+        future = self._futures[effect.waiter]
+        if not future.done():
+            context = min(self.model.context, self._load.context or self.model.context)
+            future.set_result(Lease(self.model, context, effect.start, self._link))
+
+    def _ended(self, operation: asyncio.Task[machine.Done]) -> None:
+        self._operation = None
+        if operation.cancelled():
+            return
+        self._dispatch(self._outcome(operation))
+        link = self._link
+        if self.replica.state is State.READY and link is not None and link.lost is not None:
+            self._dispatch(machine.WorkerDied(link.lost))
+
+    def _outcome(self, operation: asyncio.Task[machine.Done]) -> machine.Done | machine.Failed | machine.Abandoned:
+        error = operation.exception()
+        if error is None:
+            return operation.result()
+        if isinstance(error, AbandonedError):
+            return machine.Abandoned()
+        if isinstance(error, TimeoutError):
+            message = f"{self.replica.state} model {self.model.name} took longer than {self._around.step_timeout:g} s"
+            error = EngineError(message, remedy="Raise start_timeout, or look into the worker's log")
+        elif not isinstance(error, DormouseError):
+            log.error("%s of model %s failed", self.replica.state, self.model.name, exc_info=error)
+            error = EngineError(f"internal error while {self.replica.state} model {self.model.name}: {error!r}")
+        if self.replica.state in (State.STARTING, State.RESUMING, State.STOPPING):
+            log.error("model %s, %s: %s", self.model.name, self.replica.state, error)
+        if self.replica.state is State.STARTING:
+            for observer in self._around.observers:
+                observer.start_failed(self.model.name, error)
+        return machine.Failed(error)
+
+    # Operations
+
+    async def _bring_up(self, snapshot_id: str | None) -> machine.Done:
+        phases = Phases()
+        await self._end_worker()
+        with phases.time("room"):
+            await self._around.make_room(self)
+        try:
+            async with asyncio.timeout(self._around.step_timeout):
+                if snapshot_id is None:
+                    await self._start_cold(phases)
+                else:
+                    await self._restore(snapshot_id, phases)
+        except BaseException:
+            await self._end_worker()
+            raise
+        return machine.Done(phases=phases)
+
+    async def _start_cold(self, phases: Phases) -> None:
+        with phases.time("host"):
+            self._handle = await self._around.host.start_worker(log_path=self._log_path)
+        link = await self._connect(self._handle, fresh=True)
+        with phases.time("load"):
+            loaded = await link.load(self._load)
+        phases |= _details("host", self._handle.phases) | _details("load", loaded.phases)
+
+    async def _restore(self, snapshot_id: str, phases: Phases) -> None:
+        with phases.time("host"):
+            self._handle = await self._around.host.restore(snapshot_id, key=self._key)
+        link = await self._connect(self._handle, fresh=False)
+        with phases.time("resume"):
+            resumed = await link.resume(str(self._log_path))
+        phases |= _details("host", self._handle.phases) | _details("resume", resumed.phases)
+
+    async def _connect(self, handle: WorkerHandle, *, fresh: bool) -> WorkerLink:
+        self._link = await WorkerLink.open(self.model.name, handle.control, fresh=fresh, on_lost=self._lost)
+        return self._link
+
+    def _lost(self, error: DormouseError) -> None:
+        if self.replica.state is State.READY:
+            log.error("model %s: %s", self.model.name, error)
+        self._dispatch(machine.WorkerDied(error))
+
+    async def _quiesce(self) -> machine.Done:
+        assert self._link is not None
+        async with asyncio.timeout(self._around.step_timeout):
+            quiesced = await self._link.quiesce()
+        return machine.Done(phases=quiesced.phases)
+
+    async def _capture(self) -> machine.Done:
+        assert self._link is not None and self._handle is not None
+        phases = Phases()
+        async with asyncio.timeout(self._around.step_timeout):
+            with phases.time("host"):
+                result = await self._around.host.capture(self._handle, model=self.model.name, key=self._key)
+        phases |= _details("host", result.phases)
+        self._handle = None
+        await self._end_worker()
+        self._tell_captured(result, phases)
+        return machine.Done(snapshot_id=result.snapshot_id, phases=phases)
+
+    def _tell_captured(self, result: CaptureResult, phases: Phases) -> None:
+        name = self.model.name
+        log.info(
+            "model %s is captured as %s: %d bytes raw, %d stored (%s)",
+            *(name, result.snapshot_id, result.raw_bytes, result.stored_bytes, _shown(phases)),
+        )
+        for observer in self._around.observers:
+            observer.captured(name, result, phases)
+        self._around.captured(name, result.snapshot_id)
+
+    async def _resume(self) -> machine.Done:
+        assert self._link is not None
+        async with asyncio.timeout(self._around.step_timeout):
+            resumed = await self._link.resume(str(self._log_path))
+        return machine.Done(phases=resumed.phases)
+
+    async def _stop(self) -> machine.Done:
+        await self._end_worker()
+        return machine.Done()
+
+    async def _end_worker(self) -> None:
+        """Make sure that no worker is left. A worker that could not be stopped is tried again by the next call."""
+        if self._link is not None:
+            await self._link.close()
+            self._link = None
+        if self._handle is not None:
+            self._estimate = self.footprint
+            async with asyncio.timeout(self._around.step_timeout):
+                await self._around.host.stop_worker(self._handle)
+            self._handle = None
+        self.admitted = False
+
+
+def _details(step: str, phases: dict[str, float]) -> dict[str, float]:
+    """A step's own phases, named after it."""
+    return {f"{step}.{name}": seconds for name, seconds in phases.items()}
+
+
+def _shown(phases: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases.items())

@@ -1,0 +1,94 @@
+"""Codecs: how a chunk's plain bytes are stored. A codec never loses: what saves less than 1/8 is stored raw, and
+all-zero chunks have no payload at all. The heavy work runs without the GIL, so threads code in parallel."""
+
+from __future__ import annotations
+
+import threading
+from enum import IntEnum
+
+import lz4.block
+import zstandard
+
+from dormouse.errors import DamagedError
+from dormouse.store.chunk import MAX_CHUNK, ZEROS, Buffer, is_zero
+
+_ZSTD_LEVEL = 3
+_local = threading.local()
+
+
+class Codec(IntEnum):
+    """The number that stands in a pack for each coding."""
+
+    RAW = 0
+    ZERO = 1
+    LZ4 = 2
+    ZSTD = 3
+
+
+def encode(plain: Buffer, codec: Codec) -> tuple[Codec, Buffer]:
+    """Code a chunk; returns the codec that was really used and the bytes to store (`plain` itself when raw)."""
+    if is_zero(plain):
+        return Codec.ZERO, b""
+    if codec is Codec.LZ4:
+        stored: bytes = lz4.block.compress(plain, store_size=False)
+    elif codec is Codec.ZSTD:
+        stored = _compressor().compress(plain)
+    else:
+        return Codec.RAW, plain
+    return (codec, stored) if len(stored) * 8 <= len(plain) * 7 else (Codec.RAW, plain)
+
+
+def decode(codec: int, stored: Buffer, plain_length: int) -> Buffer:
+    """The plain bytes, exactly `plain_length` of them (`stored` itself when raw, shared zeros when zero).
+
+    Raises DamagedError for anything `encode` cannot have made; never allocates more than `plain_length` for output.
+    """
+    if not 0 <= plain_length <= MAX_CHUNK:
+        raise DamagedError(f"a chunk claims {plain_length} plain bytes; at most {MAX_CHUNK} are allowed")
+    if codec == Codec.ZERO:
+        plain: Buffer = ZEROS[: 0 if stored else plain_length]
+    elif codec == Codec.RAW:
+        plain = stored
+    elif codec == Codec.LZ4:
+        plain = _decode_lz4(stored, plain_length)
+    elif codec == Codec.ZSTD:
+        plain = _decode_zstd(stored, plain_length)
+    else:
+        raise DamagedError(f"a chunk has the unknown codec {codec}")
+    if len(plain) != plain_length or (codec == Codec.ZERO and stored):
+        raise DamagedError(f"a chunk decodes to {len(plain)} bytes instead of {plain_length}")
+    return plain
+
+
+def _decode_lz4(stored: Buffer, plain_length: int) -> bytes:
+    try:
+        plain: bytes = lz4.block.decompress(stored, uncompressed_size=plain_length)
+    except (lz4.block.LZ4BlockError, ValueError) as error:
+        raise DamagedError(f"a chunk is not valid LZ4: {error}") from error
+    return plain
+
+
+def _decode_zstd(stored: Buffer, plain_length: int) -> bytes:
+    try:
+        # The library allocates what the frame announces, so the announcement is checked first.
+        announced = zstandard.frame_content_size(stored)
+        if announced != plain_length:
+            raise DamagedError(f"a chunk's zstd frame announces {announced} bytes instead of {plain_length}")
+        return _decompressor().decompress(stored, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise DamagedError(f"a chunk is not valid zstd: {error}") from error
+
+
+def _compressor() -> zstandard.ZstdCompressor:
+    """This thread's compressor: they hold large tables and serve one thread at a time."""
+    if not hasattr(_local, "compressor"):
+        _local.compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
+    made: zstandard.ZstdCompressor = _local.compressor
+    return made
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    if not hasattr(_local, "decompressor"):
+        _local.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_CHUNK)
+    made: zstandard.ZstdDecompressor = _local.decompressor
+    return made

@@ -1,0 +1,146 @@
+"""What packs, manifests and the store share at the file system: private files, durable renames, locks between
+processes, the preamble of every format of ours, and the one place where system errors become StoreErrors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+from dormouse.errors import BusyError, DamagedError, DiskFullError, StoreError
+
+_PREAMBLE = struct.Struct("<8sII")
+PREAMBLE_SIZE = _PREAMBLE.size + 8
+_POLL_SECONDS = 0.02
+
+
+def preamble(magic: bytes, version: int) -> bytes:
+    """The first bytes of a file of ours: magic, version, four reserved bytes and their XXH3-64."""
+    head = _PREAMBLE.pack(magic, version, 0)
+    return head + xxhash.xxh3_64_digest(head)
+
+
+def check_preamble(data: bytes, magic: bytes, version: int, what: str) -> None:
+    """Raises DamagedError when `data` does not begin a file of this kind, StoreError when it is of a newer version."""
+    head = data[: _PREAMBLE.size]
+    if len(data) < PREAMBLE_SIZE or xxhash.xxh3_64_digest(head) != data[_PREAMBLE.size : PREAMBLE_SIZE]:
+        raise DamagedError(f"{what} does not begin as such a file does", remedy=VERIFY_REMEDY)
+    found_magic, found_version, _reserved = _PREAMBLE.unpack(head)
+    if found_magic != magic:
+        raise DamagedError(f"{what} is a file of another kind", remedy=VERIFY_REMEDY)
+    if found_version > version:
+        raise StoreError(
+            f"{what} has format version {found_version}; this program reads up to {version}",
+            remedy="Update dormouse, or use another data folder",
+        )
+
+
+VERIFY_REMEDY = "Run `dormouse verify` to see what is hit, and remove those snapshots with `dormouse rm`"
+
+
+@contextlib.contextmanager
+def system_errors(path: Path, doing: str, needed: int = 0) -> Iterator[None]:
+    """Turns an OSError of the block into a StoreError that says what was done to which path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(path, doing, needed) from error
+        raise StoreError(
+            f"{doing} {path} failed: {error.strerror}", remedy="See `dormouse doctor` and the system log for the disk"
+        ) from error
+
+
+def disk_full(path: Path, doing: str, needed: int = 0) -> DiskFullError:
+    """The error for a full disk, with how much was wanted and how much there is."""
+    free = shutil.disk_usage(path.parent).free
+    wanted = f"{needed} bytes were needed, " if needed else ""
+    return DiskFullError(
+        f"the disk is full: {doing} {path} failed, {wanted}{free} are free",
+        remedy="Free some space there (`dormouse rm` removes snapshots) or move the data folder to a larger disk",
+    )
+
+
+def private_folder(path: Path) -> None:
+    """Make a folder that only its owner may enter, with its parents."""
+    with system_errors(path, "creating the folder"):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def create_file(path: Path) -> int:
+    """A new private file, open for reading and writing."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(fd, rest, offset)
+        rest = rest[count:]
+        offset += count
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class FileLock:
+    """A lock between processes and threads (flock), freed by `release` or by the death of the process."""
+
+    def __init__(self, path: Path, *, shared: bool = False, wait: float | None = None) -> None:
+        """Takes the lock; raises BusyError when `wait` seconds have passed (None waits for ever)."""
+        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        with system_errors(path, "locking"):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                self._take(path, mode, wait)
+            except BaseException:
+                os.close(self._fd)
+                raise
+
+    def _take(self, path: Path, mode: int, wait: float | None) -> None:
+        if wait is None:
+            fcntl.flock(self._fd, mode)
+            return
+        deadline = time.monotonic() + wait
+        while not try_lock(self._fd, mode):
+            if time.monotonic() >= deadline:
+                raise BusyError(
+                    f"{path.parent} has been in use for {wait:.0f} s", retry_after=wait, remedy="Try again later"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def release(self) -> None:
+        """Free the lock. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_exception: object) -> None:
+        self.release()
+
+
+def try_lock(fd: int, mode: int = fcntl.LOCK_EX) -> bool:
+    """Lock an open file if nobody else holds it."""
+    try:
+        fcntl.flock(fd, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,93 @@
+"""Manifests: the roots of the store. A manifest is one small file (docs/formats.md) that holds its owner's opaque body
+and names every chunk it needs; the presence of the file is what makes it committed, its removal what makes it gone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import xxhash
+
+from dormouse.errors import DamagedError, StoreError
+from dormouse.store.chunk import DIGEST_SIZE, Digest
+from dormouse.store.files import PREAMBLE_SIZE, check_preamble, preamble
+
+MAGIC = b"DORMMNFT"
+VERSION = 1
+
+_CHECKSUM_SIZE = 16
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is committed together. `created` is in seconds since 1970; `refs` are kept in order, repetitions too."""
+
+    id: str
+    kind: str
+    name: str
+    created: float
+    body: bytes
+    refs: Sequence[Digest]
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    id: str
+    kind: str
+    name: str
+    created: float
+    raw_bytes: int
+    body: bytes
+    refs: bytes
+
+
+def manifest_name(manifest_id: str) -> str:
+    """The file name of a manifest. Raises StoreError for an id that cannot be one."""
+    if not _ID.fullmatch(manifest_id):
+        raise StoreError(
+            f"{manifest_id!r} cannot name a manifest", remedy="Use up to 100 letters, digits, dots, dashes, underscores"
+        )
+    return f"{manifest_id}.manifest"
+
+
+def encode_manifest(manifest: Manifest, raw_bytes: int) -> bytes:
+    """The manifest as a file. `raw_bytes` are the plain bytes of all its refs."""
+    record = msgspec.msgpack.encode(
+        _Record(
+            id=manifest.id,
+            kind=manifest.kind,
+            name=manifest.name,
+            created=manifest.created,
+            raw_bytes=raw_bytes,
+            body=manifest.body,
+            refs=b"".join(manifest.refs),
+        )
+    )
+    return preamble(MAGIC, VERSION) + xxhash.xxh3_128_digest(record) + record
+
+
+def decode_manifest(data: bytes, manifest_id: str) -> tuple[Manifest, int]:
+    """The manifest and its raw bytes. Raises DamagedError, or StoreError for a newer version."""
+    what = f"the manifest {manifest_id}"
+    check_preamble(data, MAGIC, VERSION, what)
+    checksum = data[PREAMBLE_SIZE : PREAMBLE_SIZE + _CHECKSUM_SIZE]
+    body = memoryview(data)[PREAMBLE_SIZE + _CHECKSUM_SIZE :]
+    if xxhash.xxh3_128_digest(body) != checksum:
+        raise _damaged(what, "it does not match its checksum")
+    try:
+        record = msgspec.msgpack.decode(body, type=_Record)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _damaged(what, str(error)) from error
+    if record.id != manifest_id or len(record.refs) % DIGEST_SIZE or record.raw_bytes < 0:
+        raise _damaged(what, "its fields contradict each other")
+    refs = [Digest(record.refs[at : at + DIGEST_SIZE]) for at in range(0, len(record.refs), DIGEST_SIZE)]
+    return Manifest(record.id, record.kind, record.name, record.created, record.body, refs), record.raw_bytes
+
+
+def _damaged(what: str, why: str) -> DamagedError:
+    return DamagedError(
+        f"{what} is damaged: {why}",
+        remedy="Remove it with `dormouse rm`; the model then starts cold and is captured anew",
+    )

@@ -1,0 +1,117 @@
+"""Reads chunks: locate, read, check, decode. While a reader is open, garbage collection deletes nothing, so whatever
+it has located stays readable until it is closed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from dormouse.errors import BusyError, DamagedError, StoreError
+from dormouse.store.chunk import Buffer, Digest
+from dormouse.store.codec import Codec, decode
+from dormouse.store.files import VERIFY_REMEDY, FileLock, system_errors
+from dormouse.store.index import Index
+from dormouse.store.pack import StoredChunk, checksum_of, makes_sense, pack_name
+
+log = logging.getLogger(__name__)
+
+
+class Reader:
+    """Open packs of one store; `stored` and `plain` may be called by many threads at once. Close it when done."""
+
+    def __init__(self, packs: Path, index: Index, in_use: FileLock) -> None:
+        self._packs = packs
+        self._index = index
+        self._in_use = in_use
+        self._files: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def locate(self, digests: Iterable[Digest]) -> list[StoredChunk]:
+        """Where the chunks are, in the order asked for. Raises DamagedError for one that is in no pack."""
+        wanted = list(digests)
+        found = self._index.locate(wanted)
+        try:
+            return [found[digest] for digest in wanted]
+        except KeyError as error:
+            digest: Digest = error.args[0]
+            raise DamagedError(
+                f"chunk {digest.hex()} is in no pack of {self._packs}: its pack was deleted or is unreadable",
+                remedy=VERIFY_REMEDY,
+            ) from None
+
+    def plain(self, chunk: StoredChunk) -> Buffer:
+        """A chunk's plain bytes, checked. Raises DamagedError that names chunk and pack."""
+        stored = self.stored(chunk)
+        try:
+            return decode(chunk.codec, stored, chunk.plain_length)
+        except DamagedError as error:
+            raise self._damaged(chunk, error.message) from error
+
+    def stored(self, chunk: StoredChunk) -> Buffer:
+        """A chunk's stored bytes, checked. Valid until this thread's next call. Raises DamagedError."""
+        if not makes_sense(chunk):
+            raise self._damaged(chunk, "its row of the index makes no sense")
+        stored = self._read(chunk) if chunk.stored_length else b""
+        if len(stored) != chunk.stored_length:
+            raise self._damaged(chunk, "the pack ends before it")
+        if checksum_of(chunk.digest, chunk.codec, chunk.plain_length, stored) != chunk.checksum:
+            raise self._damaged(chunk, "its bytes do not match their checksum")
+        return stored
+
+    def close(self) -> None:
+        """Close the packs and let garbage be collected. No call may be under way. Idempotent."""
+        files, self._files = self._files, {}
+        for fd in files.values():
+            os.close(fd)
+        self._in_use.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self, chunk: StoredChunk) -> Buffer:
+        with system_errors(self._packs / pack_name(chunk.pack), "reading"):
+            fd = self._file(chunk)
+            if chunk.codec == Codec.RAW:  # handed on as it is, so it needs memory of its own
+                return os.pread(fd, chunk.stored_length, chunk.offset)
+            buffer = self._scratch(chunk.stored_length)
+            return buffer[: os.preadv(fd, [buffer], chunk.offset)]
+
+    def _scratch(self, length: int) -> memoryview:
+        """This thread's own memory for coded bytes, used again and again: fresh memory costs a page fault per 4 KiB."""
+        scratch: memoryview = getattr(self._local, "scratch", memoryview(b""))
+        if len(scratch) < length:
+            scratch = self._local.scratch = memoryview(bytearray(length))
+        return scratch[:length]
+
+    def _file(self, chunk: StoredChunk) -> int:
+        with self._lock:
+            fd = self._files.get(chunk.pack)
+            if fd is None:
+                try:
+                    fd = os.open(self._packs / pack_name(chunk.pack), os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    raise self._damaged(chunk, "the pack is missing") from None
+                self._files[chunk.pack] = fd
+            return fd
+
+    def _damaged(self, chunk: StoredChunk, why: str) -> DamagedError:
+        """The error to raise; also remembered, so that the next capture stores the chunk afresh."""
+        try:
+            self._index.mark([chunk.digest], damaged=True)
+        except (StoreError, BusyError) as error:
+            log.warning("could not note that chunk %s is damaged: %s", chunk.digest.hex(), error)
+        return DamagedError(
+            f"chunk {chunk.digest.hex()} in {self._packs / pack_name(chunk.pack)} is damaged: {why}",
+            remedy=VERIFY_REMEDY,
+        )

@@ -1,0 +1,79 @@
+"""Brings the index in line with the files: finishes or undoes what a dead process left half done, and fills an index
+that is missing or unusable from the packs and manifests. The caller holds the change lock."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+
+from dormouse.errors import DamagedError
+from dormouse.store.files import system_errors, try_lock
+from dormouse.store.index import add_manifest, add_pack, drop_manifest
+from dormouse.store.layout import Layout
+from dormouse.store.pack import read_table
+
+log = logging.getLogger(__name__)
+
+
+def reconcile(layout: Layout) -> None:
+    """Clean up and bring the index up to date. Raises StoreError for files of a newer version."""
+    _remove_leftovers(layout)
+    problem = layout.index.problem()
+    if problem is not None:
+        _start_over(layout, problem)
+    with layout.index.change() as connection:
+        _compare_packs(layout, connection)
+        _compare_manifests(layout, connection)
+
+
+def _start_over(layout: Layout, problem: str) -> None:
+    note = ""
+    if any(layout.pack_numbers()) or layout.manifest_ids():
+        note = f"the index was unusable ({problem}) and was built anew from the packs and manifests"
+        log.warning("%s: %s", layout.root, note)
+    layout.index.create(note)
+
+
+def _remove_leftovers(layout: Layout) -> None:
+    """Files that were never committed. A pack that its writer still has locked is alive."""
+    with system_errors(layout.root, "cleaning up"):
+        for path in layout.manifests.glob("*.tmp"):
+            path.unlink()
+        for path in layout.packs.glob("*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # its writer has ended just now
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    if try_lock(fd):
+                        path.unlink()
+                finally:
+                    os.close(fd)
+
+
+def _compare_packs(layout: Layout, connection: sqlite3.Connection) -> None:
+    known = layout.index.packs()
+    files = set(layout.pack_numbers())
+    for number in sorted(known - files):
+        chunks = layout.index.chunks_of(number, live_only=True)
+        if chunks:
+            log.warning("%s: the pack is missing; %d of its chunks are needed", layout.pack(number), len(chunks))
+        connection.execute("UPDATE chunks SET damaged = 1 WHERE pack = ?", (number,))
+    # The newest pack first: of two copies of a chunk, the newer is a repaired one or the goal of a rewrite.
+    for number in sorted(files - known, reverse=True):
+        try:
+            add_pack(connection, number, read_table(layout.pack(number), number))
+        except DamagedError as error:
+            log.warning("%s", error)
+
+
+def _compare_manifests(layout: Layout, connection: sqlite3.Connection) -> None:
+    known = layout.index.manifest_ids()
+    files = layout.manifest_ids()
+    for manifest_id in known - files:
+        drop_manifest(connection, manifest_id)
+    for manifest_id in sorted(files - known):
+        try:
+            add_manifest(connection, *layout.read_manifest(manifest_id))
+        except DamagedError as error:
+            log.warning("%s", error)

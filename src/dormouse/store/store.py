@@ -1,0 +1,134 @@
+"""The store: chunks and manifests on disk, shared by any number of threads and processes.
+
+    begin() -> Transaction.put(chunk) ... -> commit(manifest)      everything or nothing, durable when it returns
+    manifest(id) -> reader().locate(refs) -> plain(chunk)          every byte checked against its checksum
+    remove(id) -> collect_garbage()                                space comes back when nobody needs a chunk
+
+The truth is in two kinds of files that never change once they have their name: packs (chunks) and manifests (what is
+needed). The index over them can be lost at any time. docs/formats.md has the bytes and what a crash at each step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from dormouse.store import garbage, verify
+from dormouse.store.chunk import Buffer, Digest
+from dormouse.store.files import private_folder, sync_folder, system_errors
+from dormouse.store.garbage import GarbageReport
+from dormouse.store.index import ManifestRow, drop_manifest
+from dormouse.store.layout import Checkpoint, Layout, no_manifest
+from dormouse.store.manifest import Manifest
+from dormouse.store.pack import StoredChunk
+from dormouse.store.reader import Reader
+from dormouse.store.reconcile import reconcile
+from dormouse.store.transaction import Transaction
+from dormouse.store.verify import Damage, Progress, VerifyReport
+
+__all__ = [
+    "Damage",
+    "GarbageReport",
+    "Manifest",
+    "ManifestRow",
+    "Reader",
+    "Store",
+    "StoredChunk",
+    "Transaction",
+    "VerifyReport",
+]
+
+
+class Store:
+    """One open store. Every method may be called from any thread; the blocking ones say so."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    @classmethod
+    def open(cls, path: Path, *, checkpoint: Checkpoint = lambda _step: None) -> Self:
+        """Open the store in folder `path`, made when missing. Finishes or undoes what a crash left behind, and builds
+        the index anew (with a warning in the log) when it is missing or unusable.
+
+        `checkpoint` is told the name of each step whose crash outcome docs/formats.md lists. Raises StoreError.
+        """
+        layout = Layout(path, checkpoint)
+        for folder in (path, layout.packs, layout.manifests):
+            private_folder(folder)
+        try:
+            with layout.change():
+                reconcile(layout)
+        except BaseException:
+            layout.index.close()
+            raise
+        return cls(layout)
+
+    def close(self) -> None:
+        """Close the index; open readers and transactions must be closed before. Idempotent."""
+        self._layout.index.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def begin(self) -> Transaction:
+        """A new transaction. Blocks for the moments in which garbage is being deleted."""
+        in_use = self._layout.in_use()
+        try:
+            return Transaction(self._layout, in_use, self._layout.new_writer())
+        except BaseException:
+            in_use.release()
+            raise
+
+    def reader(self) -> Reader:
+        """A reader; no chunk is deleted while it is open. Blocks for the moments in which garbage is deleted."""
+        return Reader(self._layout.packs, self._layout.index, self._layout.in_use())
+
+    def read(self, digest: Digest) -> Buffer:
+        """One chunk's plain bytes, checked. Raises DamagedError that names the chunk and its pack."""
+        with self.reader() as reader:
+            return reader.plain(reader.locate([digest])[0])
+
+    def locate(self, digests: Iterable[Digest]) -> list[StoredChunk]:
+        """Where chunks are, in the order asked for. Only a reader keeps them there. Raises DamagedError."""
+        with self.reader() as reader:
+            return reader.locate(digests)
+
+    def manifest(self, manifest_id: str) -> Manifest:
+        """A committed manifest, checked. Raises NotFoundError, DamagedError."""
+        return self._layout.read_manifest(manifest_id)[0]
+
+    def manifests(self, *, kind: str | None = None, name: str | None = None) -> list[ManifestRow]:
+        """All manifests, or those of a kind or name, oldest first."""
+        return self._layout.index.manifests(kind, name)
+
+    def remove(self, manifest_id: str) -> None:
+        """Remove a manifest, damaged or not; its chunks go with the next garbage collection. Raises NotFoundError."""
+        path = self._layout.manifest(manifest_id)
+        with self._layout.change():
+            with system_errors(path, "removing"):
+                try:
+                    path.unlink()
+                except FileNotFoundError:
+                    raise no_manifest(manifest_id) from None
+                sync_folder(path.parent)
+            self._layout.checkpoint("manifest removed")
+            with self._layout.index.change() as connection:
+                drop_manifest(connection, manifest_id)
+
+    def collect_garbage(self, *, wait: float = 60.0) -> GarbageReport:
+        """Delete chunks that no manifest needs. Blocks while transactions or readers are open anywhere.
+
+        Raises BusyError when they stay open for longer than `wait` seconds; nothing is half done then.
+        """
+        return garbage.collect(self._layout, wait)
+
+    def verify(self, *, deep: bool = True, progress: Progress | None = None) -> VerifyReport:
+        """Read and check everything; `progress` is called with stored bytes done and in all."""
+        return verify.verify(self._layout, deep=deep, progress=progress or (lambda _done, _total: None))

@@ -1,0 +1,147 @@
+"""A transaction: chunks go into a pack of its own that nobody sees until `commit` makes the whole of it visible.
+
+Many threads may `put` at once: hashing, looking up and coding run side by side, only the append is one at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from dormouse.errors import StoreError
+from dormouse.store.chunk import MAX_CHUNK, Buffer, Digest, digest_of
+from dormouse.store.codec import Codec, encode
+from dormouse.store.files import FileLock, create_file, sync_folder, system_errors, write_all
+from dormouse.store.index import add_manifest, add_pack
+from dormouse.store.layout import Layout
+from dormouse.store.manifest import Manifest, encode_manifest, manifest_name
+from dormouse.store.pack import PackWriter
+
+
+class Transaction:
+    """Made by `Store.begin`; a context manager. Leaving it without `commit` leaves no trace.
+
+    `raw_bytes` are the plain bytes put, `stored_bytes` the bytes of payload added, `new_chunks` how many chunks the
+    store did not have. After any error of `put`, `commit` refuses.
+    """
+
+    def __init__(self, layout: Layout, in_use: FileLock, writer: PackWriter) -> None:
+        self.raw_bytes = 0
+        self.stored_bytes = 0
+        self.new_chunks = 0
+        self._layout = layout
+        self._in_use = in_use
+        self._writer = writer
+        self._lengths: dict[Digest, int] = {}
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def put(self, plain: Buffer, *, codec: Codec = Codec.LZ4) -> Digest:
+        """Store a chunk unless it is there already; its name. Thread-safe.
+
+        Raises DiskFullError, StoreError. `plain` may be used again as soon as this returns.
+        """
+        view = memoryview(plain).cast("B")
+        if len(view) > MAX_CHUNK:
+            raise StoreError(f"a chunk of {len(view)} bytes is too long; at most {MAX_CHUNK} are allowed")
+        digest = digest_of(view)
+        with self._lock:
+            self.raw_bytes += len(view)
+            known = digest in self._lengths
+            self._lengths[digest] = len(view)
+        try:
+            if not known and not self._layout.index.has(digest):
+                self._append(digest, view, codec)
+        except BaseException as error:
+            self._error = self._error or error
+            raise
+        return digest
+
+    def commit(self, manifest: Manifest) -> None:
+        """Make the manifest and every chunk it names durable and visible, all or nothing. Ends the transaction.
+
+        Raises StoreError when a chunk it names is not in the store or the id is taken, DiskFullError.
+        """
+        if self._ended:
+            raise StoreError("this transaction has ended")
+        if self._error is not None:
+            raise self._error
+        target = self._layout.manifests / manifest_name(manifest.id)
+        raw_bytes = self._raw_bytes_of(manifest.refs)
+        self._layout.checkpoint("begin")
+        if self._writer.entries:
+            self._writer.finish()
+        self._layout.checkpoint("pack written")
+        with self._layout.change():
+            self._publish(manifest, target, raw_bytes)
+        self._layout.checkpoint("index written")
+        self._end()
+
+    def _append(self, digest: Digest, view: memoryview, codec: Codec) -> None:
+        used, stored = encode(view, codec)
+        if self._writer.append(digest, used, len(view), stored):
+            with self._lock:
+                self.stored_bytes += len(stored)
+                self.new_chunks += 1
+
+    def _raw_bytes_of(self, refs: Sequence[Digest]) -> int:
+        lengths = dict(self._lengths)
+        stored = self._layout.index.locate(digest for digest in refs if digest not in lengths)
+        lengths.update((digest, chunk.plain_length) for digest, chunk in stored.items())
+        for digest in refs:
+            if digest not in lengths:
+                raise StoreError(f"the manifest names chunk {digest.hex()}, which was never put into this store")
+        return sum(lengths[digest] for digest in refs)
+
+    def _publish(self, manifest: Manifest, target: Path, raw_bytes: int) -> None:
+        """The files first, they are the truth; then the index. Undone when the index refuses (its disk may be full)."""
+        if target.exists():
+            raise StoreError(f"there is a manifest {manifest.id} already", remedy="Commit it under another id")
+        made = [target]
+        try:
+            with self._layout.index.change() as connection:
+                if self._writer.entries:
+                    number = self._layout.install(self._writer)
+                    made.append(self._layout.pack(number))
+                    add_pack(connection, number, self._writer.entries.values())
+                self._layout.checkpoint("pack named")
+                add_manifest(connection, manifest, raw_bytes)
+                self._write_manifest(target, encode_manifest(manifest, raw_bytes))
+                self._layout.checkpoint("manifest named")
+        except BaseException:
+            for path in made:
+                path.unlink(missing_ok=True)
+            raise
+
+    def _write_manifest(self, target: Path, data: bytes) -> None:
+        temporary = target.with_suffix(".tmp")
+        with system_errors(target, "committing", len(data)):
+            fd = create_file(temporary)
+            try:
+                write_all(fd, data, 0)
+                os.fsync(fd)
+                self._layout.checkpoint("manifest written")
+                temporary.rename(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+                os.close(fd)
+            sync_folder(target.parent)
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._writer.close()
+            self._in_use.release()

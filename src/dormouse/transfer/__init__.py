@@ -1,0 +1,1 @@
+"""Bytes in motion: bounded pipelines between pipes or memory and the store."""

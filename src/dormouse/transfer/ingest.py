@@ -1,0 +1,110 @@
+"""Ingest: plain buffers from many producers are hashed, coded and stored by a pool of threads.
+
+    producer: acquire() -> fill -> submit(view) -> Future[Digest]      pool: transaction.put, buffer back to the pool
+
+`submit` blocks while too many bytes are in flight, so a fast producer is slowed to the speed of the pool. Nothing else
+blocks a producer: each may hold one buffer of its own beside the bound, whatever the others do, hence producers that
+depend on each other (CRIU fills many pipes, in its own order) can't lock up. The first error ends the whole ingest and
+is raised to every producer.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+from dormouse.errors import StoreError
+from dormouse.store.chunk import Buffer, Digest
+from dormouse.store.codec import Codec
+from dormouse.store.store import Transaction
+from dormouse.transfer.budget import IN_FLIGHT_BYTES, ByteBudget, default_threads
+from dormouse.transfer.memory import keep_freed_memory
+
+CHUNK_SIZE = 1 << 20
+
+
+class _PooledBuffer(mmap.mmap):
+    """Marks memory that goes back to the pool. Mapped, not allocated: pages nobody fills take no memory."""
+
+
+class Ingest:
+    """Feeds one transaction. A context manager: a clean exit waits for everything submitted and raises the first
+    error; leaving with an exception drops what has not begun. Either way no thread of the pool is left."""
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        *,
+        threads: int | None = None,
+        max_in_flight_bytes: int | None = None,
+        codec: Codec = Codec.LZ4,
+    ) -> None:
+        keep_freed_memory()
+        self._transaction = transaction
+        self._codec = codec
+        threads = threads or default_threads()
+        # A few chunks keep each thread busy; more would only touch more memory.
+        self._budget = ByteBudget(max_in_flight_bytes or min(IN_FLIGHT_BYTES, threads * 8 * CHUNK_SIZE))
+        self._free: list[_PooledBuffer] = []
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ingest")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._budget.fail(StoreError("the ingest was given up"))
+        self._pool.shutdown(wait=True)
+        self._free.clear()
+        if error is None:
+            self._budget.check()
+        self._budget.fail(StoreError("the ingest has ended"))
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that were ever in flight at once."""
+        return self._budget.peak
+
+    def acquire(self) -> memoryview:
+        """A buffer of CHUNK_SIZE bytes with any content, to fill and then `submit` (all or a part) or `release`.
+        Raises the first error of any producer's chunk."""
+        self._budget.check()
+        with self._lock:
+            buffer = (
+                self._free.pop()
+                if self._free
+                else _PooledBuffer(-1, CHUNK_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            )
+        return memoryview(buffer)
+
+    def release(self, buffer: Buffer) -> None:
+        """Give back a buffer from `acquire` that is not submitted."""
+        owner = buffer.obj if isinstance(buffer, memoryview) else None
+        if isinstance(owner, _PooledBuffer):
+            with self._lock:
+                if len(self._free) * CHUNK_SIZE < self._budget.limit:
+                    self._free.append(owner)
+
+    def submit(self, plain: Buffer) -> Future[Digest]:
+        """Store a buffer, which now belongs to the ingest until the future is done. Blocks while too many bytes are in
+        flight. Raises the first error of any producer's chunk."""
+        self._budget.take(len(plain))
+        return self._pool.submit(self._put, plain)
+
+    def _put(self, plain: Buffer) -> Digest:
+        length = len(plain)
+        try:
+            self._budget.check()
+            return self._transaction.put(plain, codec=self._codec)
+        except BaseException as error:
+            self._budget.fail(error)
+            raise
+        finally:
+            self.release(plain)
+            self._budget.give(length)

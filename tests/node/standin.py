@@ -1,0 +1,170 @@
+"""A host service for tests: real worker processes over real sockets, but snapshots are only remembered, not made.
+
+It needs neither root nor criu. `HostService` itself is covered by tests/snapshot and the end-to-end tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from dormouse.config import ModelConfig, ServeConfig
+from dormouse.errors import DormouseError, IncompatibleError, NotFoundError
+from dormouse.node.node import Node
+from dormouse.node.parts import Model
+from dormouse.snapshot.service import CaptureResult, WorkerHandle
+
+FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    """What the node looks at in an imported model."""
+
+    name: str
+    path: Path = Path("/nonexistent")
+    engine: str = "null"
+    weight_bytes: int = 1 << 20
+    context: int = 64
+    digest: str = "d1"
+
+
+@dataclass
+class StandInHost:
+    """`faults[call]` is raised by the next such call and then forgotten; `worker_fault` goes to the next worker;
+    `gates[call]` holds a call back until the event is set. `real_worker` runs the product's own worker."""
+
+    delay: float = 0.0
+    real_worker: bool = False
+    faults: dict[str, DormouseError] = field(default_factory=dict)
+    gates: dict[str, asyncio.Event] = field(default_factory=dict)
+    worker_fault: str = ""
+    snapshots: dict[str, dict[str, str]] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
+    clean_up_gates: list[threading.Event] = field(default_factory=list)
+
+    async def _enter(self, call: str) -> None:
+        self.calls.append(call)
+        if gate := self.gates.get(call):
+            await gate.wait()
+        if error := self.faults.pop(call, None):
+            raise error
+
+    def _spawn(self, *options: str) -> WorkerHandle:
+        own, child = socket.socketpair()
+        fault, self.worker_fault = self.worker_fault, ""
+        program = ["-m", "dormouse.engine.worker"] if self.real_worker else [str(FAKE_WORKER)]
+        if not self.real_worker:
+            options = ("--fault", fault, "--delay", str(self.delay), *options)
+        process = subprocess.Popen(
+            [sys.executable, *program, "--control-fd", str(child.fileno()), *options],
+            pass_fds=(child.fileno(),),
+            stdin=subprocess.DEVNULL,
+        )
+        child.close()
+        cell_id = f"cell{process.pid}"
+        self.processes[cell_id] = process
+        return WorkerHandle(cell_id=cell_id, pid=process.pid, control=own, phases={"cell": 0.002})
+
+    def alive(self) -> int:
+        """Worker processes that have not been ended and reaped."""
+        return sum(process.returncode is None for process in self.processes.values())
+
+    async def start_worker(self, *, log_path: Path) -> WorkerHandle:
+        await self._enter("start_worker")
+        return self._spawn()
+
+    async def capture(self, worker: WorkerHandle, *, model: str, key: dict[str, str]) -> CaptureResult:
+        await self._enter("capture")
+        snapshot_id = f"snap{len(self.models) + 1}"
+        self.snapshots[snapshot_id] = key
+        self.models[snapshot_id] = model
+        await self._kill(worker)
+        return CaptureResult(snapshot_id, raw_bytes=1000, stored_bytes=300, phases={"dump": 0.003})
+
+    async def restore(self, snapshot_id: str, *, key: dict[str, str]) -> WorkerHandle:
+        await self._enter("restore")
+        if snapshot_id not in self.snapshots:
+            raise NotFoundError(f"there is no snapshot {snapshot_id}")
+        if self.snapshots[snapshot_id] != key:
+            raise IncompatibleError(f"snapshot {snapshot_id} does not fit this host")
+        return self._spawn("--restored")
+
+    async def stop_worker(self, worker: WorkerHandle) -> None:
+        await self._enter("stop_worker")
+        await self._kill(worker)
+
+    async def close(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            await asyncio.to_thread(process.wait)
+
+    async def _kill(self, worker: WorkerHandle) -> None:
+        process = self.processes[worker.cell_id]
+        process.kill()
+        await asyncio.to_thread(process.wait)
+
+    # The node's Catalog
+
+    def latest(self, model: str) -> str | None:
+        return next((name for name in reversed(self.snapshots) if self.models[name] == model), None)
+
+    def drop_older(self, model: str, snapshot_id: str) -> None:
+        if self.clean_up_gates:
+            self.clean_up_gates.pop().wait()
+        own = [name for name in self.snapshots if self.models[name] == model]
+        for name in own[: own.index(snapshot_id)] if snapshot_id in own else []:
+            del self.snapshots[name]
+        self.calls.append("cleaned up")
+
+
+def configure(data_dir: Path, models: dict[str, ModelConfig] | None = None, **settings: object) -> ServeConfig:
+    """A configuration for tests; one model named "mouse" unless told otherwise."""
+    chosen = models if models is not None else {"mouse": ModelConfig()}
+    return ServeConfig.model_validate({"data_dir": data_dir, "models": chosen, **settings})
+
+
+@asynccontextmanager
+async def run_node(
+    config: ServeConfig,
+    host: StandInHost,
+    models: dict[str, FakeModel] | None = None,
+    key: Callable[[Model, ModelConfig], dict[str, str]] = lambda model, settings: {"kernel": "6"},
+) -> AsyncIterator[Node]:
+    """A node over the stand-in; at its end no worker may be left."""
+
+    async def start_host() -> StandInHost:
+        return host
+
+    chosen = models or {name: FakeModel(name) for name in config.models}
+    async with Node(config, start_host, chosen, host, key) as node:
+        yield node
+    assert host.alive() == 0
+
+
+def on_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test on an event loop of its own."""
+
+    @wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that is bound to happen."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - what is waited for is in another process, too
+            await asyncio.sleep(0.005)

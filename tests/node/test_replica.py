@@ -1,0 +1,345 @@
+"""The state machine alone: what happens in each situation, and what may never happen in any."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from dormouse.errors import BusyError, DiskFullError, EngineError, IncompatibleError, StoppingError
+from dormouse.node import replica as r
+from dormouse.node.replica import Replica, Start, State
+
+
+def new_replica(
+    keep_alive: float = 10.0,
+    max_queue: int = 4,
+    max_concurrent: int = 2,
+    snapshots: bool = True,
+    snapshot_id: str | None = None,
+) -> Replica:
+    return Replica(
+        "mouse",
+        keep_alive=keep_alive,
+        max_queue=max_queue,
+        max_concurrent=max_concurrent,
+        snapshots=snapshots,
+        snapshot_id=snapshot_id,
+        now=0.0,
+    )
+
+
+def ready_replica(**options: float | bool | str | None) -> Replica:
+    replica = new_replica(**options)  # type: ignore[arg-type]
+    replica.handle(r.Request(0), 0.0)
+    replica.handle(r.Done(), 1.0)
+    replica.handle(r.Leave(0), 2.0)
+    return replica
+
+
+def test_first_request_starts_cold_and_is_told_so() -> None:
+    replica = new_replica()
+    assert replica.handle(r.Request(1), 0.0) == [r.StartCold()]
+    ready, serve = replica.handle(r.Done(phases={"load": 2.5}), 2.5)
+    assert ready == r.Ready(Start("cold", 2.5), {"load": 2.5})
+    assert serve == r.Serve(1, Start("cold", 2.5))
+    assert str(Start("snapshot", 1.17)) == "snapshot; 1.170"
+
+
+def test_request_to_a_ready_replica_is_hot() -> None:
+    assert ready_replica().handle(r.Request(1), 3.0) == [r.Serve(1, Start("hot", 0.0))]
+
+
+def test_many_requests_share_one_restore() -> None:
+    replica = new_replica(snapshot_id="s", max_concurrent=8)
+    assert replica.handle(r.Request(1), 0.0) == [r.Restore("s")]
+    assert replica.handle(r.Request(2), 0.5) == []
+    start = Start("snapshot", 1.0)
+    assert replica.handle(r.Done(), 1.0) == [r.Ready(start, {}), r.Serve(1, start), r.Serve(2, start)]
+
+
+def test_one_too_many_is_refused_with_a_time_to_come_back() -> None:
+    replica = new_replica(max_queue=1)
+    replica.handle(r.Request(1), 0.0)
+    (refusal,) = replica.handle(r.Request(2), 0.0)
+    assert isinstance(refusal, r.Fail) and isinstance(refusal.error, BusyError)
+    assert refusal.error.retry_after >= 1.0
+
+
+def test_first_idle_captures_then_sleeps() -> None:
+    replica = ready_replica()
+    assert replica.deadline == 12.0
+    assert replica.handle(r.Tick(), 11.9) == []
+    assert replica.handle(r.Tick(), 12.0) == [r.Quiesce()]
+    assert replica.handle(r.Done(), 12.1) == [r.Capture()]
+    assert replica.handle(r.Done(snapshot_id="s"), 12.5) == []
+    assert (replica.state, replica.snapshot_id, replica.deadline) == (State.ASLEEP, "s", None)
+
+
+def test_later_idle_with_a_valid_snapshot_only_stops() -> None:
+    replica = ready_replica(snapshot_id="s")
+    assert replica.handle(r.Tick(), 12.0) == [r.Stop()]
+    replica.handle(r.Done(), 12.1)
+    assert replica.handle(r.Request(9), 13.0) == [r.Restore("s")]
+
+
+def test_without_snapshots_it_only_stops_and_starts_cold() -> None:
+    replica = ready_replica(snapshots=False)
+    assert replica.handle(r.Tick(), 12.0) == [r.Stop()]
+    replica.handle(r.Done(), 12.1)
+    assert replica.handle(r.Request(9), 13.0) == [r.StartCold()]
+
+
+def test_kept_forever_sleeps_only_when_told() -> None:
+    replica = ready_replica(keep_alive=math.inf)
+    assert replica.deadline is None
+    assert replica.handle(r.Tick(), 1e9) == []
+    assert replica.handle(r.Sleep(), 1e9) == [r.Quiesce()]
+
+
+def test_failed_restore_falls_back_to_cold_and_says_why() -> None:
+    replica = new_replica(snapshot_id="s")
+    replica.handle(r.Request(1), 0.0)
+    error = IncompatibleError("other kernel")
+    assert replica.handle(r.Failed(error), 0.5) == [r.Fallback("s", error), r.StartCold()]
+    effects = replica.handle(r.Done(), 4.0)
+    assert effects[-1] == r.Serve(1, Start("cold", 4.0))
+    assert replica.snapshot_id is None
+
+
+def test_failed_cold_start_fails_everyone_who_waits_and_the_next_tries_again() -> None:
+    replica = new_replica()
+    replica.handle(r.Request(1), 0.0)
+    replica.handle(r.Request(2), 0.0)
+    error = EngineError("no such file")
+    assert replica.handle(r.Failed(error), 1.0) == [r.Fail(1, error), r.Fail(2, error)]
+    assert replica.state is State.ASLEEP and replica.last_error is error
+    assert replica.handle(r.Request(3), 2.0) == [r.StartCold()]
+
+
+def test_request_while_quiescing_resumes_at_once() -> None:
+    replica = ready_replica()
+    replica.handle(r.Tick(), 12.0)
+    assert replica.handle(r.Request(1), 12.01) == []
+    assert replica.handle(r.Done(), 12.05) == [r.Resume()]
+    (serve,) = replica.handle(r.Done(), 12.06)
+    assert isinstance(serve, r.Serve) and serve.start.path == "hot"
+    assert math.isclose(serve.start.seconds, 0.05)
+
+
+def test_request_while_capturing_waits_for_the_restore() -> None:
+    replica = ready_replica()
+    replica.handle(r.Tick(), 12.0)
+    replica.handle(r.Done(), 12.1)
+    assert replica.handle(r.Request(1), 12.2) == []
+    assert replica.handle(r.Done(snapshot_id="s"), 12.5) == [r.Restore("s")]
+    assert replica.handle(r.Done(), 13.5)[-1] == r.Serve(1, Start("snapshot", 1.0))
+
+
+def test_failed_capture_resumes_and_is_tried_later_and_later_then_given_up() -> None:
+    replica = ready_replica()
+    now = 12.0
+    error = DiskFullError("no room")
+    for attempt in range(r.MAX_CAPTURE_FAILURES):
+        assert replica.handle(r.Tick(), now) == [r.Quiesce()]
+        replica.handle(r.Done(), now)
+        assert replica.handle(r.Failed(error), now) == [r.CaptureFailed(error), r.Resume()]
+        replica.handle(r.Done(), now)
+        assert replica.deadline == now + 10.0 * 2 ** (attempt + 1)
+        now = replica.deadline
+    assert replica.handle(r.Tick(), now) == [r.Stop()]
+
+
+def test_failed_capture_and_failed_resume_kill_the_worker() -> None:
+    replica = ready_replica()
+    replica.handle(r.Tick(), 12.0)
+    replica.handle(r.Done(), 12.1)
+    replica.handle(r.Failed(DiskFullError("no room")), 12.2)
+    assert replica.handle(r.Failed(EngineError("stuck")), 12.3) == [r.Stop()]
+
+
+def test_dead_worker_is_cleared_away_and_waiters_get_a_new_one() -> None:
+    replica = ready_replica(max_concurrent=1)
+    replica.handle(r.Request(1), 3.0)
+    replica.handle(r.Request(2), 3.0)
+    assert replica.handle(r.WorkerDied(EngineError("killed")), 4.0) == [r.Stop()]
+    assert replica.handle(r.Done(), 4.1) == [r.StartCold()]
+    replica.handle(r.Leave(1), 4.2)
+    assert replica.handle(r.Done(), 5.0)[-1] == r.Serve(2, Start("cold", 5.0 - 4.1))
+
+
+def test_worker_that_cannot_be_stopped_is_tried_again_and_nobody_waits_for_it() -> None:
+    replica = ready_replica(snapshot_id="s")
+    replica.handle(r.Tick(), 12.0)
+    replica.handle(r.Request(1), 12.1)
+    error = EngineError("unkillable")
+    assert replica.handle(r.Failed(error), 12.2) == [r.Fail(1, error)]
+    assert replica.deadline == 12.2 + r.STOP_RETRY
+    assert replica.handle(r.Tick(), replica.deadline) == [r.Stop()]
+
+
+def test_shutdown_fails_waiters_stops_and_refuses() -> None:
+    replica = new_replica()
+    replica.handle(r.Request(1), 0.0)
+    (failed,) = replica.handle(r.Shutdown(), 0.5)
+    assert isinstance(failed, r.Fail) and isinstance(failed.error, StoppingError)
+    assert replica.handle(r.Done(), 1.0)[-1] == r.Stop()
+    replica.handle(r.Done(), 1.1)
+    (refused,) = replica.handle(r.Request(2), 2.0)
+    assert isinstance(refused, r.Fail) and isinstance(refused.error, StoppingError)
+    assert replica.state is State.ASLEEP
+
+
+OPERATIONS = (r.StartCold, r.Restore, r.Quiesce, r.Capture, r.Resume, r.Stop)
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """The world around a replica, doing whatever it may do in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.replica = new_replica(max_queue=3, max_concurrent=2)
+        self.operation: r.Operation | None = None
+        self.workers = 0
+        self.parked = False
+        self.waiting: set[int] = set()
+        self.served: set[int] = set()
+        self.next_waiter = 0
+        self.fallback_due = False
+        self.closing = False
+
+    def send(self, event: r.Event) -> None:
+        self.now += 0.25
+        if isinstance(event, r.Done | r.Failed | r.Abandoned):
+            self.operation = None
+        for effect in self.replica.handle(event, self.now):
+            self.take(effect)
+
+    def take(self, effect: r.Effect) -> None:
+        match effect:
+            case r.Serve():
+                assert self.workers == 1 and not self.parked and self.operation is None
+                self.waiting.remove(effect.waiter)
+                self.served.add(effect.waiter)
+            case r.Fail():
+                self.waiting.remove(effect.waiter)
+            case r.Fallback():
+                assert self.fallback_due
+                self.fallback_due = False
+            case r.Ready():
+                assert self.workers == 1
+            case r.CaptureFailed():
+                pass
+            case _:
+                assert isinstance(effect, OPERATIONS)
+                assert self.operation is None, "two operations at once"
+                assert not self.fallback_due, "a cold start after a bad snapshot without a word"
+                if isinstance(effect, r.StartCold | r.Restore):
+                    assert self.workers == 0, "two workers"
+                if isinstance(effect, r.Quiesce | r.Capture):
+                    assert not self.served, "captured with a request in flight"
+                if isinstance(effect, r.Capture | r.Resume):
+                    assert self.workers == 1 and self.parked
+                if isinstance(effect, r.Stop):
+                    self.served.clear()
+                self.operation = effect
+
+    @rule()
+    def request(self) -> None:
+        self.waiting.add(self.next_waiter)
+        self.next_waiter += 1
+        self.send(r.Request(self.next_waiter - 1))
+
+    @rule(pick=st.integers(0))
+    def leave(self, pick: int) -> None:
+        if everyone := sorted(self.waiting | self.served):
+            waiter = everyone[pick % len(everyone)]
+            self.waiting.discard(waiter)
+            self.served.discard(waiter)
+            self.send(r.Leave(waiter))
+
+    @precondition(lambda self: self.operation is not None)
+    @rule()
+    def succeed(self) -> None:
+        operation = self.operation
+        match operation:
+            case r.StartCold() | r.Restore():
+                self.workers, self.parked = 1, False
+            case r.Quiesce():
+                self.parked = True
+            case r.Resume():
+                self.parked = False
+            case r.Capture() | r.Stop():
+                self.workers = 0
+        self.send(r.Done(snapshot_id="s" if isinstance(operation, r.Capture) else None))
+        if isinstance(operation, r.Capture) and self.operation is None:
+            assert self.replica.state is State.ASLEEP
+
+    @precondition(lambda self: self.operation is not None)
+    @rule()
+    def fail(self) -> None:
+        self.fallback_due = isinstance(self.operation, r.Restore)
+        self.send(r.Failed(EngineError("by chance")))
+        assert not self.fallback_due
+
+    @precondition(lambda self: isinstance(self.operation, r.StartCold | r.Restore) and not self.waiting)
+    @rule()
+    def abandon(self) -> None:
+        self.send(r.Abandoned())
+
+    @precondition(lambda self: self.replica.state is State.READY)
+    @rule()
+    def die(self) -> None:
+        self.served.clear()
+        self.send(r.WorkerDied(EngineError("killed")))
+
+    @rule()
+    def press(self) -> None:
+        self.send(r.Sleep())
+
+    @rule()
+    def tick(self) -> None:
+        if self.replica.deadline is not None:
+            self.now = max(self.now, self.replica.deadline)
+        self.send(r.Tick())
+
+    @precondition(lambda self: self.next_waiter > 5)
+    @rule()
+    def shut_down(self) -> None:
+        self.closing = True
+        self.send(r.Shutdown())
+
+    @invariant()
+    def whoever_waits_is_waited_for(self) -> None:
+        assert self.replica.waiting == len(self.waiting)
+        assert self.replica.in_flight == len(self.served)
+        if self.waiting:
+            retry = self.replica.state is State.STOPPING and self.replica.deadline is not None
+            full = self.replica.state is State.READY and len(self.served) == 2
+            assert self.operation is not None or retry or full
+
+    @invariant()
+    def asleep_means_no_worker(self) -> None:
+        if self.replica.state is State.ASLEEP:
+            assert self.workers == 0 and self.operation is None
+        if self.closing:
+            assert not self.waiting
+
+    def teardown(self) -> None:
+        """Whatever happened: when all goes well from here on, everyone is served or failed and nothing stays."""
+        for _ in range(40):
+            if self.operation is not None:
+                self.succeed()
+            elif self.served:
+                self.leave(0)
+            elif self.replica.state is not State.ASLEEP:
+                self.press()
+                self.tick()
+        assert not self.waiting and not self.served and self.workers == 0
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
