@@ -2,8 +2,9 @@
 
 CRIU does not store unmodified pages of mapped files (libraries, weights); after a restore they come in by page faults,
 one small read after another when the page cache is cold. So a capture notes which ranges of which files were in the
-process's memory (`/proc/PID/pagemap`), and a restore starts by telling the kernel to read them (`posix_fadvise
-WILLNEED`, asynchronous, no copy) while CRIU is still busy with the rest.
+process's memory (`/proc/PID/pagemap`), and a restore has the kernel read them (`posix_fadvise WILLNEED`, no copy)
+while CRIU is busy with the rest. One step of a few MiB is under way at a time: CRIU's own reads and those of the
+snapshot's chunks are more urgent, and behind a deep queue they would wait for all of it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def merge(ranges: Iterable[tuple[int, int]], gap: int = _MERGE_GAP) -> list[tupl
 
 
 def prefetch(files: Iterable[MappedFile]) -> int:
-    """Ask the kernel to read all ranges; returns the bytes asked for. What can't be opened is logged and left to
+    """Have the kernel read all ranges, and wait for it; returns their bytes. What can't be opened is logged and left to
     CRIU, whose own check of mapped files gives the error that counts."""
     asked = 0
     for file in files:
@@ -81,7 +82,9 @@ def prefetch(files: Iterable[MappedFile]) -> int:
         try:
             for offset, length in file.ranges:
                 for at in range(offset, offset + length, _ADVISE_STEP):
-                    os.posix_fadvise(fd, at, min(_ADVISE_STEP, offset + length - at), os.POSIX_FADV_WILLNEED)
+                    step = min(_ADVISE_STEP, offset + length - at)
+                    os.posix_fadvise(fd, at, step, os.POSIX_FADV_WILLNEED)
+                    os.pread(fd, 1, at + step - 1)  # returns when the step's last page has arrived
                 asked += length
         finally:
             os.close(fd)

@@ -63,7 +63,6 @@ def restore(
                 f"snapshot {snapshot_id} of {body.model} does not fit this host: {mismatch}",
                 remedy="The model starts cold and is captured anew",
             )
-    threading.Thread(target=prefetch, args=(body.mapped,), name="prefetch", daemon=True).start()
     with phases.time("cell"):
         cell = take_cell()
     try:
@@ -82,6 +81,7 @@ def _run_criu(
         directory = Path(folder)
         command = restore_command(criu, directory, control_fd=_CRIU_CONTROL_FD, control_inode=body.control_inode)
         with RestoreStream(directory, body.images, chunks) as stream:
+            threading.Thread(target=_read_ahead, args=(stream, body), name="prefetch", daemon=True).start()
             process = cell.spawn(command, env={"PATH": os.defpath}, control=_CRIU_CONTROL_FD)
             assert process.control is not None and process.inode is not None
             try:
@@ -96,3 +96,9 @@ def _run_criu(
                 process.control.close()
                 raise
             return CellWorker(cell, body.pid, process.inode), process.control
+
+
+def _read_ahead(stream: RestoreStream, body: SnapshotBody) -> None:
+    """Not before CRIU runs: until then its own program must come from the same disk, and nothing works without it."""
+    stream.connected.wait()
+    prefetch(body.mapped)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from typing import Self
 
 from dormouse.errors import SnapshotError
 from dormouse.snapshot import service_messages as messages
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,49 +46,39 @@ class CaptureResult:
 class HostService:
     """Async client of the service; all methods run on the node's event loop and never block it.
 
-    If the service process dies, every pending and later call raises SnapshotError, and all its cells (and so all
-    workers) are dead.
+    If the service process dies, every pending call raises SnapshotError, and all its cells (and so all workers) are
+    dead. The next start or restore begins a new process; that is logged as an error.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
-        self._process = process
-        self._sock = sock
-        self._calls = itertools.count(1)
-        self._pending: dict[int, asyncio.Future[tuple[messages.Reply, socket.socket | None]]] = {}
-        self._stopping: set[asyncio.Task[object]] = set()
-        self._ended = False
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(sock, self._receive)
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self._process: _Process | None = None
+        self._starting = asyncio.Lock()
+        self._closed = False
 
     @classmethod
     async def start(cls, data_dir: Path) -> Self:
         """Start the service and wait until it has checked the host. Raises HostError or StoreError."""
-        process, own = await asyncio.to_thread(_spawn, data_dir)
-        service = cls(process, own)
-        hello: asyncio.Future[tuple[messages.Reply, socket.socket | None]] = service._loop.create_future()
-        service._pending[0] = hello
-        try:
-            reply, _none = await hello
-            if isinstance(reply, messages.Refused):
-                raise messages.as_error(reply)
-        except BaseException:
-            await service.close()
-            raise
+        service = cls(data_dir)
+        await service._living()
         return service
 
     async def start_worker(self, *, log_path: Path) -> WorkerHandle:
         """A new cell with a fresh worker in it (its first message is Hello); its output goes to `log_path`."""
-        call = next(self._calls)
-        return self._handle(*await self._ask(messages.StartWorker(call=call, log_path=str(log_path))))
+        process = await self._living()
+        reply, control = await process.ask(messages.StartWorker(call=process.new_call(), log_path=str(log_path)))
+        return _handle(reply, control)
 
     async def capture(self, worker: WorkerHandle, *, model: str, key: dict[str, str]) -> CaptureResult:
         """Snapshot a quiesced worker, commit, then kill it. `key` is the compatibility key.
 
         On any error (SnapshotError, DiskFullError, StoreError) the worker is alive and as it was: send it Resume.
         """
-        call = next(self._calls)
-        request = messages.CaptureWorker(call=call, cell_id=worker.cell_id, model=model, key=key)
-        reply, _none = await self._ask(request)
+        process = self._process
+        if process is None or process.ended is not None:
+            raise SnapshotError(f"the worker of {model} is gone, and the service that made it")
+        request = messages.CaptureWorker(call=process.new_call(), cell_id=worker.cell_id, model=model, key=key)
+        reply, _none = await process.ask(request)
         assert isinstance(reply, messages.Captured)
         return CaptureResult(reply.snapshot_id, reply.raw_bytes, reply.stored_bytes, reply.phases)
 
@@ -94,51 +87,99 @@ class HostService:
 
         Raises IncompatibleError (names the field), DamagedError, SnapshotError, NotFoundError; nothing runs then.
         """
-        call = next(self._calls)
-        return self._handle(*await self._ask(messages.RestoreSnapshot(call=call, snapshot_id=snapshot_id, key=key)))
+        process = await self._living()
+        request = messages.RestoreSnapshot(call=process.new_call(), snapshot_id=snapshot_id, key=key)
+        return _handle(*await process.ask(request))
 
     async def stop_worker(self, worker: WorkerHandle) -> None:
         """Kill the cell with all in it and wait until its memory is free. Idempotent."""
-        await self._ask(messages.StopCell(call=next(self._calls), cell_id=worker.cell_id))
+        process = self._process
+        if process is not None and process.ended is None:
+            await process.ask(messages.StopCell(call=process.new_call(), cell_id=worker.cell_id))
 
     async def close(self) -> None:
         """End the service and with it all cells."""
-        self._end("it was closed")
-        await asyncio.to_thread(self._process.wait)
+        self._closed = True
+        if self._process is not None:
+            await self._process.close("it was closed")
 
-    async def _ask(self, request: messages.Request) -> tuple[messages.Reply, socket.socket | None]:
-        if self._ended:
-            raise _service_ended("it is not running")
-        answer: asyncio.Future[tuple[messages.Reply, socket.socket | None]] = self._loop.create_future()
-        self._pending[request.call] = answer
+    async def _living(self) -> _Process:
+        """The process, a new one if the last has died."""
+        async with self._starting:
+            if self._closed:
+                raise SnapshotError("the host checkpoint service has been closed")
+            if self._process is None or self._process.ended is not None:
+                if self._process is not None:
+                    log.error("the host checkpoint service has died (%s); starting a new one", self._process.ended)
+                    await self._process.close("it has died")
+                self._process = await _Process.start(self._data_dir)
+            return self._process
+
+
+class _Process:
+    """One service process and the calls it has not answered yet. `ended` says why it is no more."""
+
+    def __init__(self, child: subprocess.Popen[bytes], sock: socket.socket) -> None:
+        self.ended: str | None = None
+        self._child = child
+        self._sock = sock
+        self._calls = itertools.count()
+        self._pending: dict[int, asyncio.Future[_Answer]] = {}
+        self._stopping: set[asyncio.Task[object]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(sock, self._receive)
+
+    @classmethod
+    async def start(cls, data_dir: Path) -> Self:
+        process = cls(*await asyncio.to_thread(_spawn, data_dir))
+        try:
+            _answered(await asyncio.shield(process._expect(process.new_call())))  # call 0, see service_main
+        except BaseException:
+            await process.close("it could not start")
+            raise
+        return process
+
+    def new_call(self) -> int:
+        """A number for the next request."""
+        return next(self._calls)
+
+    async def ask(self, request: messages.Request) -> _Answer:
+        """The answer to one request. Raises what the service refused it with, SnapshotError when the process ends."""
+        if self.ended is not None:
+            raise _has_ended(self.ended)
+        answer = self._expect(request.call)
         try:
             await self._loop.sock_sendall(self._sock, messages.encode(request))
         except OSError as error:
             self._end(str(error))
         try:
-            reply, control = await asyncio.shield(answer)
+            return _answered(await asyncio.shield(answer))
         except asyncio.CancelledError:
             answer.add_done_callback(self._abandon)
             raise
-        if isinstance(reply, messages.Refused):
-            raise messages.as_error(reply)
-        return reply, control
 
-    def _handle(self, reply: messages.Reply, control: socket.socket | None) -> WorkerHandle:
-        assert isinstance(reply, messages.Started) and control is not None
-        return WorkerHandle(cell_id=reply.cell_id, pid=reply.pid, control=control, phases=reply.phases)
+    async def close(self, why: str) -> None:
+        """End the process and wait for it."""
+        self._end(why)
+        await asyncio.to_thread(self._child.wait)
 
-    def _abandon(self, answer: asyncio.Future[tuple[messages.Reply, socket.socket | None]]) -> None:
+    def _expect(self, call: int) -> asyncio.Future[_Answer]:
+        answer: asyncio.Future[_Answer] = self._loop.create_future()
+        self._pending[call] = answer
+        return answer
+
+    def _abandon(self, answer: asyncio.Future[_Answer]) -> None:
         """The caller was cancelled before its answer came: nobody will ever stop that worker, so do it here."""
         if answer.exception() is not None:
             return
         reply, control = answer.result()
         if control is not None:
             control.close()
-        if isinstance(reply, messages.Started) and not self._ended:
-            stop = self._loop.create_task(self._ask(messages.StopCell(call=next(self._calls), cell_id=reply.cell_id)))
-            self._stopping.add(stop)
-            stop.add_done_callback(self._stopping.discard)
+        if isinstance(reply, messages.Started) and self.ended is None:
+            stop = messages.StopCell(call=self.new_call(), cell_id=reply.cell_id)
+            task = self._loop.create_task(self.ask(stop))
+            self._stopping.add(task)
+            task.add_done_callback(self._stopping.discard)
 
     def _receive(self) -> None:
         try:
@@ -149,21 +190,35 @@ class HostService:
             self._end(str(error))
             return
         if not packet:
-            self._end(f"exit status {self._process.poll()}")
+            self._end("it closed its socket")
             return
         control = socket.socket(fileno=fds[0]) if fds else None
         reply = messages.decode_reply(packet)
         self._pending.pop(reply.call).set_result((reply, control))
 
     def _end(self, why: str) -> None:
-        if self._ended:
+        if self.ended is not None:
             return
-        self._ended = True
+        self.ended = why
         self._loop.remove_reader(self._sock)
         self._sock.close()
         for answer in self._pending.values():
-            answer.set_exception(_service_ended(why))
+            answer.set_exception(_has_ended(why))
         self._pending.clear()
+
+
+_Answer = tuple[messages.Reply, socket.socket | None]
+
+
+def _answered(answer: _Answer) -> _Answer:
+    if isinstance(answer[0], messages.Refused):
+        raise messages.as_error(answer[0])
+    return answer
+
+
+def _handle(reply: messages.Reply, control: socket.socket | None) -> WorkerHandle:
+    assert isinstance(reply, messages.Started) and control is not None
+    return WorkerHandle(cell_id=reply.cell_id, pid=reply.pid, control=control, phases=reply.phases)
 
 
 def _spawn(data_dir: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -182,5 +237,5 @@ def _spawn(data_dir: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
     return process, own
 
 
-def _service_ended(why: str) -> SnapshotError:
-    return SnapshotError(f"the host checkpoint service has ended: {why}", remedy="Restart `dormouse serve`")
+def _has_ended(why: str) -> SnapshotError:
+    return SnapshotError(f"the host checkpoint service has ended: {why}", remedy="Try again; see the node's log")

@@ -109,6 +109,8 @@ class _Stream:
     """
 
     def __init__(self, directory: Path, socket_name: str) -> None:
+        self.connected = threading.Event()
+        """Set when CRIU has connected, or never will."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(directory / socket_name))
         self._listener.listen(1)
@@ -159,6 +161,8 @@ class _Stream:
             peer, _addr = self._listener.accept()
         except OSError:
             return  # closed before CRIU connected; its exit code says why
+        finally:
+            self.connected.set()
         with peer:
             self._peer = peer
             self._serve(_Connection(peer))

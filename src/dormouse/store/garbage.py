@@ -57,7 +57,7 @@ def _check_liveness(layout: Layout) -> None:
         if not layout.index.refs_of(manifest_id) >= set(manifest.refs):
             raise DamagedError(
                 f"the index of {layout.root} does not know all chunks of manifest {manifest_id}; nothing was deleted",
-                remedy=f"Stop dormouse and delete {layout.root / 'index.sqlite'}: it is built anew at the next start",
+                remedy=f"Stop dormouse and delete {layout.root}/index.sqlite: it is built anew, no snapshot is lost",
             )
 
 

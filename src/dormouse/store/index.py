@@ -60,6 +60,7 @@ CREATE TABLE notes (text TEXT NOT NULL) STRICT;
 PRAGMA user_version = {VERSION};
 COMMIT;
 """
+_LIST_SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name"
 _IS_LIVE = "EXISTS (SELECT 1 FROM manifest_chunks r WHERE r.chunk = chunks.id)"
 
 
@@ -102,7 +103,11 @@ class Index:
             ((version,),) = self._query("PRAGMA user_version")
             if version != VERSION:
                 return f"it is of format version {version}, not {VERSION}"
-            verdicts = self._query("PRAGMA quick_check(1)")
+            if self._query(_LIST_SCHEMA) != _expected_schema():
+                return "its tables are not what they should be"
+            verdicts = self._query("PRAGMA integrity_check(1)")
+            with self.change() as connection:  # a damaged header can make it read-only
+                connection.execute(f"PRAGMA user_version = {VERSION}")
         except DiskFullError:
             raise
         except StoreError as error:
@@ -282,12 +287,17 @@ class Index:
             return disk_full(self._path, "writing to the index")
         if code == sqlite3.SQLITE_BUSY:
             return BusyError(f"the index {self._path} is in use: {error}", retry_after=1.0, remedy="Try again later")
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return DamagedError(
-                f"the index {self._path} is damaged: {error}",
-                remedy="Start dormouse again: the index is then built anew from the packs; no snapshot is lost",
-            )
-        return StoreError(f"the index {self._path} failed: {error}", remedy="See the system log for the disk")
+        kind = DamagedError if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else StoreError
+        return kind(
+            f"the index {self._path} failed: {error}",
+            remedy="If this persists, stop dormouse and delete that file: it is built anew, no snapshot is lost",
+        )
+
+
+def _expected_schema() -> list[tuple[Any, ...]]:
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(_SCHEMA)
+        return connection.execute(_LIST_SCHEMA).fetchall()
 
 
 # Changes: they belong into one `Index.change` block, by the holder of the store's change lock.

@@ -10,6 +10,7 @@ Whoever takes several locks takes them in the order gc, use, change.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +18,12 @@ from pathlib import Path
 from dormouse.errors import NotFoundError
 from dormouse.store.files import FileLock, sync_folder, system_errors
 from dormouse.store.index import Index
-from dormouse.store.manifest import Manifest, decode_manifest, manifest_name
+from dormouse.store.manifest import Manifest, decode_manifest, is_manifest_id, manifest_name
 from dormouse.store.pack import PackWriter, pack_name
 
 Checkpoint = Callable[[str], None]
+
+_NUMBER = re.compile(r"[0-9]{8,18}")
 
 
 class Layout:
@@ -55,11 +58,11 @@ class Layout:
 
     def pack_numbers(self) -> Iterator[int]:
         """The numbers of all pack files, in no order."""
-        return (int(path.stem) for path in self.packs.glob("*.pack") if path.stem.isdecimal())
+        return (int(path.stem) for path in self.packs.glob("*.pack") if _NUMBER.fullmatch(path.stem))
 
     def manifest_ids(self) -> set[str]:
         """The ids of all manifest files."""
-        return {path.stem for path in self.manifests.glob("*.manifest")}
+        return {path.stem for path in self.manifests.glob("*.manifest") if is_manifest_id(path.stem)}
 
     def manifest(self, manifest_id: str) -> Path:
         """The file of a manifest."""

@@ -43,9 +43,14 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     refs: bytes
 
 
+def is_manifest_id(text: str) -> bool:
+    """Whether `text` can be the id of a manifest."""
+    return _ID.fullmatch(text) is not None
+
+
 def manifest_name(manifest_id: str) -> str:
     """The file name of a manifest. Raises StoreError for an id that cannot be one."""
-    if not _ID.fullmatch(manifest_id):
+    if not is_manifest_id(manifest_id):
         raise StoreError(
             f"{manifest_id!r} cannot name a manifest", remedy="Use up to 100 letters, digits, dots, dashes, underscores"
         )
