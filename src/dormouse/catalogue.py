@@ -140,7 +140,7 @@ def details(data_dir: DataDir, snapshot_id: str) -> dict[str, Any]:
         "id": identity,
         "model": body.model,
         "created": row.created,
-        "raw_bytes": row.raw_bytes,
+        "raw_bytes": body.raw_bytes(),
         "stored_bytes": row.stored_bytes,
         "shared_bytes": row.shared_bytes,
         "key": body.key,

@@ -6,6 +6,7 @@ the gguf package, so that an unsupported one is named at once and not after minu
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from dormouse.checkpoint.models import Progress, Record
@@ -47,12 +48,21 @@ def read_gguf(path: Path, source: str, folder: Path, progress: Progress) -> Reco
 def _check_types(path: Path) -> None:
     import gguf
 
-    first_of_type = {tensor.tensor_type: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for kind, tensor in first_of_type.items():
+    try:
+        tensors = gguf.GGUFReader(path).tensors
+    except ValueError as error:
+        if number := re.search(r"(\d+)\W* is not a valid GGMLQuantizationType", str(error)):
+            raise _unsupported(path, number[1]) from error
+        raise
+    for kind, tensor in {tensor.tensor_type: tensor for tensor in tensors}.items():
         try:
             gguf.dequantize(tensor.data[:1], kind)
         except NotImplementedError as error:
-            raise ConfigError(
-                f"{path} has tensors of type {kind.name}, which can't be converted",
-                remedy="Use a file of another type, such as Q4_K_M, Q8_0, F16 or BF16",
-            ) from error
+            raise _unsupported(path, kind.name) from error
+
+
+def _unsupported(path: Path, kind: str) -> ConfigError:
+    return ConfigError(
+        f"{path} has tensors of type {kind}, which can't be converted",
+        remedy="Use a file of another type, such as Q4_K_M, Q8_0, F16 or BF16",
+    )

@@ -122,10 +122,12 @@ class Worker:
         if self._engine is not None:
             raise EngineError("this worker has a model already", remedy="Start another worker")
         gc.disable()  # imports make a million objects that all stay: collecting among them costs a tenth of the time
-        engine = create_engine(spec.engine)
-        loaded = engine.load(spec, self._emit)
-        gc.freeze()
-        gc.enable()
+        try:
+            engine = create_engine(spec.engine)
+            loaded = engine.load(spec, self._emit)
+            gc.freeze()
+        finally:
+            gc.enable()
         self._engine = engine
         self._send(loaded)
 

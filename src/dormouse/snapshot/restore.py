@@ -7,6 +7,7 @@ error the cell is killed and nothing is left.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import tempfile
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dormouse.errors import IncompatibleError, SnapshotError
+from dormouse.errors import DormouseError, IncompatibleError, SnapshotError, StoreError
 from dormouse.phases import Phases
 from dormouse.snapshot.capture import CellWorker, log_reason
 from dormouse.snapshot.cell import Cell
@@ -27,6 +28,8 @@ from dormouse.snapshot.prefetch import prefetch
 from dormouse.snapshot.streamer import RestoreStream
 from dormouse.store.store import Store
 from dormouse.transfer.readahead import ReadAhead
+
+log = logging.getLogger(__name__)
 
 _CRIU_CONTROL_FD = 100
 """The control socket's number in the criu process: clear of the low numbers criu opens for itself."""
@@ -72,6 +75,24 @@ def restore(
         cell.close()
         raise
     return Restored(worker, control, dict(phases))
+
+
+def note_damage(store: Store, snapshot_id: str) -> None:
+    """Check every chunk of a snapshot of which one was damaged; one seldom comes alone. What a read finds damaged is
+    remembered by the store, and the next capture stores it afresh instead of sharing it."""
+    try:
+        references = set(store.manifest(snapshot_id).refs)
+    except DormouseError as error:
+        log.warning("the chunks of snapshot %s can't be checked: %s", snapshot_id, error)
+        return
+    damaged = 0
+    with store.reader() as reader:
+        for digest in references:
+            try:
+                reader.stored(reader.locate([digest])[0])
+            except StoreError:
+                damaged += 1
+    log.warning("snapshot %s: %d of its %d chunks are damaged", snapshot_id, damaged, len(references))
 
 
 def _run_criu(

@@ -21,14 +21,15 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dormouse.errors import DormouseError, HostError, SnapshotError
+from dormouse.errors import DamagedError, DormouseError, HostError, SnapshotError
 from dormouse.phases import Phases
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import CellWorker, capture
 from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
-from dormouse.snapshot.restore import restore
+from dormouse.snapshot.restore import note_damage, restore
 from dormouse.store.store import Store
+from dormouse.transfer.memory import release_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -91,14 +92,20 @@ class Service:
         self._spare.refill()
         self._lock = threading.Lock()
         self._workers: dict[str, CellWorker] = {}
+        self._damaged: set[str] = set()
 
     def close(self) -> None:
         """End what no worker uses. Workers are the caller's to stop."""
         self._spare.close()
 
     def prepare(self) -> None:
-        """Work that the next call gains from, done after an answer."""
+        """Work that a later call gains from, done after an answer."""
         self._spare.refill()
+        with self._lock:
+            damaged, self._damaged = self._damaged, set()
+        for snapshot_id in damaged:
+            note_damage(self._store, snapshot_id)
+        release_freed_memory()
 
     def answer(self, request: messages.Request) -> tuple[messages.Reply, socket.socket | None]:
         """Carry out one request. Raises DormouseError."""
@@ -139,14 +146,19 @@ class Service:
             raise
 
     def _restore(self, request: messages.RestoreSnapshot) -> tuple[messages.Reply, socket.socket | None]:
-        restored = restore(
-            request.snapshot_id,
-            self._store,
-            self._criu,
-            key=self._full_key(request.key),
-            take_cell=self._spare.take,
-            timeout=_CRIU_TIMEOUT,
-        )
+        try:
+            restored = restore(
+                request.snapshot_id,
+                self._store,
+                self._criu,
+                key=self._full_key(request.key),
+                take_cell=self._spare.take,
+                timeout=_CRIU_TIMEOUT,
+            )
+        except DamagedError:
+            with self._lock:
+                self._damaged.add(request.snapshot_id)
+            raise
         return self._started(request.call, restored.worker, restored.phases), restored.control
 
     def _capture(self, request: messages.CaptureWorker) -> messages.Reply:

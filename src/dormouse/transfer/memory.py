@@ -22,3 +22,10 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_PER_HEAP)
+
+
+def release_freed_memory() -> None:
+    """Give what is kept back to the kernel; for the end of a piece of work, when nothing like it follows at once."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -1,0 +1,123 @@
+"""A worker process and the node's end of its socket, for tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import msgspec
+
+from dormouse.engine.frames import Inbox, pack_frame
+from dormouse.engine.messages import (
+    Delta,
+    Failed,
+    Finished,
+    FromWorker,
+    Generate,
+    Hello,
+    Load,
+    Loaded,
+    Prompt,
+    Quiesce,
+    Quiesced,
+    Resume,
+    Resumed,
+    Sampling,
+)
+
+T = TypeVar("T")
+
+
+class Answer(msgspec.Struct):
+    """What a generation gave."""
+
+    text: str = ""
+    token_ids: list[int] = []
+    deltas: list[Delta] = []
+    end: Finished | Failed | None = None
+
+
+class WorkerClient:
+    """Speaks the protocol with a real `python -m dormouse.engine.worker`."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.socket, child = socket.socketpair()
+        self.socket.settimeout(120)
+        with child, log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dormouse.engine.worker", "--control-fd", str(child.fileno())],
+                pass_fds=[child.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, "PYTHONWARNINGS": "default"},
+            )
+        self._inbox: Inbox[FromWorker] = Inbox(FromWorker)  # type: ignore[arg-type]
+        self._ready: deque[FromWorker] = deque()
+        self.hello = self.expect(Hello)
+
+    def __enter__(self) -> WorkerClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.socket.close()
+        self.process.wait(timeout=30)
+
+    def send(self, message: msgspec.Struct) -> None:
+        self.socket.sendall(pack_frame(message))
+
+    def receive(self) -> FromWorker:
+        while not self._ready:
+            data = self.socket.recv(1 << 16)
+            if not data:
+                raise EOFError(self.log.read_text())
+            self._ready.extend(self._inbox.feed(data))
+        return self._ready.popleft()
+
+    def expect(self, kind: type[T]) -> T:
+        message = self.receive()
+        assert isinstance(message, kind), message
+        return message
+
+    def load(self, path: Path, engine: str = "transformers", **options: int) -> Loaded:
+        self.send(Load(engine=engine, path=str(path), **options))
+        return self.expect(Loaded)
+
+    def run(self, requests: dict[str, tuple[Prompt, Sampling]]) -> dict[str, Answer]:
+        """Send all requests at once and collect the answers until each has ended."""
+        for name, (prompt, sampling) in requests.items():
+            self.send(Generate(id=name, prompt=prompt, sampling=sampling))
+        return self.collect(requests)
+
+    def ask(self, prompt: Prompt, sampling: Sampling) -> Answer:
+        return self.run({"only": (prompt, sampling)})["only"]
+
+    def collect(self, names: object) -> dict[str, Answer]:
+        answers = {name: Answer() for name in names}  # type: ignore[attr-defined]
+        while any(answer.end is None for answer in answers.values()):
+            message = self.receive()
+            assert isinstance(message, Delta | Finished | Failed), message
+            answer = answers[message.id]
+            assert answer.end is None
+            if isinstance(message, Delta):
+                answer.text += message.text
+                answer.token_ids += message.token_ids
+                answer.deltas.append(message)
+            else:
+                answer.end = message
+        return answers
+
+    def quiesce(self) -> Quiesced:
+        self.send(Quiesce())
+        return self.expect(Quiesced)
+
+    def resume(self) -> Resumed:
+        self.send(Resume(log_path=str(self.log)))
+        return self.expect(Resumed)

@@ -1,0 +1,314 @@
+"""`dormouse serve` as a user runs it: real processes, real CRIU, HTTP over a real port."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from dormouse.checkpoint.importer import import_model
+from dormouse.checkpoint.models import ImportedModel
+from dormouse.config import DataDir, default_data_dir
+from dormouse.errors import HostError
+from dormouse.snapshot.criu_setup import find_criu
+from dormouse.store.store import Store
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
+
+PATIENCE = 90.0
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> DataDir:
+    """A data folder with a null-engine model called `null` and the user's CRIU."""
+    try:
+        find_criu(default_data_dir(os.environ))
+    except HostError as error:
+        pytest.skip(str(error))
+    folder = DataDir(tmp_path / "data").create()
+    shared = default_data_dir(os.environ) / "criu"
+    if shared.exists():
+        folder.criu.symlink_to(shared)
+    source = tmp_path / "null-source"
+    source.mkdir()
+    settings = {"memory_mb": 12, "answer_tokens": 20}
+    (source / "config.json").write_text(json.dumps({"model_type": "dormouse-null", "null": settings}))
+    import_model(str(source), "null", folder.models, progress=lambda _step, _done, _total: None)
+    return folder
+
+
+@dataclass
+class Server:
+    """A running `dormouse serve`."""
+
+    process: subprocess.Popen[str]
+    address: str
+    data_dir: DataDir
+
+    def ask(self, model: str = "null", **fields: object) -> httpx.Response:
+        """One greedy chat answer, whole."""
+        body = {"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 20} | fields
+        return httpx.post(f"{self.address}/v1/chat/completions", json=body, timeout=PATIENCE)
+
+    def state(self, model: str = "null") -> str:
+        """What the replica does now (`node.json` may be half a second old)."""
+        text = httpx.get(f"{self.address}/metrics").text
+        found = re.findall(rf'^dormouse_replica_state{{model="{model}",state="(\w+)"}} 1.0$', text, re.MULTILINE)
+        assert len(found) == 1, found
+        return str(found[0])
+
+    def until_asleep(self, model: str = "null") -> None:
+        until(lambda: self.state(model) == "asleep")
+
+    def workers(self) -> list[psutil.Process]:
+        """The worker processes below the server."""
+        return [child for child in self.family() if "dormouse.engine.worker" in command_of(child)]
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """One sample of /metrics; 0 when it has none."""
+        for line in httpx.get(f"{self.address}/metrics").text.splitlines():
+            if line.startswith(name) and all(f'{label}="{value}"' in line for label, value in labels.items()):
+                return float(line.rsplit(" ", 1)[1])
+        return 0.0
+
+
+def command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@contextmanager
+def serve(data_dir: DataDir, *models: str, keep_alive: str) -> Iterator[Server]:
+    """`dormouse serve` on a free port; it must exit with 0 on SIGTERM and leave no process."""
+    command = [sys.executable, "-m", "dormouse.cli", "serve", *models, "--port", "0", "--keep-alive", keep_alive]
+    environment = os.environ | {"DORMOUSE_HOME": str(data_dir.root)}
+    log = data_dir.root / "serve.log"
+    with log.open("a") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+    with process:
+        assert process.stdout is not None
+        match = re.search(r"http://\S+", process.stdout.readline())
+        assert match, log.read_text()
+        server = Server(process, match[0], data_dir)
+        family = []
+        try:
+            yield server
+            family = server.family() if process.poll() is None else []
+        finally:
+            process.terminate()
+            status = process.wait(30)
+    assert status == 0, log.read_text()
+    until(lambda: not any(member.is_running() and member.status() != "zombie" for member in family))
+
+
+@pytest.mark.model
+def test_the_main_job_through_the_official_client(data_dir: DataDir, smollm2: ImportedModel) -> None:
+    (data_dir.models / "smollm2-135m").symlink_to(smollm2.path)
+    with serve(data_dir, "smollm2-135m", keep_alive="1s") as server:
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", timeout=PATIENCE)
+        assert [model.id for model in client.models.list()] == ["smollm2-135m"]
+
+        def ask() -> tuple[str, str, openai.types.chat.ChatCompletion]:
+            raw = client.chat.completions.with_raw_response.create(
+                model="smollm2-135m",
+                messages=QUESTION,  # type: ignore[arg-type]
+                temperature=0,
+                max_tokens=16,
+            )
+            answer = raw.parse()
+            return raw.headers["x-dormouse-start"].split(";")[0], answer.choices[0].message.content or "", answer
+
+        path, text, answer = ask()
+        assert path == "cold" and "Paris" in text
+        assert answer.usage is not None and answer.usage.completion_tokens > 0
+        server.until_asleep("smollm2-135m")
+        assert server.workers() == []
+        with Store.open(data_dir.store) as store:
+            (snapshot,) = store.manifests(kind="snapshot", name="smollm2-135m")
+            assert store.verify().ok
+        assert snapshot.stored_bytes < 0.35 * snapshot.raw_bytes
+        assert snapshot.raw_bytes < 700e6, "the weights or the KV cache are in the snapshot"
+
+        assert ask()[:2] == ("snapshot", text)
+        assert ask()[:2] == ("hot", text)
+        server.until_asleep("smollm2-135m")
+        stream = client.chat.completions.create(
+            model="smollm2-135m",
+            messages=QUESTION,  # type: ignore[arg-type]
+            temperature=0,
+            max_tokens=16,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
+        assert chunks[-1].usage is not None
+        assert server.metric("dormouse_fallbacks_total") == 0
+
+
+def test_fifty_requests_share_one_wake_and_all_are_answered(data_dir: DataDir) -> None:
+    with serve(data_dir, "null", keep_alive="200ms") as server:
+        text = server.ask().json()["choices"][0]["message"]["content"]
+        server.until_asleep()
+
+        async def ask_all() -> list[httpx.Response]:
+            body = {"model": "null", "messages": QUESTION, "temperature": 0, "max_tokens": 20}
+            async with httpx.AsyncClient(timeout=PATIENCE, limits=httpx.Limits(max_connections=None)) as client:
+                url = f"{server.address}/v1/chat/completions"
+                return await asyncio.gather(*(client.post(url, json=body) for _ in range(50)))
+
+        answers = asyncio.run(ask_all())
+        assert [answer.status_code for answer in answers] == [200] * 50
+        assert {answer.json()["choices"][0]["message"]["content"] for answer in answers} == {text}
+        assert {answer.headers["x-dormouse-start"].split(";")[0] for answer in answers} <= {"snapshot", "hot"}
+        assert len(server.workers()) <= 1
+
+
+def test_twenty_cycles_leak_no_process_descriptor_memory_or_pack(data_dir: DataDir) -> None:
+    with serve(data_dir, "null", keep_alive="50ms") as server:
+
+        def cycle() -> None:
+            server.ask().raise_for_status()
+            server.until_asleep()
+
+        def resources() -> tuple[int, int, int]:
+            everyone = [psutil.Process(server.process.pid), *server.family()]
+            packs = len(list(data_dir.store.rglob("*.pack"))) + len(list(data_dir.store.rglob("*.tmp")))
+            return len(everyone), sum(process.num_fds() for process in everyone), packs
+
+        def memory() -> int:
+            everyone = [psutil.Process(server.process.pid), *server.family()]
+            return sum(process.memory_info().rss for process in everyone)
+
+        for _ in range(5):
+            cycle()
+        until(lambda: not server.workers())
+        before, before_memory = resources(), memory()
+        for _ in range(20):
+            cycle()
+        until(lambda: resources() == before)
+        assert memory() - before_memory < 16 << 20
+        assert server.metric("dormouse_fallbacks_total") == 0
+
+
+def test_a_damaged_snapshot_costs_a_cold_start_and_nothing_else(data_dir: DataDir) -> None:
+    with serve(data_dir, "null", keep_alive="200ms") as server:
+        text = server.ask().json()["choices"][0]["message"]["content"]
+        server.until_asleep()
+        for pack in data_dir.store.rglob("*.pack"):
+            data = bytearray(pack.read_bytes())
+            data[4096 : len(data) // 2] = bytes(byte ^ 0x55 for byte in data[4096 : len(data) // 2])
+            pack.write_bytes(data)
+        answer = server.ask()
+        assert answer.headers["x-dormouse-start"].startswith("cold")
+        assert answer.json()["choices"][0]["message"]["content"] == text
+        assert server.metric("dormouse_fallbacks_total", model="null") == 1
+        server.until_asleep()
+        again = server.ask()
+        assert again.headers["x-dormouse-start"].startswith("snapshot")
+        assert again.json()["choices"][0]["message"]["content"] == text
+
+
+def test_kill_9_of_the_node_leaves_no_worker_and_a_usable_snapshot(data_dir: DataDir) -> None:
+    with pytest.raises(AssertionError), serve(data_dir, "null", keep_alive="200ms") as server:
+        text = server.ask().json()["choices"][0]["message"]["content"]
+        server.until_asleep()
+        server.ask()
+        family = server.family()
+        assert server.workers()
+        os.kill(server.process.pid, signal.SIGKILL)
+        until(lambda: not any(member.is_running() and member.status() != "zombie" for member in family))
+    with serve(data_dir, "null", keep_alive="1h") as server:
+        answer = server.ask()
+        assert answer.headers["x-dormouse-start"].startswith("snapshot")
+        assert answer.json()["choices"][0]["message"]["content"] == text
+
+
+def test_kill_9_of_a_worker_is_an_error_for_its_requests_and_the_next_one_starts_anew(data_dir: DataDir) -> None:
+    with serve(data_dir, "null", keep_alive="1h") as server:
+        assert server.ask().status_code == 200
+        (worker,) = server.workers()
+        worker.kill()
+        until(lambda: server.state() == "asleep")
+        assert server.ask().status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["serve", "no-such-model"], 3, "no-such-model"),
+        (["serve", "missing.yaml"], 2, "missing.yaml"),
+        (["inspect", "nothing"], 3, "nothing"),
+        (["rm", "nothing"], 3, "nothing"),
+        (["import", "/no/such/folder", "--name", "x"], 3, "/no/such/folder"),
+        (["import", "smollm2-135m", "--name", "Not A Name"], 2, "Not A Name"),
+        (["bench", "start", "no-such-model"], 3, "no-such-model"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_bad_command_lines_give_one_sentence_and_a_status(
+    data_dir: DataDir, arguments: list[str], status: int, said: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dormouse.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"DORMOUSE_HOME": str(data_dir.root), "COLUMNS": "400"},
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_ls_inspect_verify_and_rm_agree(data_dir: DataDir) -> None:
+    def dormouse(*arguments: str, status: int = 0) -> dict[str, object]:
+        done = subprocess.run(
+            [sys.executable, "-m", "dormouse.cli", *arguments, "--json"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"DORMOUSE_HOME": str(data_dir.root)},
+            check=False,
+        )
+        assert done.returncode == status
+        return dict(json.loads(done.stdout))
+
+    with serve(data_dir, "null", keep_alive="100ms") as server:
+        server.ask()
+        server.until_asleep()
+        until(lambda: [model["state"] for model in dormouse("ls")["models"]] == ["asleep"])  # type: ignore[attr-defined]
+        assert dormouse("rm", "--model", "null", status=2)["error"]
+    (snapshot,) = dormouse("ls")["snapshots"]  # type: ignore[misc]
+    details = dormouse("inspect", snapshot["id"][:6])
+    assert snapshot["raw_bytes"] <= details["raw_bytes"] == sum(image["raw_bytes"] for image in details["images"])  # type: ignore[index,attr-defined]
+    assert dormouse("verify")["ok"] is True
+    assert dormouse("rm", snapshot["id"])["freed_bytes"] > 0  # type: ignore[operator]
+    assert dormouse("ls")["snapshots"] == []
+    assert not list(data_dir.store.rglob("*.pack"))
