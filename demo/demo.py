@@ -138,7 +138,8 @@ def main() -> int:
         console.print(f"   start path and seconds until ready: {warm.start}")
     same = cold.text == warm.text
     raw, stored = snapshot["raw_bytes"], snapshot["stored_bytes"]
-    table = Table(title=f"{MODEL}: a cold start against a wake-up, page cache as it was")
+    console.print(f"[bold]{MODEL}: a cold start against a wake-up, page cache as it was[/]")
+    table = Table()
     for name in ("start", "first token s", "raw MB", "stored MB", "stored / raw"):
         table.add_column(name, justify="left" if name == "start" else "right")
     table.add_row("cold", f"{cold.first_token_s:.2f}", "", "", "")

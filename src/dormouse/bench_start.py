@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import platform
+import re
 import shutil
 import statistics
 import tempfile
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from dormouse.snapshot.service import CaptureResult
 
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _TOKENS = 24
+_SHOWN = 0.0005
 
 
 @dataclass(frozen=True)
@@ -162,12 +166,25 @@ async def _ask(lease: Lease, prompt: str) -> tuple[float, str]:
     return first, text
 
 
+def host_facts() -> dict[str, str]:
+    """What a figure depends on: date, machine and versions."""
+    cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.machine()}",
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("dormouse", "torch", "transformers")},
+    }
+
+
 def as_json(result: Result) -> dict[str, Any]:
     """Medians under the names scripts use, then every run."""
     cold = statistics.median(run.first_token for run in result.cold)
     snapshot = statistics.median(run.first_token for run in result.snapshot)
     assert result.capture is not None
     return {
+        "host": host_facts(),
         "model": result.model,
         "runs": len(result.cold),
         "cold_s": cold,
@@ -201,7 +218,7 @@ def render(result: Result) -> Group:
     """The figures as tables."""
     figures = as_json(result)
     title = f"{result.model}: median of {figures['runs']} starts to the first token, page cache dropped"
-    starts = Table(title=title, title_justify="left")
+    starts = Table()
     for column in ("start", "seconds", "slowest", "fastest"):
         starts.add_column(column, justify="left" if column == "start" else "right")
     for kind, median, runs in (
@@ -211,12 +228,13 @@ def render(result: Result) -> Group:
         times = [run.first_token for run in runs]
         starts.add_row(kind, f"{median:.2f}", f"{max(times):.2f}", f"{min(times):.2f}")
     starts.add_row("cold / snapshot", f"{figures['ratio']:.1f}x", "", "")
-    phases = Table(title="where a restore's time goes", title_justify="left")
+    phases = Table()
     phases.add_column("phase")
     phases.add_column("seconds", justify="right")
     for name, seconds in figures["snapshot_phases"].items():
-        phases.add_row(name, f"{seconds:.3f}")
+        if seconds >= _SHOWN and not any(other.startswith(f"{name}.") for other in figures["snapshot_phases"]):
+            phases.add_row(name, f"{seconds:.3f}")
     stored, raw = human(figures["stored_bytes"]), human(figures["raw_bytes"])
     same = "the same" if figures["identical_text"] else "NOT the same"
-    phases.caption = f"snapshot {stored} of {raw} raw ({figures['stored_ratio']:.2f}); greedy text {same} every time"
-    return Group(starts, phases)
+    last = f"snapshot {stored} of {raw} raw ({figures['stored_ratio']:.2f}); greedy text {same} every time"
+    return Group(title, starts, "where a restore's time goes", phases, last)

@@ -20,7 +20,7 @@ from dormouse.config import DataDir
 from dormouse.errors import DamagedError, DiskFullError, DormouseError, IncompatibleError, NotFoundError, SnapshotError
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.criu_setup import Criu, find_criu
-from dormouse.snapshot.service_main import Service, worker_environment
+from dormouse.snapshot.service_main import Service, rotate_log, worker_environment
 from dormouse.store.store import Store
 
 pytestmark = pytest.mark.root
@@ -326,3 +326,13 @@ def peak_rss() -> int:
 
 def test_the_criu_that_was_set_up_is_the_one_that_is_found(data_dir: DataDir, criu: Criu) -> None:
     assert find_criu(data_dir.root).version == criu.version
+
+
+def test_a_long_worker_log_is_put_aside_and_a_short_one_kept(tmp_path: Path) -> None:
+    log = tmp_path / "m.log"
+    log.write_text("short")
+    rotate_log(log)
+    assert log.read_text() == "short"
+    os.truncate(log, (16 << 20) + 1)
+    rotate_log(log)
+    assert not log.exists() and (tmp_path / "m.log.1").stat().st_size > 16 << 20

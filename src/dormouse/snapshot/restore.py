@@ -12,6 +12,7 @@ import os
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,7 @@ def restore(
     with phases.time("cell"):
         cell = take_cell()
     try:
-        with phases.time("criu"):
-            worker, control = _run_criu(cell, body, store, criu, timeout)
+        worker, control = _run_criu(cell, body, store, criu, phases, timeout)
     except BaseException:
         cell.close()
         raise
@@ -96,13 +96,14 @@ def note_damage(store: Store, snapshot_id: str) -> None:
 
 
 def _run_criu(
-    cell: Cell, body: SnapshotBody, store: Store, criu: Criu, timeout: float
+    cell: Cell, body: SnapshotBody, store: Store, criu: Criu, phases: Phases, timeout: float
 ) -> tuple[CellWorker, socket.socket]:
     with tempfile.TemporaryDirectory(prefix="dormouse-") as folder, ReadAhead(store) as chunks:
         directory = Path(folder)
         command = restore_command(criu, directory, control_fd=_CRIU_CONTROL_FD, control_inode=body.control_inode)
         with RestoreStream(directory, body.images, chunks) as stream:
             threading.Thread(target=_read_ahead, args=(stream, body), name="prefetch", daemon=True).start()
+            begin = time.perf_counter()
             process = cell.spawn(command, env={"PATH": os.defpath}, control=_CRIU_CONTROL_FD)
             assert process.control is not None and process.inode is not None
             try:
@@ -116,6 +117,9 @@ def _run_criu(
             except BaseException:
                 process.control.close()
                 raise
+            phases["criu start"] = stream.connected_at - begin
+            phases["criu images"] = stream.last_image_at - stream.connected_at
+            phases["criu finish"] = time.perf_counter() - stream.last_image_at
             return CellWorker(cell, body.pid, process.inode), process.control
 
 

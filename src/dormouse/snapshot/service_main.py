@@ -29,13 +29,14 @@ from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.snapshot.restore import note_damage, restore
 from dormouse.store.store import Store
-from dormouse.transfer.memory import release_freed_memory
+from dormouse.transfer.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
 _MAX_CALLS = 16
 _CRIU_TIMEOUT = 600.0
 _PROBE_TIMEOUT = 20.0
+_MAX_LOG = 16 << 20
 
 # What a worker sees of the node's environment. A list of names rather than all but a few: the environment ends up in
 # the snapshot, and secrets must not.
@@ -49,6 +50,12 @@ def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
         name: value for name, value in environment.items() if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)
     }
     return passed | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+
+
+def rotate_log(path: Path) -> None:
+    """Before a fresh worker writes to it, a log that has grown long becomes `NAME.log.1`."""
+    if path.exists() and path.stat().st_size > _MAX_LOG:
+        path.replace(path.with_name(f"{path.name}.1"))
 
 
 class SpareCell:
@@ -105,7 +112,6 @@ class Service:
             damaged, self._damaged = self._damaged, set()
         for snapshot_id in damaged:
             note_damage(self._store, snapshot_id)
-        release_freed_memory()
 
     def answer(self, request: messages.Request) -> tuple[messages.Reply, socket.socket | None]:
         """Carry out one request. Raises DormouseError."""
@@ -125,6 +131,7 @@ class Service:
         with phases.time("cell"):
             cell = self._spare.take()
         try:
+            rotate_log(Path(request.log_path))
             log_fd = os.open(request.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
                 spawned = cell.spawn(
@@ -252,6 +259,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--data-dir", type=Path, required=True)
     arguments = parser.parse_args()
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with socket.socket(fileno=arguments.fd) as sock:
         sock.set_inheritable(False)

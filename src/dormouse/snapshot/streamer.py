@@ -20,6 +20,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -111,6 +112,8 @@ class _Stream:
     def __init__(self, directory: Path, socket_name: str) -> None:
         self.connected = threading.Event()
         """Set when CRIU has connected, or never will."""
+        self.connected_at = self.last_image_at = time.perf_counter()
+        """When CRIU connected, and when the last image so far was through."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(directory / socket_name))
         self._listener.listen(1)
@@ -162,6 +165,7 @@ class _Stream:
         except OSError:
             return  # closed before CRIU connected; its exit code says why
         finally:
+            self.connected_at = time.perf_counter()
             self.connected.set()
         with peer:
             self._peer = peer
@@ -284,6 +288,7 @@ class RestoreStream(_Stream):
             return
         finally:
             os.close(pipe)
+            self.last_image_at = time.perf_counter()
 
 
 def _drain(pipe: int, data: Buffer) -> None:

@@ -1,7 +1,8 @@
 """Tells the C library to keep the memory of freed chunk buffers.
 
 The codecs allocate their output. By default glibc gives every freed megabyte back to the kernel, and the next one then
-costs 256 page faults: two thirds of the time of decoding LZ4. This is a setting of the whole process, made once.
+costs 256 page faults: two thirds of the time of decoding LZ4. What is kept is bounded: so much per heap, and few heaps
+(by default glibc makes up to eight per core, one for each new thread). Settings of the whole process, made once.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from functools import cache
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _LARGEST_FROM_HEAP = 32 << 20  # glibc accepts no more; a chunk and its worst expansion fit
 _KEPT_PER_HEAP = 16 << 20
+_HEAPS = 2
 
 
 @cache
@@ -22,10 +25,4 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_PER_HEAP)
-
-
-def release_freed_memory() -> None:
-    """Give what is kept back to the kernel; for the end of a piece of work, when nothing like it follows at once."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:
-        malloc_trim(0)
+        mallopt(_M_ARENA_MAX, _HEAPS)
