@@ -8,6 +8,7 @@ import mmap
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,6 +22,13 @@ from dormouse.snapshot.images import BODY_VERSION, ImageFile, MappedFile, Snapsh
 from dormouse.snapshot.prefetch import mapped_files, merge, prefetch, present_ranges
 
 PAGE = mmap.PAGESIZE
+KEY_OF: dict[str, Any] = {
+    "engine": "null",
+    "worker": "1.0 code abc",
+    "packages": ["msgspec", "no-such-package"],
+    "model_digest": "d",
+    "options": {"threads": 2},
+}
 
 
 def body() -> SnapshotBody:
@@ -67,14 +75,15 @@ def test_a_newer_body_is_refused_by_its_version() -> None:
 
 
 def test_the_same_host_and_model_fit() -> None:
-    key = compatibility.host_key(engine="null", model_digest="d", options={"threads": 2})
+    key = compatibility.host_key(**KEY_OF)
     assert compatibility.first_mismatch(key, dict(key)) is None
     assert key["option threads"] == "2"
+    assert key["package no-such-package"] == "not installed"
 
 
 @pytest.mark.parametrize("field", ["kernel", "python", "model", "engine", "package msgspec", "option threads"])
 def test_a_mismatch_names_its_field_and_both_values(field: str) -> None:
-    key = compatibility.host_key(engine="null", model_digest="d", options={"threads": 2})
+    key = compatibility.host_key(**KEY_OF)
     reason = compatibility.first_mismatch(key | {field: "other"}, key)
     assert reason is not None and reason.startswith(f"{field}: captured with other, here is {key[field]}")
     without = {name: value for name, value in key.items() if name != field}

@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-from blake3 import blake3
 
 from dormouse.checkpoint import models, smollm2
 from dormouse.checkpoint.models import RECORD, STAGING_PREFIX, ImportedModel, Progress, Record
+from dormouse.checkpoint.null_source import read_null
 from dormouse.checkpoint.transformers_source import PICKLES, pickles_refused
 from dormouse.errors import ConfigError, DiskFullError, DormouseError, NotFoundError, StoreError
 
@@ -71,7 +71,7 @@ def _read_path(path: Path, source: str, folder: Path, progress: Progress) -> Rec
     if path.suffix.lower() in PICKLES:
         raise pickles_refused(path)
     if path.is_dir() and _model_type(path) == "dormouse-null":
-        return _read_null(path, source, folder)
+        return read_null(path, source, folder)
     if path.suffix.lower() == ".gguf":
         from dormouse.checkpoint.gguf_source import read_gguf
 
@@ -102,24 +102,6 @@ def _model_type(folder: Path) -> str:
         ) from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid: {error}", remedy="Download or copy it again") from error
-
-
-def _read_null(path: Path, source: str, folder: Path) -> Record:
-    from dormouse.engine.null_engine import read_settings
-
-    settings = read_settings(path)
-    config = (path / "config.json").read_bytes()
-    (folder / "config.json").write_bytes(config)
-    return Record(
-        format=models.FORMAT,
-        source=source,
-        engine="null",
-        dtype="none",
-        parameters=0,
-        weight_bytes=0,
-        digest=blake3(config).hexdigest(),
-        context=settings.context,
-    )
 
 
 @contextmanager

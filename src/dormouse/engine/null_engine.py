@@ -21,8 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
+from dormouse.checkpoint.null_source import read_settings
 from dormouse.engine.detokenize import TextStream
 from dormouse.engine.loop import Loop
 from dormouse.engine.messages import (
@@ -41,32 +40,10 @@ from dormouse.engine.messages import (
 from dormouse.engine.prompts import check_room, context_overflow, failed
 from dormouse.engine.protocol import Emit
 from dormouse.engine.sampling import check_sampling
-from dormouse.errors import DormouseError, EngineError, RequestError
+from dormouse.errors import DormouseError, RequestError
 
 _TEXT = "a mouse that sleeps under the winter leaves and wakes when somebody asks for tea near old warm stones"
 _WORDS = _TEXT.split()
-
-
-class NullSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The "null" object of config.json."""
-
-    delay_s: float = 0.0
-    context: int = 8192
-    answer_tokens: int | None = None
-    memory_mb: int = 0
-
-
-class _Config(msgspec.Struct, frozen=True):
-    null: NullSettings = NullSettings()
-
-
-def read_settings(folder: Path) -> NullSettings:
-    """The settings of a model folder. Raises EngineError when config.json can't be read or has wrong fields."""
-    path = folder / "config.json"
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=_Config).null
-    except (OSError, msgspec.DecodeError) as error:
-        raise EngineError(f"{path} can't be used: {error}", remedy="Import the model again") from error
 
 
 @dataclass

@@ -6,6 +6,7 @@ import asyncio
 
 from dormouse.checkpoint.models import ImportedModel, open_model
 from dormouse.config import DataDir, ModelConfig, ServeConfig
+from dormouse.engine.identity import PACKAGES, worker_identity
 from dormouse.errors import ConfigError
 from dormouse.node.catalog import StoreCatalog
 from dormouse.node.node import Node
@@ -26,8 +27,11 @@ async def assemble_node(config: ServeConfig) -> Node:
 def _key(model: Model, settings: ModelConfig) -> dict[str, str]:
     """What must be the same for a snapshot of this model to be used."""
     assert isinstance(model, ImportedModel)
+    engine = settings.engine or model.engine
     return host_key(
-        engine=settings.engine or model.engine,
+        engine=engine,
+        worker=worker_identity(),
+        packages=PACKAGES[engine],
         model_digest=model.digest,
         options={
             "context": settings.context,

@@ -13,29 +13,22 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from blake3 import blake3
 
-import dormouse
-from dormouse.engine.messages import PROTOCOL_VERSION
-
-_PACKAGES = {
-    "null": ("msgspec",),
-    "transformers": ("torch", "transformers", "tokenizers", "safetensors", "numpy", "msgspec"),
-}
-
-
-def host_key(*, engine: str, model_digest: str, options: Mapping[str, object]) -> dict[str, str]:
-    """The key of a model on this host. `options` are the settings a worker was loaded with."""
+def host_key(
+    *, engine: str, worker: str, packages: Iterable[str], model_digest: str, options: Mapping[str, object]
+) -> dict[str, str]:
+    """The key of a model on this host. `worker` names the worker's own code, `packages` are those its engine uses,
+    `options` the settings it was loaded with."""
     return {
         "machine": platform.machine(),
         "cpu_flags": cpu_flags(),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "dormouse": f"{dormouse.__version__} protocol {PROTOCOL_VERSION} code {_worker_code_digest()}",
+        "worker": worker,
         "engine": engine,
         "model": model_digest,
         **{f"option {name}": str(value) for name, value in sorted(options.items())},
-        **{f"package {name}": version for name, version in _versions(_PACKAGES.get(engine, ()))},
+        **{f"package {name}": version for name, version in _versions(packages)},
     }
 
 
@@ -60,15 +53,6 @@ def cpu_flags() -> str:
         if name.strip() in ("flags", "Features"):
             return " ".join(sorted(value.split()))
     return ""
-
-
-@cache
-def _worker_code_digest() -> str:
-    """A digest of the code a worker runs: a snapshot of other code would answer by other rules."""
-    digest = blake3()
-    for file in sorted(Path(dormouse.__file__).parent.glob("engine/*.py")):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest(8)
 
 
 def _versions(packages: Iterable[str]) -> Iterable[tuple[str, str]]:

@@ -18,6 +18,9 @@ from typing import Self
 
 from dormouse.errors import SnapshotError
 from dormouse.snapshot import service_messages as messages
+from dormouse.snapshot.capture import CaptureResult
+
+__all__ = ["CaptureResult", "HostService", "WorkerHandle"]
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +34,6 @@ class WorkerHandle:
     pid: int
     control: socket.socket
     phases: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CaptureResult:
-    """A committed snapshot: bytes of all its images, bytes newly written to packs, seconds by phase."""
-
-    snapshot_id: str
-    raw_bytes: int
-    stored_bytes: int
-    phases: dict[str, float]
 
 
 class HostService:
