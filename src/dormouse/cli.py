@@ -257,9 +257,9 @@ def _show(error: DormouseError) -> None:
     if "--json" in sys.argv:
         emit({"error": {"code": error.code, "message": error.message, "remedy": error.remedy}})
         return
-    err.print(f"[red]error:[/] {escape(error.message)}", highlight=False)
+    err.print(f"[red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
     if error.remedy:
-        err.print(f"[cyan]hint:[/] {escape(error.remedy)}", highlight=False)
+        err.print(f"[cyan]hint:[/] {escape(error.remedy)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -225,36 +225,56 @@ def gone_within(seconds: float, gone: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_kill_9_of_criu_in_a_restore_is_a_clear_error_and_leaves_nothing(
-    host: Host, store: Store, tmp_path: Path
-) -> None:
+def test_kill_9_of_criu_in_a_restore_is_a_clear_error_and_leaves_nothing(host: Host, tmp_path: Path) -> None:
     started, worker = host.start(make_null_model(tmp_path / "big", memory_mb=400))
     worker.quiesce()
     captured = host.capture(started)
     before = our_processes()
-    errors: list[DormouseError] = []
-
-    def restore() -> None:
-        try:
-            host.restore(captured.snapshot_id)
-        except DormouseError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=restore)
-    thread.start()
-    gone_within(20, lambda: bool(criu_pids()))
-    for pid in criu_pids():
-        os.kill(pid, signal.SIGKILL)
-    thread.join()
-    assert [type(error) for error in errors] == [SnapshotError]
+    error = killed_in("criu restore", 0, lambda: host.restore(captured.snapshot_id))
+    assert "killed by SIGKILL" in error.message
     assert our_processes() == before
     _restored, worker = host.restore(captured.snapshot_id)
     assert worker.answer()
 
 
-def criu_pids() -> list[int]:
-    """CRIU processes that are restoring below this process."""
-    return [pid for pid, words in our_commands().items() if "criu restore" in words]
+@pytest.mark.parametrize("delay", [0, 0.05, 0.15])
+def test_kill_9_of_criu_in_a_dump_leaves_the_worker_as_it_was(
+    host: Host, store: Store, tmp_path: Path, delay: float
+) -> None:
+    started, worker = host.start(make_null_model(tmp_path / "big", memory_mb=400))
+    text = worker.answer()
+    worker.quiesce()
+    error = killed_in("criu dump", delay, lambda: host.capture(started))
+    assert "killed by SIGKILL" in error.message
+    worker.resume()
+    assert worker.answer() == text
+    assert store.manifests() == []
+
+
+def killed_in(words: str, delay: float, call: Callable[[], object]) -> DormouseError:
+    """The error of a call whose CRIU is killed so many seconds after it has appeared."""
+    errors: list[DormouseError] = []
+
+    def run() -> None:
+        try:
+            call()
+        except DormouseError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    gone_within(20, lambda: bool(criu_pids(words)))
+    time.sleep(delay)
+    for pid in criu_pids(words):
+        os.kill(pid, signal.SIGKILL)
+    thread.join()
+    assert len(errors) == 1, "it was through before the kill"
+    return errors[0]
+
+
+def criu_pids(words: str) -> list[int]:
+    """The processes below this one with these words in their command line."""
+    return [pid for pid, command in our_commands().items() if words in command]
 
 
 def our_processes() -> set[int]:

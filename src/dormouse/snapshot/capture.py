@@ -117,15 +117,17 @@ def _dump(worker: CellWorker, ingest: Ingest, criu: Criu, timeout: float) -> lis
                 raise stream.error
             if code != 0:
                 raise SnapshotError(
-                    f"criu could not dump the worker: {log_reason(directory / 'dump.log')}",
+                    f"criu could not dump the worker: {failure_of(code, directory / 'dump.log')}",
                     remedy="The worker runs on; see `dormouse doctor` for what this machine lacks",
                 )
             stream.finish()
             return stream.images()
 
 
-def log_reason(log: Path) -> str:
-    """What a CRIU log says went wrong."""
+def failure_of(code: int, log: Path) -> str:
+    """Why CRIU ended with a code other than 0 (negative: a signal)."""
+    if code < 0:
+        return f"it was killed by {signal.Signals(-code).name}"
     return failure_reason(log.read_text(errors="replace")) if log.exists() else "it wrote no log"
 
 

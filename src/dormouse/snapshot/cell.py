@@ -198,7 +198,7 @@ class Cell:
         stderr = self._launcher.stderr
         words = stderr.read().decode(errors="replace").strip() if stderr is not None and not stderr.closed else ""
         return SnapshotError(
-            f"the cell failed: {what}" + (f" ({words.splitlines()[-1]})" if words else ""),
+            f"the cell failed: {words.splitlines()[-1].removeprefix('unshare: ') if words else what}",
             remedy="Run `dormouse doctor`",
         )
 

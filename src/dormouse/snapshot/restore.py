@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dormouse.errors import DormouseError, IncompatibleError, SnapshotError, StoreError
 from dormouse.phases import Phases
-from dormouse.snapshot.capture import CellWorker, log_reason
+from dormouse.snapshot.capture import CellWorker, failure_of
 from dormouse.snapshot.cell import Cell
 from dormouse.snapshot.compatibility import first_mismatch
 from dormouse.snapshot.criu import restore_command
@@ -113,7 +113,8 @@ def _run_criu(
                 if code is None:
                     raise SnapshotError(f"criu restore did not end within {timeout:.0f} s")
                 if code != 0:
-                    raise SnapshotError(f"criu could not restore the worker: {log_reason(directory / 'restore.log')}")
+                    why = failure_of(code, directory / "restore.log")
+                    raise SnapshotError(f"criu could not restore the worker: {why}")
             except BaseException:
                 process.control.close()
                 raise
