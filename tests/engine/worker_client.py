@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -86,7 +86,7 @@ class WorkerClient:
         assert isinstance(message, kind), message
         return message
 
-    def load(self, path: Path, engine: str = "transformers", **options: int) -> Loaded:
+    def load(self, path: Path, engine: str = "transformers", **options: Any) -> Loaded:
         self.send(Load(engine=engine, path=str(path), **options))
         return self.expect(Loaded)
 

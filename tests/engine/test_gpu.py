@@ -1,0 +1,52 @@
+"""The transformers engine on an NVIDIA GPU, by the same code as on the CPU. Skipped, visibly, where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dormouse.checkpoint import import_model
+from dormouse.engine.messages import Finished, Sampling, TokensPrompt
+from tests.checkpoint.conftest import save_tokenizer, tiny_llama
+from tests.engine.worker_client import WorkerClient
+
+pytestmark = pytest.mark.gpu
+
+PROMPT = TokensPrompt(ids=[5, 9, 13, 21, 34])
+GREEDY = Sampling(max_tokens=24, temperature=0.0, logprobs=2)
+SEEDED = Sampling(max_tokens=24, temperature=1.0, seed=11)
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerClient]:
+    """A worker that has loaded a tiny Llama onto the first GPU."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+    folder = tmp_path_factory.mktemp("gpu")
+    tiny_llama().save_pretrained(folder / "hub")
+    save_tokenizer(folder / "hub")
+    model = import_model(str(folder / "hub"), "tiny", folder / "models", progress=lambda _step, _done, _total: None)
+    with WorkerClient(Path(folder) / "log") as client:
+        client.load(model.path, device="cuda:0")
+        yield client
+
+
+def test_greedy_and_seeded_answers_are_the_same_every_time_and_after_a_quiesce(worker: WorkerClient) -> None:
+    before = [worker.ask(PROMPT, sampling).token_ids for sampling in (GREEDY, GREEDY, SEEDED, SEEDED)]
+    assert before[0] == before[1] and before[2] == before[3]
+    worker.quiesce()
+    worker.resume()
+    assert [worker.ask(PROMPT, sampling).token_ids for sampling in (GREEDY, SEEDED)] == [before[0], before[2]]
+
+
+def test_many_requests_at_once_are_all_answered(worker: WorkerClient) -> None:
+    answers = worker.run({f"r{i}": (TokensPrompt(ids=[3 + i, 7, 11]), SEEDED) for i in range(32)})
+    assert all(isinstance(answer.end, Finished) and answer.token_ids for answer in answers.values())
+
+
+def test_logprobs_come_with_every_token(worker: WorkerClient) -> None:
+    answer = worker.ask(PROMPT, GREEDY)
+    assert sum(len(delta.logprobs or ()) for delta in answer.deltas) == len(answer.token_ids)
