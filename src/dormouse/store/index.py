@@ -178,10 +178,10 @@ class Index:
 
     def mark(self, digests: Iterable[Digest], *, damaged: bool) -> None:
         """Note that the bytes of chunks were found wrong, or right again."""
-        rows = [(damaged, digest) for digest in digests]
+        rows = [(damaged, digest, damaged) for digest in digests]
         if rows:
             with self.change() as connection:
-                connection.executemany("UPDATE chunks SET damaged = ?1 WHERE digest = ?2 AND damaged <> ?1", rows)
+                connection.executemany("UPDATE chunks SET damaged = ? WHERE digest = ? AND damaged <> ?", rows)
 
     # manifests
 
@@ -199,10 +199,10 @@ class Index:
             FROM manifests m
             LEFT JOIN manifest_chunks r ON r.manifest = m.id
             LEFT JOIN chunks c ON c.id = r.chunk
-            WHERE (?1 IS NULL OR m.kind = ?1) AND (?2 IS NULL OR m.name = ?2)
+            WHERE (? IS NULL OR m.kind = ?) AND (? IS NULL OR m.name = ?)
             GROUP BY m.id ORDER BY m.created, m.id
             """,
-            (kind, name),
+            (kind, kind, name, name),
         )
         return [ManifestRow(*row) for row in rows]
 
