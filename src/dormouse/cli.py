@@ -138,7 +138,7 @@ def inspect(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Report
 def rm(targets: tuple[str, ...], is_model: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Remove snapshots, or with --model whole models, and free their disk space."""
     removed = []
-    with Store.open(data_dir.store) as store:
+    with Store.open(data_dir.create().store) as store:
         for target in targets:
             if is_model:
                 catalogue.refuse_if_served(data_dir, target)
@@ -161,7 +161,7 @@ def rm(targets: tuple[str, ...], is_model: bool, data_dir: DataDir, as_json: boo
 @common
 def verify(quick: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Check every stored byte. Exit status 5 when anything is damaged."""
-    with Store.open(data_dir.store) as store, reporter:
+    with Store.open(data_dir.create().store) as store, reporter:
         report = store.verify(deep=not quick, progress=reporter.amount("verify"))
     if as_json:
         emit({"ok": report.ok, "chunks": report.chunks, "damages": [str(damage) for damage in report.damages]})
