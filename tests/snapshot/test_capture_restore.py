@@ -18,6 +18,7 @@ from tests.snapshot.conftest import make_null_model
 
 from dormouse.config import DataDir
 from dormouse.errors import DamagedError, DiskFullError, DormouseError, IncompatibleError, NotFoundError, SnapshotError
+from dormouse.snapshot import service_main
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.snapshot.service_main import Service, rotate_log, worker_environment
@@ -251,8 +252,32 @@ def test_kill_9_of_criu_in_a_dump_leaves_the_worker_as_it_was(
     assert store.manifests() == []
 
 
-def killed_in(words: str, delay: float, call: Callable[[], object]) -> DormouseError:
-    """The error of a call whose CRIU is killed so many seconds after it has appeared."""
+@pytest.mark.parametrize("verb", ["dump", "restore"])
+def test_a_criu_that_hangs_is_given_up_in_time(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    started, worker = host.start(make_null_model(tmp_path / "big", memory_mb=200))
+    text = worker.answer()
+    worker.quiesce()
+    snapshot_id = host.capture(started).snapshot_id
+    started, worker = host.restore(snapshot_id)
+    worker.quiesce()
+    before = our_processes()
+    monkeypatch.setattr(service_main, "_CRIU_TIMEOUT", 2.0)
+    call = {"dump": lambda: host.capture(started), "restore": lambda: host.restore(snapshot_id)}[verb]
+    error = killed_in(f"criu {verb}", 0.02, call, signal.SIGSTOP)
+    assert "did not end within 2 s" in error.message
+    monkeypatch.undo()
+    if verb == "restore":
+        assert our_processes() == before
+    worker.resume()
+    assert worker.answer() == text
+
+
+def killed_in(
+    words: str, delay: float, call: Callable[[], object], how: signal.Signals = signal.SIGKILL
+) -> DormouseError:
+    """The error of a call whose CRIU is killed (or stopped) so many seconds after it has appeared."""
     errors: list[DormouseError] = []
 
     def run() -> None:
@@ -266,7 +291,7 @@ def killed_in(words: str, delay: float, call: Callable[[], object]) -> DormouseE
     gone_within(20, lambda: bool(criu_pids(words)))
     time.sleep(delay)
     for pid in criu_pids(words):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, how)
     thread.join()
     assert len(errors) == 1, "it was through before the kill"
     return errors[0]

@@ -8,6 +8,7 @@ the commit is durable, it is continued as if nothing had happened and the transa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -28,6 +29,8 @@ from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest
 
 SNAPSHOT_KIND = "snapshot"
+
+_KILL_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ def _dump(worker: CellWorker, ingest: Ingest, criu: Criu, timeout: float) -> lis
             code = worker.cell.wait(process.pid, timeout)
             if code is None:
                 os.kill(worker.cell.outer_pid(process.pid), signal.SIGKILL)
+                worker.cell.wait(process.pid, _KILL_TIMEOUT)
                 raise SnapshotError(f"criu dump did not end within {timeout:.0f} s")
             if stream.error is not None:
                 raise stream.error
@@ -134,4 +138,5 @@ def failure_of(code: int, log: Path) -> str:
 def _continue_all(cell: Cell) -> None:
     """Let every process of the cell run on, in whatever state the failed dump has left it."""
     for pid in cell.processes():
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)

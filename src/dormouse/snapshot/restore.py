@@ -117,6 +117,7 @@ def _run_criu(
                     raise SnapshotError(f"criu could not restore the worker: {why}")
             except BaseException:
                 process.control.close()
+                cell.close()  # before the stream: its threads may wait for a CRIU that does not take what they write
                 raise
             phases["criu start"] = stream.connected_at - begin
             phases["criu images"] = stream.last_image_at - stream.connected_at
