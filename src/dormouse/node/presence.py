@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from dormouse.node.runner import ModelStatus
 
 _LOCK = "node.lock"
 _STATE = "node.json"
+_TRIES = 5
+_TRY_INTERVAL = 0.01
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def hold_lock(run_dir: Path) -> Iterator[None]:
     fd = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(fd)
         except BlockingIOError as error:
             pid = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
             raise HostError(
@@ -47,6 +50,18 @@ def hold_lock(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def _lock(fd: int) -> None:
+    """Take the lock. `read_node` holds it too, for microseconds, to see whether it is free: so try more than once."""
+    for _ in range(_TRIES - 1):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_TRY_INTERVAL)
+        else:
+            return
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def publish(run_dir: Path, state: NodeState) -> None:
