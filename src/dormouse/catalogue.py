@@ -47,7 +47,7 @@ def model_json(model: ImportedModel) -> dict[str, Any]:
 
 def listing(data_dir: DataDir) -> dict[str, Any]:
     """Everything `dormouse ls` shows."""
-    node = read_node(data_dir.run) if data_dir.run.is_dir() else None
+    node = read_node(data_dir.run)
     serving = {status.name: status for status in node.models} if node is not None else {}
     models = []
     for model in list_models(data_dir.models):
@@ -193,7 +193,7 @@ def render_details(details: dict[str, Any]) -> Group:
 
 def refuse_if_served(data_dir: DataDir, model: str) -> None:
     """Raises ConfigError when a running node serves the model."""
-    node = read_node(data_dir.run) if data_dir.run.is_dir() else None
+    node = read_node(data_dir.run)
     if node is not None and any(status.name == model for status in node.models):
         raise ConfigError(
             f"model {model} is being served by the node with pid {node.pid}",

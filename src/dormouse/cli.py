@@ -23,7 +23,7 @@ from rich.markup import escape
 import dormouse
 from dormouse import catalogue, doctor
 from dormouse.checkpoint.importer import import_model
-from dormouse.checkpoint.models import remove_model
+from dormouse.checkpoint.models import open_model, remove_model
 from dormouse.config import DataDir, default_data_dir, load_config
 from dormouse.errors import DormouseError
 from dormouse.progress import Reporter
@@ -44,7 +44,6 @@ def common(function: Callable[..., None]) -> Callable[..., None]:
     @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
     @functools.wraps(function)
     def wrapper(data_dir: Path | None, as_json: bool, quiet: bool, **rest: Any) -> None:
-        click.get_current_context().ensure_object(dict)["json"] = as_json
         folder = DataDir(data_dir or default_data_dir(os.environ))
         function(data_dir=folder, as_json=as_json, reporter=Reporter(err, silent=quiet or as_json), **rest)
 
@@ -91,7 +90,6 @@ def serve(sources: tuple[str, ...], keep_alive: str | None, **flags: Any) -> Non
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     sys.exit(run_server(config))
 
 
@@ -137,19 +135,21 @@ def inspect(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Report
 @common
 def rm(targets: tuple[str, ...], is_model: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Remove snapshots, or with --model whole models, and free their disk space."""
-    removed = []
     with Store.open(data_dir.create().store) as store:
-        for target in targets:
-            if is_model:
-                catalogue.refuse_if_served(data_dir, target)
-                remove_model(data_dir.models, target)
-                snapshots = [row.id for row in store.manifests(name=target)]
-            else:
-                snapshots = [catalogue.resolve(store, target)]
-            for snapshot in snapshots:
-                store.remove(snapshot)
-            removed += [target] if is_model else snapshots
+        if is_model:
+            for name in targets:
+                catalogue.refuse_if_served(data_dir, name)
+                open_model(data_dir.models, name)
+            snapshots = [row.id for name in targets for row in store.manifests(name=name)]
+        else:
+            snapshots = [catalogue.resolve(store, target) for target in targets]
+        # All targets are known to be there by now: either everything goes or nothing does.
+        for name in targets if is_model else ():
+            remove_model(data_dir.models, name)
+        for snapshot in snapshots:
+            store.remove(snapshot)
         report = store.collect_garbage()
+    removed = list(targets) if is_model else snapshots
     if as_json:
         emit({"removed": removed, "freed_bytes": report.freed_bytes})
     else:
@@ -164,10 +164,19 @@ def verify(quick: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) ->
     with Store.open(data_dir.create().store) as store, reporter:
         report = store.verify(deep=not quick, progress=reporter.amount("verify"))
     if as_json:
-        emit({"ok": report.ok, "chunks": report.chunks, "damages": [str(damage) for damage in report.damages]})
+        emit(
+            {
+                "ok": report.ok,
+                "chunks": report.chunks,
+                "damages": [str(damage) for damage in report.damages],
+                "notes": report.notes,
+            }
+        )
     else:
         for damage in report.damages:
             out.print(f"[red]damaged[/] {escape(str(damage))}")
+        for note in report.notes:
+            out.print(f"note: {escape(note)}")
         out.print(f"{report.chunks} chunks checked, {len(report.damages)} damaged")
     if not report.ok:
         sys.exit(5)
@@ -185,11 +194,10 @@ def setup_criu_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     data_dir.create()
     with reporter:
         criu = setup_criu(data_dir.root, progress=reporter.step)
-    version = ".".join(map(str, criu.version))
     if as_json:
-        emit({"version": version, "source": criu.source, "command": list(criu.argv_prefix)})
+        emit({"version": criu.version_text, "source": criu.source, "command": list(criu.argv_prefix)})
     else:
-        out.print(f"CRIU {version} ({criu.source})")
+        out.print(f"CRIU {criu.version_text} ({criu.source})")
 
 
 @cli.command("doctor")

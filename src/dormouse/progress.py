@@ -13,7 +13,6 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-Step = Callable[[str], None]
 Amount = Callable[[int, int], None]
 
 

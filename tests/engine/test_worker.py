@@ -26,7 +26,6 @@ from dormouse.engine.messages import (
     Quiesce,
     Resume,
     Sampling,
-    Shutdown,
     TextPrompt,
     ToWorker,
     WorkerError,
@@ -196,7 +195,7 @@ def test_quiesce_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_shutdown_and_the_end_of_the_stream_end_the_process(tmp_path: Path, null_model: Path) -> None:
     with WorkerClient(tmp_path / "log") as client:
         client.load(null_model, "null")
-        client.send(Shutdown())
+        client.socket.shutdown(1)
         assert client.process.wait(timeout=30) == 0
     with WorkerClient(tmp_path / "log") as client:
         client.load(null_model, "null")

@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import os
 import socket
-import sys
 
 from dormouse.engine import messages as m
 from dormouse.engine.frames import Inbox, pack_frame
@@ -36,7 +35,7 @@ class FakeWorker:
     def handle(self, message: m.ToWorker) -> None:
         match message:
             case m.Load() if not self.faulty("load"):
-                self.send(m.Loaded(context=64, kv_tokens=64, eos_token_ids=[0], phases={"weights": 0.001}))
+                self.send(m.Loaded(context=64, kv_tokens=64, phases={"weights": 0.001}))
             case m.Generate():
                 self.running[message.id] = asyncio.create_task(self.generate(message))
             case m.Cancel() if task := self.running.pop(message.id, None):
@@ -47,8 +46,6 @@ class FakeWorker:
                 self.send(m.Quiesced(phases={"park": 0.001}))
             case m.Resume() if not self.faulty("resume"):
                 self.send(m.Resumed(phases={"unpark": 0.001}))
-            case m.Shutdown():
-                sys.exit(0)
 
     async def generate(self, request: m.Generate) -> None:
         self.send(await self.answer(request))

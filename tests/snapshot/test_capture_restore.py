@@ -20,7 +20,7 @@ from dormouse.config import DataDir
 from dormouse.errors import DamagedError, DiskFullError, DormouseError, IncompatibleError, NotFoundError, SnapshotError
 from dormouse.snapshot import service_main
 from dormouse.snapshot import service_messages as messages
-from dormouse.snapshot.criu_setup import Criu, find_criu
+from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.service_main import Service, rotate_log, worker_environment
 from dormouse.store.store import Store
 
@@ -348,7 +348,7 @@ def test_a_damaged_pack_is_a_named_error(host: Host, data_dir: DataDir, null_mod
         for at in range(4096, len(data) // 2, 64 << 10):
             data[at] ^= 0x20
         pack.write_bytes(data)
-    with pytest.raises(DamagedError):
+    with pytest.raises(DamagedError, match=pack.name):
         host.restore(captured.snapshot_id)
     assert our_processes() == before
 
@@ -356,6 +356,7 @@ def test_a_damaged_pack_is_a_named_error(host: Host, data_dir: DataDir, null_mod
 def test_memory_stays_bounded_whatever_the_image_size(host: Host, tmp_path: Path) -> None:
     started, worker = host.start(make_null_model(tmp_path / "big", memory_mb=900))
     worker.quiesce()
+    Path("/proc/self/clear_refs").write_text("5")  # earlier peaks of this process must not hide a new one
     before = peak_rss()
     captured = host.capture(started)
     assert captured.raw_bytes > 900 << 20
@@ -367,10 +368,6 @@ def peak_rss() -> int:
     """This process's largest resident size so far, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
-
-
-def test_the_criu_that_was_set_up_is_the_one_that_is_found(data_dir: DataDir, criu: Criu) -> None:
-    assert find_criu(data_dir.root).version == criu.version
 
 
 def test_a_long_worker_log_is_put_aside_and_a_short_one_kept(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Weights are stored as the runtime's own model class names them, so that loading 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,18 +83,11 @@ def write_weights(folder: Path, tensors: list[NewTensor], source: str, config: A
         source=source,
         engine="transformers",
         dtype="bfloat16",
-        parameters=sum(element_count(tensor) for tensor in tensors),
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors),
         weight_bytes=(folder / WEIGHTS).stat().st_size,
         digest=digest,
         context=int(getattr(text, "max_position_embeddings", None) or 2048),
     )
-
-
-def element_count(tensor: NewTensor) -> int:
-    count = 1
-    for n in tensor.shape:
-        count *= n
-    return count
 
 
 def tensors_of(model: Any) -> list[NewTensor]:

@@ -57,7 +57,7 @@ class ChatTokenizer:
             )
         try:
             ids: list[int] = self._tokenizer.apply_chat_template(
-                prompt.messages, tools=prompt.tools, add_generation_prompt=True, tokenize=True, return_dict=False
+                prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             # Templates are programs: a message they did not expect (no content, an unknown role) fails inside them.

@@ -1,6 +1,6 @@
 """The words a node and a worker exchange over the inherited control socket.
 
-    node -> worker   Load, Generate, Cancel, Quiesce, Resume, Shutdown
+    node -> worker   Load, Generate, Cancel, Quiesce, Resume
     worker -> node   Hello, Loaded, Delta, Finished, Failed, Quiesced, Resumed, WorkerError
 
 A worker says `Hello` first (also: never again after a restore, the socket's peer is new but the process is not). The
@@ -42,7 +42,6 @@ class ChatPrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="c
     """OpenAI chat messages, rendered by the model's own chat template in the worker."""
 
     messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
 
 
 class TextPrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text"):
@@ -93,17 +92,13 @@ class Cancel(_Message, frozen=True, tag="cancel"):
 
 
 class Quiesce(_Message, frozen=True, tag="quiesce"):
-    """Park: finish what runs, drop caches, close every descriptor but the control socket, answer `Quiesced`."""
+    """Park: finish what runs, drop caches, point stdout and stderr at /dev/null, answer `Quiesced`."""
 
 
 class Resume(_Message, frozen=True, tag="resume"):
     """Go on after a capture that failed or a restore. `log_path` is where stdout and stderr go from now on."""
 
     log_path: str
-
-
-class Shutdown(_Message, frozen=True, tag="shutdown"):
-    """Exit with status 0."""
 
 
 # worker -> node
@@ -121,7 +116,6 @@ class Loaded(_Message, frozen=True, tag="loaded"):
 
     context: int
     kv_tokens: int
-    eos_token_ids: list[int]
     phases: dict[str, float]
 
 
@@ -182,5 +176,5 @@ class WorkerError(_Message, frozen=True, tag="worker_error"):
     remedy: str
 
 
-ToWorker = Load | Generate | Cancel | Quiesce | Resume | Shutdown
+ToWorker = Load | Generate | Cancel | Quiesce | Resume
 FromWorker = Hello | Loaded | Delta | Finished | Failed | Quiesced | Resumed | WorkerError

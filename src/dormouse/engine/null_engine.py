@@ -74,7 +74,6 @@ class NullEngine:
         return Loaded(
             context=self._context,
             kv_tokens=spec.kv_tokens or self._context,
-            eos_token_ids=[],
             phases={"model": time.perf_counter() - started},
         )
 

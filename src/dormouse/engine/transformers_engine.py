@@ -76,7 +76,7 @@ class TransformersEngine:
         self._ends = _end_tokens(model.generation_config.eos_token_id, self._tokenizer.eos_token_id)
         self._emit = emit
         self._loop: Loop[_Request | Cancel] = Loop(self._step, self._fail)
-        return Loaded(context=self._context, kv_tokens=kv_tokens, eos_token_ids=sorted(self._ends), phases=phases)
+        return Loaded(context=self._context, kv_tokens=kv_tokens, phases=phases)
 
     def submit(self, request: Generate) -> None:
         try:

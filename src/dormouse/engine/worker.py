@@ -37,7 +37,6 @@ from dormouse.engine.messages import (
     Quiesced,
     Resume,
     Resumed,
-    Shutdown,
     ToWorker,
     WorkerError,
 )
@@ -77,8 +76,6 @@ class Worker:
             self._send(Hello(version=PROTOCOL_VERSION, pid=os.getpid()))
             while data := self._control.recv(_RECEIVE):
                 for message in inbox.feed(data):
-                    if isinstance(message, Shutdown):
-                        return 0
                     self._handle(message)
         except EngineError as error:  # only the inbox lets one through: what follows it can't be understood
             self._send(WorkerError(message=error.message, remedy="Restart the worker"))

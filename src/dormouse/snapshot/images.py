@@ -12,11 +12,10 @@ from collections.abc import Sequence
 import msgspec
 
 from dormouse.errors import DamagedError, IncompatibleError
-from dormouse.store.chunk import Digest
+from dormouse.store.chunk import DIGEST_SIZE, Digest
 
 BODY_VERSION = 1
 INLINE_LIMIT = 64 << 10
-DIGEST_SIZE = 32
 
 
 class ImageFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -205,7 +205,7 @@ class Service:
             worker.cell.close()
 
     def _full_key(self, key: dict[str, str]) -> dict[str, str]:
-        return key | {"criu": ".".join(map(str, self._criu.version))}
+        return key | {"criu": self._criu.version_text}
 
 
 def serve(sock: socket.socket, service: Service) -> None:

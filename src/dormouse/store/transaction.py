@@ -9,7 +9,6 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from dormouse.errors import StoreError
@@ -44,9 +43,7 @@ class Transaction:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self._end()
 
     def put(self, plain: Buffer, *, codec: Codec = Codec.LZ4) -> Digest:
