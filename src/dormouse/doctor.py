@@ -25,7 +25,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from dormouse import disk_speed
+from dormouse import disk_speed, host_memory
 from dormouse.errors import DormouseError, HostError, SnapshotError
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.compatibility import cpu_flags
@@ -85,7 +85,7 @@ def examine(data_dir: Path) -> list[Check]:
         *_criu_checks(criu),
         _engine_packages(),
         _gpu_packages(),
-        memory(_read("/proc/meminfo") or "", _cgroup_room()),
+        memory(_read("/proc/meminfo") or "", host_memory.group_room()),
         *_disk(data_dir),
         _cpu(),
         Check("python", None, platform.python_version()),
@@ -328,14 +328,6 @@ def _gpu_packages() -> Check:
     found, missing = _versions(_EXTRAS["gpu"])
     remedy = "Only for GPUs: pip install 'dormouse[gpu]'" if missing else ""
     return Check("gpu packages", None, ", ".join(found) or "not installed", False, remedy)
-
-
-def _cgroup_room() -> int | None:
-    """What the cgroup (version 2) of this process still allows, None without a limit."""
-    own = re.search(r"^0::(.*)$", _read("/proc/self/cgroup") or "", re.MULTILINE)
-    folder = f"/sys/fs/cgroup{own[1] if own else ''}"
-    limit, used = _read(f"{folder}/memory.max"), _read(f"{folder}/memory.current")
-    return max(0, int(limit) - int(used)) if limit and used and limit.isdigit() else None
 
 
 def _disk(data_dir: Path) -> Iterator[Check]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dormouse import host_memory
 from dormouse.engine.detokenize import TextStream
 from dormouse.engine.loop import Loop
 from dormouse.engine.messages import Cancel, ChatPrompt, Delta, Failed, Finished, Generate, Load, Loaded, TokenLogprob
@@ -223,7 +224,7 @@ def _kv_tokens(spec: Load, model: Any, bytes_per_token: int) -> int:
 
         free = torch.cuda.mem_get_info(model.device)[0]
     else:
-        free = _available_memory()
+        free = host_memory.available()
     most = int(free * _MAX_KV_SHARE) // bytes_per_token
     wanted = spec.kv_tokens or min(DEFAULT_KV_TOKENS, most)
     if not 0 < wanted <= most:
@@ -233,14 +234,6 @@ def _kv_tokens(spec: Load, model: Any, bytes_per_token: int) -> int:
             remedy="Set a smaller kv_tokens for the model, or free some memory",
         )
     return wanted
-
-
-def _available_memory() -> int:
-    """Bytes that can be taken without swapping, as the kernel estimates it."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise HostError("/proc/meminfo has no MemAvailable", remedy="Use a kernel of 3.14 or newer")
 
 
 def _context(spec: Load, model: Any, kv_tokens: int) -> int:

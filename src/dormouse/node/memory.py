@@ -1,4 +1,4 @@
-"""How much memory there is, what a worker takes, and what one will take before it runs."""
+"""What a worker takes, and what one will take before it runs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ from pathlib import Path
 
 from dormouse.node.parts import Model
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 # Beside the weights: interpreter, libraries, KV cache and scratch of an idle worker, measured and rounded up.
 _OVERHEAD = {"transformers": 1 << 30, "null": 64 << 20}
-
-
-def machine_memory() -> int:
-    """Bytes this process may count on: the machine's, or its control group's limit when that is lower."""
-    total = os.sysconf("SC_PHYS_PAGES") * _PAGE
-    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
-    return total if limit == "max" else min(total, int(limit))
 
 
 def estimate(model: Model, engine: str) -> int:

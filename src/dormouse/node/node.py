@@ -16,9 +16,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Self
 
+from dormouse import host_memory
 from dormouse.config import DataDir, ModelConfig, ServeConfig
 from dormouse.errors import HostError, NotFoundError
-from dormouse.node.memory import machine_memory
 from dormouse.node.parts import Catalog, Host, Model, Observer
 from dormouse.node.presence import NodeState, hold_lock, publish, withdraw
 from dormouse.node.replica import Start, State
@@ -55,7 +55,7 @@ class Node:
         self._key_of = key_of
         self._wall_clock = wall_clock
         self.started = wall_clock()
-        self._budget = config.memory or int(machine_memory() * 0.8)
+        self._budget = config.memory or int(host_memory.total() * 0.8)
         self._observers: list[Observer] = []
         self._runners: dict[str, Runner] = {}
         self._changed = asyncio.Event()
