@@ -268,6 +268,7 @@ def test_kill_9_of_a_worker_is_an_error_for_its_requests_and_the_next_one_starts
         (["serve", "missing.yaml"], 2, "missing.yaml"),
         (["inspect", "nothing"], 3, "nothing"),
         (["rm", "nothing"], 3, "nothing"),
+        (["rm", ""], 3, "no snapshot"),
         (["import", "/no/such/folder", "--name", "x"], 3, "/no/such/folder"),
         (["import", "smollm2-135m", "--name", "Not A Name"], 2, "Not A Name"),
         (["bench", "start", "no-such-model"], 3, "no-such-model"),
@@ -287,6 +288,24 @@ def test_bad_command_lines_give_one_sentence_and_a_status(
     assert done.returncode == status, done.stderr
     assert said in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_hostile_requests_hurt_nobody_else(data_dir: DataDir) -> None:
+    with serve(data_dir, "null", keep_alive="1h") as server:
+        text = server.ask().json()["choices"][0]["message"]["content"]
+        deep: object = "x"
+        for _ in range(900):
+            deep = [deep]
+        hostile: list[dict[str, object]] = [
+            {"messages": [{"role": "user", "content": "x", "a": 1 << 70}]},
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": deep}]},
+            {"messages": [{"role": "user", "content": "x" * (1 << 20)}], "n": 32},
+        ]
+        for fields in hostile:
+            answer = server.ask(**fields)
+            assert answer.status_code in (200, 400), answer.text
+        assert httpx.get(f"{server.address}/healthz/").status_code == 404
+        assert server.ask().json()["choices"][0]["message"]["content"] == text
 
 
 def test_ls_inspect_verify_and_rm_agree(data_dir: DataDir) -> None:

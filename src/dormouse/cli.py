@@ -135,6 +135,7 @@ def inspect(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Report
 @common
 def rm(targets: tuple[str, ...], is_model: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Remove snapshots, or with --model whole models, and free their disk space."""
+    targets = tuple(dict.fromkeys(targets))
     with Store.open(data_dir.create().store) as store:
         if is_model:
             for name in targets:
@@ -142,7 +143,7 @@ def rm(targets: tuple[str, ...], is_model: bool, data_dir: DataDir, as_json: boo
                 open_model(data_dir.models, name)
             snapshots = [row.id for name in targets for row in store.manifests(name=name)]
         else:
-            snapshots = [catalogue.resolve(store, target) for target in targets]
+            snapshots = list(dict.fromkeys(catalogue.resolve(store, target) for target in targets))
         # All targets are known to be there by now: either everything goes or nothing does.
         for name in targets if is_model else ():
             remove_model(data_dir.models, name)

@@ -30,7 +30,12 @@ def read_gguf(path: Path, source: str, folder: Path, progress: Progress) -> Reco
     transformers = import_transformers()
     import torch
 
-    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
+    place = {
+        "pretrained_model_name_or_path": str(path.parent),
+        "gguf_file": path.name,
+        "local_files_only": True,
+        "trust_remote_code": False,  # left out, transformers would ask on the terminal, and run it on a yes
+    }
     with reading(path):
         _check_types(path)
         progress("read", 0, 1)

@@ -75,11 +75,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {tensor.name: tensor for tensor in tensors}
 
 
+_MAX_DIMENSIONS = 64
+_MAX_EXTENT = 1 << 48
+
+
 def _checked(path: Path, name: str, entry: _Entry, data: int) -> TensorInfo:
     begin, end = entry.data_offsets
     if entry.dtype not in ITEM_SIZES:
         raise _malformed(path, f"tensor {name} has the unknown type {entry.dtype}")
-    if any(n < 0 for n in entry.shape) or math.prod(entry.shape) * ITEM_SIZES[entry.dtype] != end - begin or begin < 0:
+    if len(entry.shape) > _MAX_DIMENSIONS or any(not 0 <= n <= _MAX_EXTENT for n in entry.shape):
+        raise _malformed(path, f"tensor {name} has an impossible shape")
+    if math.prod(entry.shape) * ITEM_SIZES[entry.dtype] != end - begin or begin < 0:
         raise _malformed(path, f"tensor {name} of shape {entry.shape} can't have {end - begin} bytes")
     return TensorInfo(name, entry.dtype, tuple(entry.shape), data + begin, end - begin)
 

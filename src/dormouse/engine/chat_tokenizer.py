@@ -59,7 +59,7 @@ class ChatTokenizer:
             ids: list[int] = self._tokenizer.apply_chat_template(
                 prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             # Templates are programs: a message they did not expect (no content, an unknown role) fails inside them.
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages", reason="invalid_value"

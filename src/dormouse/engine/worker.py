@@ -130,7 +130,14 @@ class Worker:
 
     def _generate(self, request: Generate) -> None:
         if self._engine is not None and not self._parked:
-            self._engine.submit(request)
+            try:
+                self._engine.submit(request)
+            except ConnectionError:
+                raise
+            except Exception as error:  # one request's fault must not end the others
+                log.exception("request %s failed", request.id)
+                why = f"the request failed: {error!r}"
+                self._send(Failed(id=request.id, message=why, reason="engine_error", bad_request=False))
             return
         why = "the worker is parked" if self._engine is not None else "no model is loaded"
         self._send(Failed(id=request.id, message=why, reason="engine_error", bad_request=False))

@@ -47,6 +47,7 @@ def create_app(node: Node, config: ServeConfig, keys: Iterable[str]) -> Gate:
             Exception: _answer_problem,
         },
     )
+    app.router.redirect_slashes = False  # a redirect would name whatever host the client claims
     gate = Gate(app, keys=Keys(keys), metrics=metrics, metrics_open=config.metrics_open)
     routes.gate = gate
     return gate

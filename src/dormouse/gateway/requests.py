@@ -18,6 +18,7 @@ from dormouse.engine.messages import ChatPrompt, Prompt, Sampling, TextPrompt, T
 from dormouse.errors import RequestError
 
 MAX_CHOICES = 32
+MAX_COPIED_BYTES = 16 << 20  # each answer takes the worker's own copy of the prompt
 """Most answers one request may ask for: prompts times n."""
 
 MAX_STOPS = 4
@@ -129,6 +130,7 @@ def parse_chat(body: bytes) -> Job:
     return _job(
         "chat",
         request,
+        size=len(body),
         prompts=[prompt],
         max_tokens=request.max_completion_tokens or request.max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
@@ -141,6 +143,7 @@ def parse_completion(body: bytes) -> Job:
     return _job(
         "completion",
         request,
+        size=len(body),
         prompts=_prompts(request.prompt),
         max_tokens=request.max_tokens or 16,  # OpenAI's default on this route
         logprobs=request.logprobs,
@@ -179,6 +182,7 @@ def _job(
     kind: Literal["chat", "completion"],
     request: _Common,
     *,
+    size: int,
     prompts: list[Prompt],
     max_tokens: int | None,
     logprobs: int | None,
@@ -188,6 +192,8 @@ def _job(
     copies = request.n or 1
     if len(prompts) * copies > MAX_CHOICES:
         raise _invalid("n", f"{len(prompts)} prompts times n={copies} is more than {MAX_CHOICES} answers")
+    if size * copies > MAX_COPIED_BYTES:
+        raise _invalid("n", f"n={copies} copies of a body of {size} bytes are more than {MAX_COPIED_BYTES} bytes")
     return Job(
         kind=kind,
         model=request.model,

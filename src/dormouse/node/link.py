@@ -262,6 +262,8 @@ def _request_frame(request: Generate) -> bytes:
         return pack_frame(request)
     except EngineError as error:
         raise RequestError(error.message, reason="request_too_large", remedy=error.remedy) from error
+    except (OverflowError, RecursionError) as error:
+        raise RequestError(f"the request holds what can't be passed on: {error}", reason="invalid_value") from error
 
 
 def _as_error(failed: Failed) -> DormouseError:

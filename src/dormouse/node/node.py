@@ -161,6 +161,13 @@ class Node:
                 remedy="Raise `memory`, or serve a smaller model",
             )
         while runner.replica.waiting > 0:
+            kept = sum(other.footprint for other in self._runners.values() if self._is_kept(other))
+            if needed + kept > self._budget:
+                raise HostError(
+                    f"model {runner.model.name} needs about {needed >> 20} MiB; models that are kept forever take "
+                    f"{kept >> 20} MiB of the budget of {self._budget >> 20} MiB",
+                    remedy="Raise `memory`, or give one of them a keep_alive",
+                )
             plan = plan_eviction(self._residents(), needed=needed, budget=self._budget)
             if plan.fits:
                 runner.admitted = True
@@ -170,6 +177,11 @@ class Node:
                 self._runners[name].press()
             await self._changed.wait()
         raise AbandonedError
+
+    @staticmethod
+    def _is_kept(runner: Runner) -> bool:
+        """Whether a worker holds memory that only the end of the node gives back."""
+        return runner.admitted and runner.replica.kept_forever and runner.replica.state is State.READY
 
     def _residents(self) -> list[Resident]:
         return [

@@ -336,9 +336,13 @@ class Runner:
     async def _capture(self) -> machine.Done:
         assert self._link is not None and self._handle is not None
         phases = Phases()
-        async with asyncio.timeout(self._around.step_timeout):
-            with phases.time("host"):
-                result = await self._around.host.capture(self._handle, model=self.model.name, key=self._key)
+        try:
+            async with asyncio.timeout(self._around.step_timeout):
+                with phases.time("host"):
+                    result = await self._around.host.capture(self._handle, model=self.model.name, key=self._key)
+        except TimeoutError:
+            await self._end_worker()  # the capture may yet go on: its worker must never serve again
+            raise
         phases |= _details("host", result.phases)
         self._handle = None
         await self._end_worker()
@@ -356,7 +360,8 @@ class Runner:
         self._around.captured(name, result.snapshot_id)
 
     async def _resume(self) -> machine.Done:
-        assert self._link is not None
+        if self._link is None:
+            raise EngineError(f"the worker of {self.model.name} was given up with its capture")
         async with asyncio.timeout(self._around.step_timeout):
             resumed = await self._link.resume(str(self._log_path))
         return machine.Done(phases=resumed.phases)

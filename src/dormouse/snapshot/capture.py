@@ -30,7 +30,7 @@ from dormouse.transfer.ingest import Ingest
 
 SNAPSHOT_KIND = "snapshot"
 
-_KILL_TIMEOUT = 30.0
+_INVENTORY = "inventory.img"
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,14 @@ def capture(
     model: str,
     key: dict[str, str],
     now: Callable[[], float],
+    still_wanted: Callable[[], bool],
     timeout: float,
 ) -> CaptureResult:
-    """Dump and commit; the worker is then stopped and the caller's to kill. `timeout` is CRIU's, in seconds.
+    """Dump and commit; the worker is then stopped and the caller's to kill. `timeout` is CRIU's, in seconds;
+    `still_wanted` is asked last before the commit.
 
-    Raises SnapshotError, DiskFullError or StoreError; the worker then runs on and nothing was stored.
+    Raises SnapshotError, DiskFullError or StoreError; nothing was stored then, and the worker runs on, unless CRIU
+    was killed or hung within it: then its cell is closed, for what CRIU leaves half done can't be trusted.
     """
     phases = Phases()
     snapshot_id = new_snapshot_id()
@@ -89,6 +92,8 @@ def capture(
                 mapped=mapped,
                 phases=dict(phases),
             )
+            if not still_wanted():
+                raise SnapshotError(f"the capture of {model} was given up")
             with phases.time("commit"):
                 transaction.commit(
                     Manifest(
@@ -113,19 +118,22 @@ def _dump(worker: CellWorker, ingest: Ingest, criu: Criu, timeout: float) -> lis
         with CaptureStream(directory, ingest) as stream:
             process = worker.cell.spawn(command, env={"PATH": os.defpath})
             code = worker.cell.wait(process.pid, timeout)
+            if code is None or code < 0:
+                worker.cell.close()  # also ends a CRIU that hangs
             if code is None:
-                os.kill(worker.cell.outer_pid(process.pid), signal.SIGKILL)
-                worker.cell.wait(process.pid, _KILL_TIMEOUT)
                 raise SnapshotError(f"criu dump did not end within {timeout:.0f} s")
             if stream.error is not None:
                 raise stream.error
             if code != 0:
                 raise SnapshotError(
                     f"criu could not dump the worker: {failure_of(code, directory / 'dump.log')}",
-                    remedy="The worker runs on; see `dormouse doctor` for what this machine lacks",
+                    remedy="See `dormouse doctor` for what this machine lacks",
                 )
             stream.finish()
-            return stream.images()
+            images = stream.images()
+            if not any(image.name == _INVENTORY for image in images):
+                raise SnapshotError("criu ended well but sent no inventory of its images")
+            return images
 
 
 def failure_of(code: int, log: Path) -> str:

@@ -196,9 +196,10 @@ class Cell:
         """The cell is unusable; PID 1's own words are the reason when it has any."""
         self._launcher.kill()
         stderr = self._launcher.stderr
-        words = stderr.read().decode(errors="replace").strip() if stderr is not None and not stderr.closed else ""
+        text = stderr.read().decode(errors="replace") if stderr is not None and not stderr.closed else ""
+        words = [line.removeprefix("unshare: ") for line in text.splitlines() if "sigprocmask" not in line]
         return SnapshotError(
-            f"the cell failed: {words.splitlines()[-1].removeprefix('unshare: ') if words else what}",
+            f"the cell failed: {words[-1] if words else what}",
             remedy="Run `dormouse doctor`",
         )
 

@@ -24,6 +24,8 @@ __all__ = ["CaptureResult", "HostService", "WorkerHandle"]
 
 log = logging.getLogger(__name__)
 
+_END_TIMEOUT = 10.0
+
 
 @dataclass(frozen=True)
 class WorkerHandle:
@@ -87,8 +89,13 @@ class HostService:
     async def stop_worker(self, worker: WorkerHandle) -> None:
         """Kill the cell with all in it and wait until its memory is free. Idempotent."""
         process = self._process
-        if process is not None and process.ended is None:
+        if process is None or process.ended is not None:
+            return
+        try:
             await process.ask(messages.StopCell(call=process.new_call(), cell_id=worker.cell_id))
+        except SnapshotError:
+            if process.ended is None:  # else the worker has ended with the service
+                raise
 
     async def close(self) -> None:
         """End the service and with it all cells."""
@@ -154,7 +161,12 @@ class _Process:
     async def close(self, why: str) -> None:
         """End the process and wait for it."""
         self._end(why)
-        await asyncio.to_thread(self._child.wait)
+        try:
+            await asyncio.to_thread(self._child.wait, _END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            log.error("the host checkpoint service does not end; it is killed")
+            self._child.kill()
+            await asyncio.to_thread(self._child.wait)
 
     def _expect(self, call: int) -> asyncio.Future[_Answer]:
         answer: asyncio.Future[_Answer] = self._loop.create_future()

@@ -166,7 +166,12 @@ class Service:
             with self._lock:
                 self._damaged.add(request.snapshot_id)
             raise
-        return self._started(request.call, restored.worker, restored.phases), restored.control
+        try:
+            return self._started(request.call, restored.worker, restored.phases), restored.control
+        except BaseException:
+            restored.control.close()
+            restored.worker.cell.close()
+            raise
 
     def _capture(self, request: messages.CaptureWorker) -> messages.Reply:
         with self._lock:
@@ -180,6 +185,7 @@ class Service:
             model=request.model,
             key=self._full_key(request.key),
             now=time.time,
+            still_wanted=lambda: request.cell_id in self._workers,
             timeout=_CRIU_TIMEOUT,
         )
         self._stop(request.cell_id)
@@ -224,16 +230,21 @@ def serve(sock: socket.socket, service: Service) -> None:
                 reply = messages.refused(request.call, SnapshotError(f"unexpected {type(error).__name__}: {error}"))
             with sending:
                 socket.send_fds(sock, [messages.encode(reply)], [control.fileno()] if control else [])
-            service.prepare()
-        except OSError:
-            return  # the node is gone; the main thread has seen it too and ends this process
+        except OSError as error:
+            log.warning("an answer could not be sent, the node is gone: %s", error)
         finally:
             if control is not None:
                 control.close()
 
+    def prepare() -> None:
+        try:
+            service.prepare()
+        except Exception:  # no call depends on it: the next one makes what it lacks
+            log.exception("preparing for the next call failed")
+
     calls = ThreadPoolExecutor(_MAX_CALLS, thread_name_prefix="call")
     while packet := sock.recv(messages.MAX_PACKET):
-        calls.submit(run, messages.decode_request(packet))
+        calls.submit(run, messages.decode_request(packet)).add_done_callback(lambda _done: prepare())
 
 
 def preflight(data_dir: Path) -> Service:
