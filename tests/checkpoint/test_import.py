@@ -251,6 +251,18 @@ def test_a_gguf_of_an_unsupported_type_names_it(models: Path, tmp_path: Path, ki
     assert message in refusal(write_gguf(tmp_path / "x.gguf", kind), models).message
 
 
+def test_code_beside_a_gguf_is_never_run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask on the terminal whether to run it; somebody who always says yes must not matter."""
+    own = {"auto_map": {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.T", None]}, "model_type": "evil"}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own | {"tokenizer_class": "T"}))
+    marker = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass C: pass\nclass T: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    refusal(write_gguf(tmp_path / "x.gguf", 0), models)
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize("data", [b"", b"GGUF", b"GGUF" + b"\xff" * 64, b"not a model at all"])
 def test_a_file_that_is_not_gguf(models: Path, tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.gguf").write_bytes(data)
