@@ -3,7 +3,8 @@
     note mapped files -> criu dump in the cell -> CaptureStream -> Ingest -> pack -> commit
 
 The worker stays stopped from the dump to the commit and is the caller's to kill after it. If anything fails before
-the commit is durable, it is continued as if nothing had happened and the transaction leaves no trace.
+the commit is durable, it is continued as if nothing had happened and the transaction leaves no trace. (Only a
+CRIU that was killed or hung while at work in it takes the worker along.)
 """
 
 from __future__ import annotations
