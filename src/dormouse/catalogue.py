@@ -120,7 +120,7 @@ def render(listing: dict[str, Any]) -> Group:
 
 def resolve(store: Store, prefix: str) -> str:
     """The one snapshot id that begins with `prefix`. Raises NotFoundError, also when there are several."""
-    found = [row.id for row in store.manifests(kind=SNAPSHOT_KIND) if prefix and row.id.startswith(prefix)]
+    found = [row.id for row in store.manifests() if row.kind in SNAPSHOT_KINDS and prefix and row.id.startswith(prefix)]
     if len(found) != 1:
         what = f"{len(found)} snapshots begin with" if found else "no snapshot is called"
         raise NotFoundError(f"{what} {prefix!r}", remedy="`dormouse ls` shows all ids")

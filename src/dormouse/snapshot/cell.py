@@ -130,10 +130,10 @@ class Cell:
             raise SnapshotError(f"the cell could not start {argv[0]}: {reply['error']}")
         return Spawned(pid=reply["pid"], control=received, inode=reply["inode"])
 
-    def inner_socket(self, family: int) -> socket.socket:
-        """A stream socket of the cell's network namespace, not yet connected: whatever it connects to is inside.
-        Raises SnapshotError."""
-        reply, received = self._ask({"socket": family}, [], "the request for a socket")
+    def inner_socket(self, family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
+        """A socket of the cell's network namespace, not yet connected: whatever it connects to is inside. Raises
+        SnapshotError."""
+        reply, received = self._ask({"socket": [family, kind, protocol]}, [], "the request for a socket")
         if received is None:
             raise SnapshotError(f"the cell could not make a socket: {reply.get('error')}")
         return received
@@ -164,14 +164,14 @@ class Cell:
 
     def outer_pid(self, pid: int) -> int:
         """The host's pid of the process that has `pid` in the cell. Raises SnapshotError when there is none."""
-        for candidate in _descendants(self._launcher.pid):
+        for candidate in descendants(self._launcher.pid):
             if _namespace_pid(candidate) == pid:
                 return candidate
         raise SnapshotError(f"process {pid} is not in its cell any more")
 
     def processes(self) -> list[int]:
         """The host's pids of all processes in the cell but PID 1."""
-        return [pid for pid in _descendants(self._launcher.pid) if _namespace_pid(pid) not in (None, 1)]
+        return [pid for pid in descendants(self._launcher.pid) if _namespace_pid(pid) not in (None, 1)]
 
     def close(self) -> None:
         """Kill everything in the cell and wait until it is gone. Idempotent."""
@@ -225,7 +225,7 @@ class Cell:
         )
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """Host pids of all children, grandchildren … of `pid`; those that end meanwhile are left out."""
     found = _children(pid)
     for child in found:

@@ -9,8 +9,8 @@ cell's own. FD is a SOCK_SEQPACKET socket to the owner, one JSON object per pack
         with one descriptor per entry of "fds", each to be number n in the new process (0, 1, 2 default to /dev/null)
     <-  {"spawned": ID, "pid": pid in the cell, "inode": inode of the control socket or null}
         with the outer end of the control socket, when one was asked for
-    ->  {"spawn": ID, "socket": family}
-    <-  {"spawned": ID} with a new stream socket of the cell's network namespace, not yet connected
+    ->  {"spawn": ID, "socket": [family, type, protocol]}
+    <-  {"spawned": ID} with a new socket of the cell's network namespace, not yet connected
     <-  {"spawned": ID, "error": text}
     <-  {"exited": pid, "status": wait status}        for every child that ends, also those that were re-parented
 
@@ -147,10 +147,10 @@ def spawn(request: dict[str, object], fds: list[int], own: socket.socket) -> Non
 
 
 def give_socket(request: dict[str, object], own: socket.socket) -> None:
-    """Reply with a new stream socket of this network namespace."""
-    family = request["socket"]
-    assert isinstance(family, int)
-    with socket.socket(family, socket.SOCK_STREAM) as made:
+    """Reply with a new socket of this network namespace."""
+    asked = request["socket"]
+    assert isinstance(asked, list)
+    with socket.socket(*asked) as made:
         send(own, {"spawned": request["spawn"]}, [made.fileno()])
 
 
