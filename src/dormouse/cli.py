@@ -116,7 +116,9 @@ def keeper_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options of the verbs that run a job."""
     for option in (
         click.option("--name", help="The job's name."),
-        click.option("--net", "network", type=click.Choice(["own", "host"]), help="A network of its own, or the host's."),
+        click.option(
+            "--net", "network", type=click.Choice(["own", "host"]), help="A network of its own, or the host's."
+        ),
         click.option("--publish", "-p", multiple=True, metavar="[HOST:]PORT[:INNER]", help="Forward a TCP port to it."),
         click.option("--detach", "-d", is_flag=True, help="Return once it runs; its output goes to a log."),
     ):

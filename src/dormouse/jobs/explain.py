@@ -66,6 +66,6 @@ def explained(error: SnapshotError) -> SnapshotError:
             groups = [match[0], *(group or "" for group in match.groups())]
             return SnapshotError(f"the job can't be {act}: {meaning.format(*groups)} (criu: {words})", remedy=remedy)
     return SnapshotError(
-        f"the job can't be {act} (criu: {words})", remedy="docs/processes.md tells what can't be; `dormouse doctor` what "
-        "this machine lacks"
+        f"the job can't be {act} (criu: {words})",
+        remedy="docs/processes.md tells what can't be; `dormouse doctor` what this machine lacks",
     )

@@ -52,10 +52,9 @@ class HostHome:
         env: Mapping[str, str],
         fds: Mapping[int, int] | None = None,
         control: int | None = None,
-        pid_floor: int | None = None,
     ) -> Spawned:
         """Start a program here; it can be given no descriptors and no control socket."""
-        assert not fds and control is None and pid_floor is None
+        assert not fds and control is None
         try:
             process = subprocess.Popen(
                 argv,

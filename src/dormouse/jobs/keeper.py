@@ -183,9 +183,7 @@ class Keeper:
 
     def _targets(self) -> list[MakeSocket]:
         return [
-            replica.home.inner_socket
-            for number, replica in sorted(self._replicas.items())
-            if number not in self._codes
+            replica.home.inner_socket for number, replica in sorted(self._replicas.items()) if number not in self._codes
         ]
 
     def _watch(self, replica: Replica) -> None:

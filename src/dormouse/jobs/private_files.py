@@ -48,7 +48,9 @@ def unpack_files(cell: Cell, image: ImageFile, store: Store) -> None:
     """Put the files of `image` where they were, in a cell whose folders are empty. Raises SnapshotError, StoreError."""
     reading, writing = os.pipe()
     try:
-        tar = cell.spawn([*_TAR, "--extract", "--same-permissions", "--file=-"], env={"PATH": os.defpath}, fds={0: reading})
+        tar = cell.spawn(
+            [*_TAR, "--extract", "--same-permissions", "--file=-"], env={"PATH": os.defpath}, fds={0: reading}
+        )
     finally:
         os.close(reading)
     try:

@@ -15,8 +15,6 @@ import msgspec
 from dormouse.errors import ConfigError, DamagedError, IncompatibleError, SnapshotError
 from dormouse.snapshot.images import ImageFile, SnapshotBody
 
-SNAPSHOT_KIND = "process"
-
 RECORD_IMAGE = "dormouse-job.json"
 FILES_IMAGE = "dormouse-files.tar"
 
@@ -99,7 +97,9 @@ def made_up_name(program: str) -> str:
 
 def parse_publish(text: str) -> Publish:
     """From `PORT`, `HOST:PORT`, `PORT:INNER` or `HOST:PORT:INNER`. Raises ConfigError."""
-    match = re.fullmatch(r"(?:(?P<host>\[[0-9a-fA-F:.]+\]|[^:\[\]]*[^:\[\]\d][^:\[\]]*):)?(?P<port>\d+)(?::(?P<inner>\d+))?", text)
+    match = re.fullmatch(
+        r"(?:(?P<host>\[[0-9a-fA-F:.]+\]|[^:\[\]]*[^:\[\]\d][^:\[\]]*):)?(?P<port>\d+)(?::(?P<inner>\d+))?", text
+    )
     ports = [int(match[group] or match["port"]) for group in ("port", "inner")] if match else []
     if match is None or not (0 <= ports[0] <= 65535 and 1 <= ports[1] <= 65535):
         raise ConfigError(f"{text!r} is not a port to publish", remedy="Write [HOST:]PORT or [HOST:]PORT:PORT_INSIDE")

@@ -22,19 +22,19 @@ from typing import Protocol
 import msgspec
 
 from dormouse.errors import SnapshotError
-from dormouse.jobs._standin import capture, restore, resume_tree
 from dormouse.jobs.explain import explained
 from dormouse.jobs.hook_calls import Hooks
 from dormouse.jobs.private_files import pack_files, unpack_files
-from dormouse.jobs.record import FILES_IMAGE, SNAPSHOT_KIND, JobRecord, Stream, encode_record, record_of
+from dormouse.jobs.record import FILES_IMAGE, JobRecord, encode_record, record_of
 from dormouse.jobs.streams import Input, Pipes, inode_of, inode_of_path, standard_streams, unread
 from dormouse.jobs.survey import refusal, survey
-from dormouse.snapshot.capture import CaptureResult
+from dormouse.snapshot.capture import PROCESS_KIND, CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.compatibility import cpu_flags
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.images import ImageFile, SnapshotBody, decode_body
-from dormouse.snapshot.tree import External, Home, ProcessTree
+from dormouse.snapshot.restore import restore
+from dormouse.snapshot.tree import External, Home, ProcessTree, continue_tree, stopped_processes
 from dormouse.store.store import Store
 from dormouse.transfer.ingest import Ingest
 
@@ -72,11 +72,12 @@ class Replica:
     externals: tuple[External, ...]
     pipes: Pipes = field(default_factory=lambda: Pipes({}, {}))
     feed: Input | None = None
+    snapshot_id: str | None = None
 
     @property
     def tree(self) -> ProcessTree:
         """What capture works on."""
-        return ProcessTree(self.home, self.pid, self.externals)
+        return ProcessTree(self.home, self.pid, self.externals, self.snapshot_id)
 
     def hooks(self, timeout: float) -> Hooks:
         """The hooks of its processes."""
@@ -158,7 +159,7 @@ class StoredJob:
         home = restored.tree.home
         assert isinstance(home, Cell)
         externals = tuple(External("pipe", inode) for inode in inodes)
-        return Replica(number, home, restored.tree.pid, record, externals, pipes)
+        return Replica(number, home, restored.tree.pid, record, externals, pipes, snapshot_id=self.snapshot_id)
 
     def _cell(self, record: JobRecord, store: Store) -> Cell:
         cell = Cell.create(host_network=record.network == "host", tmpfs=record.tmpfs)
@@ -186,6 +187,7 @@ def capture_replica(replica: Replica, store: Store, criu: Criu, options: Capture
     record = msgspec.structs.replace(replica.record, connections_closed=options.close_connections)
     _refuse_what_cannot_be(replica, criu, options)
     hooks = replica.hooks(options.hook_timeout)
+    stopped_before = stopped_processes(replica.home)
     try:
         hooks.before_capture()
         with replica.feed.paused() if replica.feed is not None else nullcontext():
@@ -193,7 +195,7 @@ def capture_replica(replica: Replica, store: Store, criu: Criu, options: Capture
                 replica.tree,
                 store,
                 criu,
-                kind=SNAPSHOT_KIND,
+                kind=PROCESS_KIND,
                 name=record.name,
                 key=job_key(criu),
                 now=time.time,
@@ -203,7 +205,7 @@ def capture_replica(replica: Replica, store: Store, criu: Criu, options: Capture
                 attach=lambda ingest: attachments(replica, record, ingest),
             )
             if options.leave_running:
-                resume_tree(replica.tree)
+                continue_tree(replica.home, but=stopped_before)
             else:
                 if replica.feed is not None:
                     replica.feed.stop()

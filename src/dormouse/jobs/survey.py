@@ -147,7 +147,9 @@ def _refused(item: Descriptor, what: str, remedy: str) -> SnapshotError:
 
 def _uring_remedy(item: Descriptor) -> str:
     if "io_uring" in item.target:
-        return "Start it by `dormouse run`, which denies io_uring so that programs do without (Node.js: UV_USE_IO_URING=0)"
+        return (
+            "Start it by `dormouse run`, which denies io_uring so that programs do without (Node.js: UV_USE_IO_URING=0)"
+        )
     return "Capture it before it opens that, or do without"
 
 
@@ -163,7 +165,7 @@ def descriptors(pid: int) -> list[Descriptor]:
 
 def pipe_ends_outside(found: Survey) -> dict[int, list[Descriptor]]:
     """The tree's pipes that a process outside the tree holds too, by inode, with the tree's descriptors of it."""
-    inside = {pid for pid in found.pids}
+    inside = set(found.pids)
     held: dict[int, list[Descriptor]] = {}
     for item in found.descriptors:
         if item.target.startswith("pipe:") and (inode := item.inode) is not None:
@@ -172,7 +174,6 @@ def pipe_ends_outside(found: Survey) -> dict[int, list[Descriptor]]:
         return {}
     others = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
     outside = {item.inode for pid in others if pid not in inside for item in descriptors(pid)}
-    # A pipe without its other end anywhere is outside's too: CRIU could not make it anew as it is.
     return {inode: items for inode, items in held.items() if inode in outside}
 
 
@@ -235,7 +236,7 @@ def session_of(pid: int) -> int:
 
 
 def _is_terminal(target: str) -> bool:
-    return target.startswith(("/dev/pts/", "/dev/tty")) and not target.endswith("/ptmx") or target == "/dev/console"
+    return (target.startswith(("/dev/pts/", "/dev/tty")) and not target.endswith("/ptmx")) or target == "/dev/console"
 
 
 def _terminal_index(item: Descriptor) -> int | None:

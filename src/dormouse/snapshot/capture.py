@@ -28,11 +28,14 @@ from dormouse.snapshot.memory_capture import ParentMemory, capture_memory
 from dormouse.snapshot.memory_map import AddressSpace
 from dormouse.snapshot.prefetch import mapped_files
 from dormouse.snapshot.streamer import CaptureStream
-from dormouse.snapshot.tree import ProcessTree, continue_tree
+from dormouse.snapshot.tree import ProcessTree, continue_tree, stopped_processes
 from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest
 
 SNAPSHOT_KIND = "snapshot"
+"""Of a model's worker."""
+PROCESS_KIND = "process"
+"""Of a job: any other process tree."""
 
 _INVENTORY = "inventory.img"
 
@@ -66,21 +69,25 @@ def capture(
     still_wanted: Callable[[], bool],
     timeout: float,
     criu_options: Sequence[str] = (),
+    attach: Callable[[Ingest], Sequence[ImageFile]] = lambda _ingest: (),
 ) -> CaptureResult:
     """Dump and commit a tree as a manifest of `kind` and `name`; it is then stopped and the caller's to kill or to
     continue (`continue_tree`). `timeout` is CRIU's, in seconds; `still_wanted` is asked last before the commit. A tree
-    that was restored from a snapshot shares with it all pages that have not changed.
+    that was restored from a snapshot shares with it all pages that have not changed. `attach` is called while the tree
+    is stopped and makes further images, which are stored with CRIU's; what was stopped before stays so.
 
     Raises SnapshotError, DiskFullError or StoreError; nothing was stored then, and the tree runs on, unless CRIU was
     killed or hung within it: then its home is closed, for what CRIU leaves half done can't be trusted.
     """
     phases = Phases()
     snapshot_id = new_snapshot_id()
+    stopped_before = stopped_processes(tree.home)
     try:
         with store.begin() as transaction:
             with phases.time("dump"), Ingest(transaction) as ingest, _parent(store, tree.snapshot_id) as parent:
                 mapped = mapped_files(tree.home.processes())
                 images, memory = _dump(tree, ingest, parent, criu, timeout, criu_options)
+                images += attach(ingest)
             body = SnapshotBody(
                 version=BODY_VERSION,
                 name=name,
@@ -106,7 +113,7 @@ def capture(
                     )
                 )
     except BaseException:
-        continue_tree(tree.home)
+        continue_tree(tree.home, but=stopped_before)
         raise
     return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, dict(phases))
 

@@ -78,7 +78,9 @@ def forbid_io_uring() -> None:
     import ctypes  # slow to import, and most cells never need it
 
     code = b"".join(struct.pack("=HBBI", *step) for step in _IO_URING_FILTER)
-    program = struct.pack("HxxxxxxP", len(_IO_URING_FILTER), ctypes.addressof(held := ctypes.create_string_buffer(code)))
+    program = struct.pack(
+        "HxxxxxxP", len(_IO_URING_FILTER), ctypes.addressof(held := ctypes.create_string_buffer(code))
+    )
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "seccomp was refused")
