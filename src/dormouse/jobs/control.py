@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -213,9 +214,11 @@ def _read_line(connection: socket.socket) -> bytes:
 
 def _still_there(connection: socket.socket) -> bool:
     """Whether the asker still waits: at its end, a read gives nothing."""
-    try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
-    except BlockingIOError:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    if not poll.poll(0):
         return True
+    try:
+        return connection.recv(1, socket.MSG_PEEK) != b""
     except OSError:
         return False

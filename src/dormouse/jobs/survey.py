@@ -2,8 +2,8 @@
 
     /proc/PID/{status,fd,fdinfo,net,ns} of every process  ->  Survey  ->  refusal(survey) or None
 
-CRIU refuses most of these things too, but late, in its own words and without the descriptor; here the user learns which
-process and which descriptor it is. What only CRIU can see is put into words in explain.py. Reads from the host, as root.
+CRIU refuses most of these things too, but late, in its own words and without the descriptor; here the user learns
+which process and which descriptor it is. What only CRIU can see is put into words in explain.py. Needs root.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ class Connection:
     local: str
     remote: str
     state: int
+
+    @property
+    def open(self) -> bool:
+        """Whether somebody is, or may still be, at the other end."""
+        return self.state not in (_LISTEN, _CLOSE)
 
 
 @dataclass
@@ -132,13 +137,12 @@ def _refusals(found: Survey, external: set[int], close_connections: bool) -> Ite
                 "is a unix socket connected to a process outside the tree",
                 "Close that connection first, or capture a parent of both processes",
             )
-        elif (connection := found.tcp.get(inode)) and not close_connections:
-            if connection.state not in (_LISTEN, _CLOSE):
-                yield _refused(
-                    item,
-                    f"is an open TCP connection, {connection.local} with {connection.remote}",
-                    "Let it end, or capture with --close-connections: the program then finds it closed",
-                )
+        elif not close_connections and (connection := found.tcp.get(inode)) and connection.open:
+            yield _refused(
+                item,
+                f"is an open TCP connection, {connection.local} with {connection.remote}",
+                "Let it end, or capture with --close-connections: the program then finds it closed",
+            )
 
 
 def _refused(item: Descriptor, what: str, remedy: str) -> SnapshotError:
