@@ -12,13 +12,14 @@ import msgspec
 
 from dormouse import catalogue
 from dormouse.config import DataDir
-from dormouse.errors import ConfigError, NotFoundError
+from dormouse.errors import ConfigError, NotFoundError, SnapshotError
 from dormouse.jobs.control import Request, ask, free_name
 from dormouse.jobs.foreign import find_tree
 from dormouse.jobs.keeper import Keeper, in_background, require_root
 from dormouse.jobs.private_files import DEFAULT_FOLDERS
 from dormouse.jobs.record import JobRecord, Network, check_name, made_up_name, parse_publish
 from dormouse.jobs.replica import CaptureOptions, StoredJob, capture_replica
+from dormouse.jobs.survey import addresses_in_use
 from dormouse.snapshot.criu_setup import find_criu
 from dormouse.store.store import Store
 
@@ -65,6 +66,7 @@ def restore_job(
     name = check_name(place.name) if place.name is not None else free_name(data_dir, record.name)
     publish = record.publish if place.publish is None else [parse_publish(text) for text in place.publish]
     record = msgspec.structs.replace(record, name=name, network=place.network or record.network, publish=publish)
+    _refuse_taken_addresses(record, replicas)
     return _keep(
         data_dir,
         _checked(record),
@@ -140,6 +142,19 @@ def _checked(record: JobRecord) -> JobRecord:
             remedy="Leave out --publish, or --net host",
         )
     return record
+
+
+def _refuse_taken_addresses(record: JobRecord, replicas: int) -> None:
+    if record.network != "host" or not record.listening:
+        return
+    remedy = "Restore with a network of its own: --net own --publish PORT"
+    if replicas > 1:
+        raise ConfigError(f"{replicas} replicas can't all listen on {record.listening[0]} of the host", remedy=remedy)
+    if taken := addresses_in_use(record.listening):
+        raise SnapshotError(
+            f"the job listens on {taken[0]}, and that address is in use here",
+            remedy=f"Stop what uses it. {remedy}",
+        )
 
 
 def _folder(text: str) -> str:

@@ -36,7 +36,8 @@ class Publish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class JobRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`streams` says for each external pipe of the tree, in order, which standard streams it is. `pending_input` was
-    written to the job's input and not yet read. `tmpfs` are the folders whose contents are in the snapshot."""
+    written to the job's input and not yet read. `listening` are the TCP addresses it listened on, `tmpfs` the folders
+    whose contents are in the snapshot."""
 
     name: str
     argv: list[str]
@@ -44,6 +45,7 @@ class JobRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     streams: list[list[Stream]]
     tmpfs: list[str] = []
     publish: list[Publish] = []
+    listening: list[str] = []
     shell_job: bool = False
     connections_closed: bool = False
     pending_input: bytes = b""

@@ -27,7 +27,7 @@ from dormouse.jobs.hook_calls import Hooks
 from dormouse.jobs.private_files import pack_files, unpack_files
 from dormouse.jobs.record import FILES_IMAGE, JobRecord, encode_record, record_of
 from dormouse.jobs.streams import Input, Pipes, inode_of, inode_of_path, standard_streams, unread
-from dormouse.jobs.survey import refusal, survey
+from dormouse.jobs.survey import Survey, refusal, survey
 from dormouse.snapshot.capture import PROCESS_KIND, CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.compatibility import cpu_flags
@@ -184,8 +184,11 @@ def restore_options(record: JobRecord) -> list[str]:
 def capture_replica(replica: Replica, store: Store, criu: Criu, options: CaptureOptions) -> CaptureResult:
     """Capture it. Afterwards its home is closed, or with `leave_running` it goes on. Raises SnapshotError, StoreError;
     it runs on then, unless CRIU itself was killed or hung."""
-    record = msgspec.structs.replace(replica.record, connections_closed=options.close_connections)
-    _refuse_what_cannot_be(replica, criu, options)
+    found = survey(replica.home.processes(), replica.home.inner_socket)
+    _refuse_what_cannot_be(found, replica, criu, options)
+    record = msgspec.structs.replace(
+        replica.record, connections_closed=options.close_connections, listening=found.listening()
+    )
     hooks = replica.hooks(options.hook_timeout)
     stopped_before = stopped_processes(replica.home)
     try:
@@ -235,8 +238,7 @@ def attachments(replica: Replica, record: JobRecord, ingest: Ingest) -> list[Ima
     return images
 
 
-def _refuse_what_cannot_be(replica: Replica, criu: Criu, options: CaptureOptions) -> None:
-    found = survey(replica.home.processes(), replica.home.inner_socket)
+def _refuse_what_cannot_be(found: Survey, replica: Replica, criu: Criu, options: CaptureOptions) -> None:
     known = {external.inode for external in replica.externals}
     refused = refusal(found, external=known, close_connections=options.close_connections)
     if refused is not None:

@@ -62,11 +62,12 @@ class Descriptor:
 
 @dataclass(frozen=True)
 class Connection:
-    """An internet socket: its addresses as text, and its TCP state."""
+    """An internet socket: its addresses as text, its TCP state and its inode."""
 
     local: str
     remote: str
     state: int
+    inode: int
 
     @property
     def open(self) -> bool:
@@ -76,7 +77,8 @@ class Connection:
 
 @dataclass
 class Survey:
-    """The open things of a tree. `unix_peers` maps the inode of a connected unix socket to its other end's."""
+    """The open things of a tree. `unix_peers` maps the inode of a connected unix socket to its other end's, or to 0
+    when that has been closed."""
 
     pids: list[int]
     descriptors: list[Descriptor] = field(default_factory=list)
@@ -131,7 +133,7 @@ def _refusals(found: Survey, external: set[int], close_connections: bool) -> Ite
             )
         elif inode is None or inode in external:
             continue
-        elif inode in found.unix_peers and found.unix_peers[inode] not in unix | external:
+        elif found.unix_peers.get(inode, 0) not in unix | external | {0}:
             yield _refused(
                 item,
                 "is a unix socket connected to a process outside the tree",
@@ -165,6 +167,23 @@ def descriptors(pid: int) -> list[Descriptor]:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 found.append(Descriptor(pid, int(entry.name), str(entry.readlink())))
     return found
+
+
+def addresses_in_use(wanted: Iterable[str]) -> list[str]:
+    """Those of the addresses that somebody listens on in our own network. CRIU would listen beside them, and
+    connections would go to the one or the other."""
+    taken = [
+        connection.local
+        for table in ("tcp", "tcp6")
+        for connection in _sockets(Path(f"/proc/self/net/{table}").read_text())
+        if connection.state == _LISTEN
+    ]
+    return [address for address in wanted if any(_clash(address, other) for other in taken)]
+
+
+def _clash(one: str, other: str) -> bool:
+    (host, _, port), (other_host, _, other_port) = one.rpartition(":"), other.rpartition(":")
+    return port == other_port and (host == other_host or bool({host, other_host} & {"0.0.0.0", "[::]"}))
 
 
 def pipe_ends_outside(found: Survey) -> dict[int, list[Descriptor]]:
@@ -253,13 +272,15 @@ def _terminal_index(item: Descriptor) -> int | None:
 
 
 def parse_tcp(text: str) -> Mapping[int, Connection]:
-    """/proc/net/tcp or tcp6, by inode."""
-    found = {}
+    """/proc/net/tcp or tcp6, by inode; those that no process has open have none and are left out."""
+    return {connection.inode: connection for connection in _sockets(text) if connection.inode}
+
+
+def _sockets(text: str) -> Iterator[Connection]:
     for line in text.splitlines()[1:]:
         words = line.split()
-        if len(words) > 9 and words[9] != "0":
-            found[int(words[9])] = Connection(_address(words[1]), _address(words[2]), int(words[3], 16))
-    return found
+        if len(words) > 9:
+            yield Connection(_address(words[1]), _address(words[2]), int(words[3], 16), int(words[9]))
 
 
 def _address(text: str) -> str:

@@ -9,6 +9,7 @@ snapshot's chunks are more urgent, and behind a deep queue they would wait for a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -29,13 +30,12 @@ _ADVISE_STEP = 4 << 20
 
 
 def mapped_files(pids: Iterable[int]) -> list[MappedFile]:
-    """The file ranges in the memory of host processes, in the order of their address spaces.
-
-    Raises OSError when one has ended or may not be inspected.
-    """
+    """The file ranges in the memory of host processes, in the order of their address spaces. Those that have ended,
+    zombies too, have none. Raises OSError when one may not be inspected."""
     ranges: dict[str, list[tuple[int, int]]] = {}
     for pid in pids:
-        _add_ranges(pid, ranges)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            _add_ranges(pid, ranges)
     return [MappedFile(path=path, ranges=merge(found)) for path, found in ranges.items() if found]
 
 
