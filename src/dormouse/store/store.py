@@ -1,7 +1,7 @@
 """The store: chunks and manifests on disk, shared by any number of threads and processes.
 
     begin() -> Transaction.put(chunk) ... -> commit(manifest)      everything or nothing, durable when it returns
-    manifest(id) -> reader().locate(refs) -> plain(chunk)          every byte checked against its checksum
+    manifest(id) -> reader().locate(refs) -> plain(chunk)          every byte checked against its signature
     remove(id) -> collect_garbage()                                space comes back when nobody needs a chunk
 
 The truth is in two kinds of files that never change once they have their name: packs (chunks) and manifests (what is
@@ -16,10 +16,10 @@ from typing import Self
 
 from dormouse.store import garbage, verify
 from dormouse.store.chunk import Buffer, Digest
-from dormouse.store.files import private_folder, sync_folder, system_errors
+from dormouse.store.files import sync_folder, system_errors
 from dormouse.store.garbage import GarbageReport
 from dormouse.store.index import ManifestRow, drop_manifest
-from dormouse.store.layout import Checkpoint, Layout, no_manifest
+from dormouse.store.layout import Checkpoint, Layout, no_manifest, open_layout
 from dormouse.store.manifest import Manifest
 from dormouse.store.pack import StoredChunk
 from dormouse.store.reader import Reader
@@ -47,15 +47,15 @@ class Store:
         self._layout = layout
 
     @classmethod
-    def open(cls, path: Path, *, checkpoint: Checkpoint = lambda _step: None) -> Self:
+    def open(cls, path: Path, *, key_file: Path | None = None, checkpoint: Checkpoint = lambda _step: None) -> Self:
         """Open the store in folder `path`, made when missing. Finishes or undoes what a crash left behind, and builds
         the index anew (with a warning in the log) when it is missing or unusable.
 
-        `checkpoint` is told the name of each step whose crash outcome docs/formats.md lists. Raises StoreError.
+        `key_file` holds the store's key, by default `key` beside the folder; it is made when there is neither a key nor
+        a manifest. `checkpoint` is told the name of each step whose crash outcome docs/formats.md lists. Raises
+        StoreError, and UntrustedError when the key is missing or the files are open to other users.
         """
-        layout = Layout(path, checkpoint)
-        for folder in (path, layout.packs, layout.manifests):
-            private_folder(folder)
+        layout = open_layout(path, key_file or path.parent / "key", checkpoint)
         try:
             with layout.change():
                 reconcile(layout)
@@ -85,7 +85,7 @@ class Store:
 
     def reader(self) -> Reader:
         """A reader; no chunk is deleted while it is open. Blocks for the moments in which garbage is deleted."""
-        return Reader(self._layout.packs, self._layout.index, self._layout.in_use())
+        return self._layout.reader()
 
     def read(self, digest: Digest) -> Buffer:
         """One chunk's plain bytes, checked. Raises DamagedError that names the chunk and its pack."""
@@ -98,11 +98,11 @@ class Store:
             return reader.locate(digests)
 
     def manifest(self, manifest_id: str) -> Manifest:
-        """A committed manifest, checked. Raises NotFoundError, DamagedError."""
+        """A committed manifest, checked. Raises NotFoundError, DamagedError, UntrustedError."""
         return self._layout.read_manifest(manifest_id)[0]
 
     def manifests(self, *, kind: str | None = None, name: str | None = None) -> list[ManifestRow]:
-        """All manifests, or those of a kind or name, oldest first."""
+        """All manifests, or those of a kind or name, oldest first. Raises DamagedError when the index was altered."""
         return self._layout.index.manifests(kind, name)
 
     def remove(self, manifest_id: str) -> None:

@@ -115,8 +115,8 @@ class Transaction:
                     made.append(self._layout.pack(number))
                     add_pack(connection, number, self._writer.entries.values())
                 self._layout.checkpoint("pack named")
-                add_manifest(connection, manifest, raw_bytes)
-                self._write_manifest(target, encode_manifest(manifest, raw_bytes))
+                add_manifest(connection, manifest, raw_bytes, self._layout.key)
+                self._write_manifest(target, encode_manifest(manifest, raw_bytes, self._layout.key))
                 self._layout.checkpoint("manifest named")
         except BaseException:
             for path in made:
