@@ -39,6 +39,7 @@ MAC_SIZE = 16
 _IDENTITY = struct.Struct("<32sBI")
 _ENTRY = struct.Struct("<32s16sQIIB7x")
 _TRAILER = struct.Struct("<QQ16s8s")
+_MAX_OFFSET = 1 << 60
 _CODECS = frozenset(Codec)
 
 
@@ -177,7 +178,7 @@ def makes_sense(chunk: StoredChunk) -> bool:
     if chunk.codec == Codec.ZERO:
         placed = chunk.offset == 0 == chunk.stored_length
     else:
-        placed = chunk.offset >= ALIGNMENT and chunk.offset % ALIGNMENT == 0 and chunk.stored_length > 0
+        placed = ALIGNMENT <= chunk.offset <= _MAX_OFFSET and chunk.offset % ALIGNMENT == 0 and chunk.stored_length > 0
     sized = chunk.stored_length <= chunk.plain_length <= MAX_CHUNK and chunk.plain_length >= 0
     return placed and sized and chunk.codec in _CODECS
 
