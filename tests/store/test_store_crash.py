@@ -11,14 +11,14 @@ import pytest
 from store_tools import commit, noise
 
 from dormouse.errors import NotFoundError
-from dormouse.store.store import Store
+from dormouse.store.store import Marks, Store
 
 CHILD = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[4])
 from store_tools import commit, noise
-from dormouse.store.store import Store
+from dormouse.store.store import Marks, Store
 
 path, action, step = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 
@@ -31,6 +31,8 @@ if action == "commit":
     commit(store, "new", [noise(1, 20_000), noise(7, 20_000)])
 elif action == "remove":
     store.remove("old")
+elif action == "mark":
+    store.mark("old", Marks(quarantine="new"))
 else:
     store.collect_garbage()
 """
@@ -84,16 +86,35 @@ def test_a_crash_in_a_commit_is_nothing_or_all_of_it(path: Path, step: str, lose
         assert bytes(store.read(store.manifest("new").refs[1])) == noise(7, 20_000)
 
 
-def test_a_crash_in_a_removal_removes(path: Path) -> None:
+@pytest.mark.parametrize("step", ["manifest removed", "marks removed"])
+def test_a_crash_in_a_removal_removes(path: Path, step: str) -> None:
     with Store.open(path) as store:
         commit(store, "old", [noise(1, 20_000)])
-    killed_at(path, "remove", "manifest removed")
+        store.mark("old", Marks(pinned=True))
+    killed_at(path, "remove", step)
     with Store.open(path) as store:
         assert store.manifests() == []
         with pytest.raises(NotFoundError):
             store.manifest("old")
         assert store.collect_garbage().packs_deleted == 1
         assert store.verify().ok
+        assert not list(path.rglob("*.marks"))
+        commit(store, "old", [noise(1, 20_000)])
+        assert store.marks("old") == Marks()
+
+
+MARK_STEPS = {"mark": "before", "marks written": "before", "marks named": "new"}
+
+
+@pytest.mark.parametrize("step", MARK_STEPS)
+def test_a_crash_in_marking_leaves_the_old_marks_or_the_new(path: Path, step: str) -> None:
+    with Store.open(path) as store:
+        commit(store, "old", [noise(1, 20_000)])
+        store.mark("old", Marks(quarantine="before"))
+    killed_at(path, "mark", step)
+    with Store.open(path) as store:
+        assert store.marks("old").quarantine == MARK_STEPS[step]
+        assert not [name for name in names(path) if name.endswith(".tmp")]
 
 
 GC_STEPS = [

@@ -302,7 +302,7 @@ print(open_key(Path(sys.argv[1]), needed=False).id.hex())
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dormouse.store import key
+from dormouse.store import files, key
 at = int(sys.argv[2])
 calls = 0
 def step(function):
@@ -310,12 +310,13 @@ def step(function):
         global calls
         calls += 1
         if calls == at:
-            if function is key.write_all:
+            if function is writing:
                 os.pwrite(arguments[0], arguments[1][:50], 0)
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments, **named)
     return wrapper
-key.create_file, key.write_all, key.sync_folder = map(step, (key.create_file, key.write_all, key.sync_folder))
+writing = files.write_all
+files.create_file, files.write_all, files.sync_folder = map(step, (files.create_file, writing, files.sync_folder))
 os.fsync, os.rename = step(os.fsync), step(os.rename)
 key.open_key(Path(sys.argv[1]), needed=False)
 """

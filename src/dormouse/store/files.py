@@ -14,7 +14,7 @@ import shutil
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -179,6 +179,23 @@ def sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def replace_file(path: Path, data: bytes, written: Callable[[], None] = lambda: None) -> None:
+    """Put a private file of this content at `path`: whole and durable, or not at all. `written` is called when only the
+    rename is left to do. The caller has a lock that keeps others from writing the same file."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # of a process that was killed
+    fd = create_file(temporary)
+    try:
+        write_all(fd, data, 0)
+        os.fsync(fd)
+        written()
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(fd)
+    sync_folder(path.parent)
 
 
 class FileLock:

@@ -26,6 +26,7 @@ from dormouse.store.chunk import Digest
 from dormouse.store.files import check_ours, create_file, disk_full, system_errors
 from dormouse.store.key import Key, same
 from dormouse.store.manifest import Manifest
+from dormouse.store.marks import NO_MARKS, Marks
 from dormouse.store.pack import MAC_SIZE, StoredChunk
 
 VERSION = 1
@@ -75,7 +76,7 @@ _IS_LIVE = "EXISTS (SELECT 1 FROM manifest_chunks r WHERE r.chunk = chunks.id)"
 @dataclass(frozen=True)
 class ManifestRow:
     """A manifest in a list. `raw_bytes` are plain, `stored_bytes` what its chunks take in the packs, `shared_bytes`
-    the part of those that other manifests use too."""
+    the part of those that other manifests use too; `marks` come from beside the manifest, not from the index."""
 
     id: str
     kind: str
@@ -84,6 +85,7 @@ class ManifestRow:
     raw_bytes: int
     stored_bytes: int
     shared_bytes: int
+    marks: Marks = NO_MARKS
 
 
 class Index:

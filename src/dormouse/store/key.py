@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from dormouse.errors import DamagedError, StoreError, UntrustedError
 from dormouse.store.chunk import Buffer
-from dormouse.store.files import check_ours, create_file, open_ours, read_all, sync_folder, system_errors, write_all
+from dormouse.store.files import check_ours, open_ours, read_all, replace_file, sync_folder, system_errors
 
 SIZE = 32
 ID_SIZE = 8
@@ -142,8 +142,8 @@ def missing_key(path: Path) -> UntrustedError:
 
 def replace_key(path: Path, key: Key) -> None:
     """Put a key in place of the one that is there."""
-    with _key_folder(path):
-        _install(path, key)
+    with _key_folder(path), system_errors(path, "writing the key"):
+        replace_file(path, key.text())
 
 
 def _create_key(path: Path) -> Key:
@@ -152,24 +152,9 @@ def _create_key(path: Path) -> Key:
         if found is not None:
             return found
         key = Key.new()
-        _install(path, key)
+        with system_errors(path, "writing the key"):
+            replace_file(path, key.text())
         return key
-
-
-def _install(path: Path, key: Key) -> None:
-    """The file appears whole and durable, or not at all. The caller has the folder to itself."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with system_errors(path, "writing the key"):
-        temporary.unlink(missing_ok=True)  # of a process that was killed: others wait for the folder
-        fd = create_file(temporary)
-        try:
-            write_all(fd, key.text(), 0)
-            os.fsync(fd)
-            temporary.rename(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-            os.close(fd)
-        sync_folder(path.parent)
 
 
 @contextlib.contextmanager

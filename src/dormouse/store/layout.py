@@ -3,7 +3,8 @@
     STORE/packs/00000001.pack      chunks           STORE/change.lock   taken, for moments, to change what there is
     STORE/packs/*.tmp              growing packs    STORE/use.lock      shared by readers and transactions, exclusive
     STORE/manifests/ID.manifest    what is needed                       for the moments in which chunks are deleted
-    STORE/index.sqlite             rebuildable      STORE/gc.lock       one garbage collection at a time
+    STORE/manifests/ID.marks       notes about it   STORE/gc.lock       one garbage collection at a time
+    STORE/index.sqlite             rebuildable
 
 The key that signs all of it lies beside the store, not in it: who copies or writes a store must not get it too.
 
@@ -22,6 +23,7 @@ from dormouse.store.files import FileLock, private_folder, read_file, sync_folde
 from dormouse.store.index import Index
 from dormouse.store.key import Key, open_key
 from dormouse.store.manifest import Manifest, decode_manifest, is_manifest_id, manifest_name
+from dormouse.store.marks import marks_name
 from dormouse.store.pack import PackWriter, pack_name
 from dormouse.store.reader import Reader
 
@@ -72,6 +74,10 @@ class Layout:
     def manifest(self, manifest_id: str) -> Path:
         """The file of a manifest."""
         return self.manifests / manifest_name(manifest_id)
+
+    def marks(self, manifest_id: str) -> Path:
+        """The file of a manifest's marks."""
+        return self.manifests / marks_name(manifest_id)
 
     def reader(self) -> Reader:
         """A reader; blocks for the moments in which garbage is deleted."""

@@ -12,6 +12,7 @@ from dormouse.errors import DamagedError, UntrustedError
 from dormouse.store.files import sync_folder, system_errors, try_lock
 from dormouse.store.index import add_manifest, add_pack, drop_manifest
 from dormouse.store.layout import Layout
+from dormouse.store.marks import drop_marks, orphans
 from dormouse.store.pack import read_table
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ def reconcile(layout: Layout) -> None:
     problem = layout.index.problem()
     if problem is not None:
         _start_over(layout, problem)
+    for path in orphans(layout.manifests, layout.manifest_ids()):
+        drop_marks(path)
     with layout.index.change() as connection:
         _compare_packs(layout, connection)
         _compare_manifests(layout, connection)

@@ -2,6 +2,7 @@
 
     begin() -> Transaction.put(chunk) ... -> commit(manifest)      everything or nothing, durable when it returns
     manifest(id) -> reader().locate(refs) -> plain(chunk)          every byte checked against its signature
+    mark(id, marks) -> marks(id)                                   notes that may change, beside the manifest
     remove(id) -> collect_garbage()                                space comes back when nobody needs a chunk
 
 The truth is in two kinds of files that never change once they have their name: packs (chunks) and manifests (what is
@@ -11,6 +12,7 @@ needed). The index over them can be lost at any time. docs/formats.md has the by
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -21,6 +23,7 @@ from dormouse.store.garbage import GarbageReport
 from dormouse.store.index import ManifestRow, drop_manifest
 from dormouse.store.layout import Checkpoint, Layout, no_manifest, open_layout
 from dormouse.store.manifest import Manifest
+from dormouse.store.marks import Marks, drop_marks, read_marks, write_marks
 from dormouse.store.pack import StoredChunk
 from dormouse.store.reader import Reader
 from dormouse.store.reconcile import reconcile
@@ -32,6 +35,7 @@ __all__ = [
     "GarbageReport",
     "Manifest",
     "ManifestRow",
+    "Marks",
     "Reader",
     "Store",
     "StoredChunk",
@@ -103,7 +107,26 @@ class Store:
 
     def manifests(self, *, kind: str | None = None, name: str | None = None) -> list[ManifestRow]:
         """All manifests, or those of a kind or name, oldest first. Raises DamagedError when the index was altered."""
-        return self._layout.index.manifests(kind, name)
+        rows = self._layout.index.manifests(kind, name)
+        return [replace(row, marks=read_marks(self._layout.marks(row.id))) for row in rows]
+
+    def marks(self, manifest_id: str) -> Marks:
+        """What was noted about a manifest. Raises NotFoundError."""
+        self._require(manifest_id)
+        return read_marks(self._layout.marks(manifest_id))
+
+    def mark(self, manifest_id: str, marks: Marks) -> None:
+        """Note this about a manifest, in place of what was noted. Durable when it returns; after a crash there are the
+        old marks or the new. Raises NotFoundError, DiskFullError."""
+        with self._layout.change():
+            self._require(manifest_id)
+            self._layout.checkpoint("mark")
+            write_marks(self._layout.marks(manifest_id), marks, lambda: self._layout.checkpoint("marks written"))
+            self._layout.checkpoint("marks named")
+
+    def _require(self, manifest_id: str) -> None:
+        if not self._layout.manifest(manifest_id).exists():
+            raise no_manifest(manifest_id)
 
     def remove(self, manifest_id: str) -> None:
         """Remove a manifest, damaged or not; its chunks go with the next garbage collection. Raises NotFoundError."""
@@ -116,6 +139,8 @@ class Store:
                     raise no_manifest(manifest_id) from None
                 sync_folder(path.parent)
             self._layout.checkpoint("manifest removed")
+            drop_marks(self._layout.marks(manifest_id))
+            self._layout.checkpoint("marks removed")
             with self._layout.index.change() as connection:
                 drop_manifest(connection, manifest_id)
 
