@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dormouse.checkpoint import ImportedModel, import_model, open_model
+from dormouse.checkpoint.importer import import_model
+from dormouse.checkpoint.models import ImportedModel, open_model
 from dormouse.errors import NotFoundError
 
 SMOLLM2 = "smollm2-135m"

@@ -48,7 +48,7 @@ def data_dir(tmp_path: Path) -> DataDir:
     source.mkdir()
     settings = {"memory_mb": 12, "answer_tokens": 20}
     (source / "config.json").write_text(json.dumps({"model_type": "dormouse-null", "null": settings}))
-    import_model(str(source), "null", folder.models, progress=lambda _step, _done, _total: None)
+    import_model(str(source), "null", folder, progress=lambda _step, _done, _total: None)
     return folder
 
 

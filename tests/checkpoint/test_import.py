@@ -17,7 +17,8 @@ import torch
 from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
-from dormouse.checkpoint import ImportedModel, import_model, list_models, open_model, remove_model
+from dormouse.checkpoint.importer import import_model
+from dormouse.checkpoint.models import ImportedModel, list_models, open_model, remove_model
 from dormouse.checkpoint.smollm2 import unpack_gguf
 from dormouse.errors import ConfigError, DamagedError, DormouseError, HostError, NotFoundError
 

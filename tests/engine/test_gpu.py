@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dormouse.checkpoint import import_model
+from dormouse.checkpoint.importer import import_model
 from dormouse.engine.messages import Finished, Sampling, TokensPrompt
 from tests.checkpoint.conftest import save_tokenizer, tiny_llama
 from tests.engine.worker_client import WorkerClient

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dormouse.checkpoint import ImportedModel
+from dormouse.checkpoint.models import ImportedModel
 from dormouse.engine.messages import (
     Cancel,
     ChatPrompt,

@@ -79,7 +79,7 @@ class TransformersEngine:
 
         with phases.time("model"):
             device = _device(spec.device)
-            model = transformers_model.load_model(folder, device, transformers_batch.ATTENTION)
+            model = transformers_model.load_model(folder, device, transformers_batch.ATTENTION, arena)
         with phases.time("tokenizer"):
             self._tokenizer = chat_tokenizer.ChatTokenizer(folder)
         with phases.time("cache"):
