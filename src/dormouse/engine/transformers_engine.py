@@ -68,6 +68,10 @@ class TransformersEngine:
         phases = Phases()
         with phases.time("import"):
             _import_parts(spec.threads)
+        from dormouse.engine.rehearsal import rehearse
+
+        with phases.time("rehearsal"):
+            rehearse()
         return phases
 
     def load(self, spec: Load, arena: Arena, emit: Emit) -> Loaded:
