@@ -54,9 +54,10 @@ class HeldWeights:
     """The segment of an imported model, as a node holds it; nothing for a model without weights."""
 
     def __init__(self, folder: Path) -> None:
-        model = open_model(folder.resolve().parent, folder.resolve().name)
+        folder = (folder / RECORD).resolve().parent  # of a folder of links, the one they lead to
+        model = open_model(folder.parent, folder.name)
         self.handles: list[SegmentHandle] = []
-        self._store = Store.open(folder.resolve().parent.parent / "store")
+        self._store = Store.open(folder.parent.parent / "store")
         self._pool = SegmentPool(self._store)
         if model.checkpoint is not None:
             self.handles.append(self._pool.take(model.checkpoint, "test"))
