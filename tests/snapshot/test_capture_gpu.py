@@ -9,7 +9,7 @@ from tests.checkpoint.conftest import save_tokenizer, tiny_llama
 from tests.snapshot.attached import AttachedWorker
 from tests.snapshot.test_capture_restore import Host
 
-from dormouse.checkpoint import import_model
+from dormouse.checkpoint.importer import import_model
 from dormouse.engine.messages import Sampling, TokensPrompt
 from dormouse.errors import SnapshotError
 from dormouse.snapshot import service_messages as messages
