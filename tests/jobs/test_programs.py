@@ -351,10 +351,11 @@ os.waitpid(stopped, os.WUNTRACED)
 zombie = os.fork()
 if zombie == 0:
     os._exit(3)
+def state(pid):
+    return open(f"/proc/{pid}/stat").read().split()[2]
 def look(*_):
-    state = open(f"/proc/{stopped}/stat").read().split()[2]
     gone.seek(0)
-    print("stopped child", state, "deleted file", len(gone.read()), "zombie", open(f"/proc/{zombie}/stat").read().split()[2])
+    print("stopped child", state(stopped), "deleted file", len(gone.read()), "zombie", state(zombie))
 def finish(*_):
     os.kill(stopped, signal.SIGCONT)
     print("children", os.waitpid(zombie, 0)[1] >> 8, os.waitpid(stopped, 0)[1] >> 8)
