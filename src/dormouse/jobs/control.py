@@ -94,7 +94,7 @@ class ControlSocket:
                 try:
                     answer = handler(request, lambda: _still_there(connection))
                 except DormouseError as error:
-                    answer = {"error": error.message, "remedy": error.remedy, "code": error.code}
+                    answer = error_answer(error)
                 except Exception as error:  # noqa: BLE001 - the asker is told, and the job runs on
                     answer = {"error": f"unexpected {type(error).__name__}: {error}", "remedy": "", "code": ""}
                 connection.sendall(msgspec.json.encode(answer) + b"\n")
@@ -121,7 +121,7 @@ def ask(data_dir: DataDir, name: str, request: Request, *, timeout: float | None
         except (OSError, msgspec.DecodeError, SnapshotError) as error:
             raise SnapshotError(f"the keeper of job {name} ended without an answer", remedy="See its log") from error
     if "error" in answer:
-        raise _error(answer)
+        raise error_in(answer)
     return answer
 
 
@@ -154,7 +154,13 @@ def jobs_folder(data_dir: DataDir) -> Path:
     return folder
 
 
-def _error(answer: Answer) -> DormouseError:
+def error_answer(error: DormouseError) -> Answer:
+    """The answer that an error is."""
+    return {"error": error.message, "remedy": error.remedy, "code": error.code}
+
+
+def error_in(answer: Answer) -> DormouseError:
+    """The error that an answer is, of the kind it was."""
     kinds: list[type[DormouseError]] = [DormouseError]
     for kind in kinds:
         kinds += kind.__subclasses__()

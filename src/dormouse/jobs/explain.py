@@ -16,6 +16,10 @@ _MEANINGS: tuple[tuple[str, str, str], ...] = (
     (r"External socket is used|Can't dump half of stream unix|unix.*(external|peer)",
      "one of its unix sockets is connected to a process outside the tree",
      "Close that connection first, or capture a parent of both processes"),
+    (r"si_code=\d+.*Killed|SEIZE \d+.*No such process|Unable to (?:seize|interrupt) task.*No such process",
+     "a process of it ended in the middle", "If it was not meant to end, look into its own log"),
+    (r"Dangling connection|in-flight.*unix|Can't dump.*queue",
+     "one of its unix sockets waits to be accepted by a process outside the tree", "Let that process accept it first"),
     (r"Can't get 1:16 opt: Operation not supported|Can't get 1:34 opt",
      "this CRIU can't capture TCP sockets on this kernel", "Run `dormouse setup criu`, which gets CRIU 4.2 or newer"),
     (r"tty: .*(dangling|external|unpaired|session leader)|Found.*slave peer|tty.*isn't|Inherit.*tty",
@@ -50,16 +54,13 @@ _MEANINGS: tuple[tuple[str, str, str], ...] = (
      "Capture the session's first process, or start it by `dormouse run`"),
 )  # fmt: skip
 
-_HARMLESS = re.compile(r"rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted(?:; )?")
-
 
 def explained(error: SnapshotError) -> SnapshotError:
     """The error in our words, with CRIU's own in brackets, when it is one of the table."""
-    message = _HARMLESS.sub("", error.message)
-    _, marker, words = message.partition(": ")
-    if "criu could not" not in message or not marker:
+    _, marker, words = error.message.partition(": ")
+    if "criu could not" not in error.message or not marker:
         return error
-    act = "captured" if "could not dump" in message else "restored"
+    act = "captured" if "could not dump" in error.message else "restored"
     for pattern, meaning, remedy in _MEANINGS:
         match = re.search(pattern, words)
         if match:

@@ -23,9 +23,9 @@ from dormouse.jobs.record import JobRecord, Stream, made_up_name
 from dormouse.jobs.replica import Replica
 from dormouse.jobs.survey import (
     STANDARD_STREAMS,
-    Descriptor,
+    PipeEnds,
     Survey,
-    pipe_ends_outside,
+    pipe_ends,
     refuse_foreign,
     session_of,
     status_field,
@@ -116,7 +116,7 @@ def find_tree(pid: int, name: str | None) -> Replica:
     refuse_foreign(pid)
     home = HostHome(pid)
     found = survey(home.processes(), home.inner_socket)
-    externals, streams = standard_pipes(found, pid, pipe_ends_outside(found))
+    externals, streams = standard_pipes(found, pid, pipe_ends(found))
     argv = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
     record = JobRecord(
         name=name or made_up_name(status_field(pid, "Name") or argv[0]),
@@ -129,19 +129,21 @@ def find_tree(pid: int, name: str | None) -> Replica:
 
 
 def standard_pipes(
-    found: Survey, root: int, outside: Mapping[int, list[Descriptor]]
+    found: Survey, root: int, pipes: Mapping[int, PipeEnds]
 ) -> tuple[tuple[External, ...], list[list[Stream]]]:
     """The pipes to outside that are standard streams of `root`. Raises SnapshotError for any other."""
     names: dict[int, list[Stream]] = {}
     numbers: dict[int, Stream] = {0: "stdin", 1: "stdout", 2: "stderr"}
     for item in found.descriptors:
         inode = item.inode
-        if item.pid == root and item.number in numbers and inode is not None and inode in outside:
+        if item.pid != root or item.number not in numbers or inode is None or inode not in pipes:
+            continue
+        if pipes[inode].outside or pipes[inode].one_sided:
             names.setdefault(inode, []).append(numbers[item.number])
-    for other, items in outside.items():
-        if other not in names:
+    for other, ends in pipes.items():
+        if ends.outside and other not in names:
             raise SnapshotError(
-                f"{items[0]} is a pipe to a process outside the tree",
+                f"{ends.items[0]} is a pipe to a process outside the tree",
                 remedy=f"Only standard streams ({', '.join(STANDARD_STREAMS)} of the first process) may lead outside; "
                 "capture a parent of both processes",
             )

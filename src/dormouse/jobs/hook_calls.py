@@ -22,7 +22,8 @@ from dormouse.jobs.survey import describe, status_field
 
 log = logging.getLogger(__name__)
 
-_SOCKET_NAME = re.compile(r"@dormouse-hooks-(\d+)$")
+# The kernel shows zero bytes as "@". Some programs (Node.js before 22) fill the name up with them.
+_SOCKET_NAME = re.compile(r"@dormouse-hooks-(\d+)@*")
 _MAX_ANSWER = 4096
 _LISTENING_FLAG = 0x10000
 _REMEDY = "See the program's own log; --hook-timeout gives it more time"
@@ -30,7 +31,7 @@ _REMEDY = "See the program's own log; --hook-timeout gives it more time"
 
 @dataclass(frozen=True)
 class HookSocket:
-    """A process of the tree that listens: its pid on the host, and the name of its socket."""
+    """A process of the tree that listens: its pid on the host, and its socket's name as /proc/net/unix shows it."""
 
     pid: int
     name: str
@@ -74,9 +75,9 @@ class Hooks:
 
     def _listening(self) -> list[HookSocket]:
         inside = {innermost_pid(pid): pid for pid in self.pids}
-        names = {int(match[1]) for name, listens in self._sockets() if listens
-                 if (match := _SOCKET_NAME.match(name))}  # fmt: skip
-        return [HookSocket(inside[pid], f"dormouse-hooks-{pid}") for pid in sorted(names) if pid in inside]
+        names = {int(match[1]): name for name, listens in self._sockets() if listens
+                 if (match := _SOCKET_NAME.fullmatch(name))}  # fmt: skip
+        return [HookSocket(inside[pid], names[pid]) for pid in sorted(names) if pid in inside]
 
     def _sockets(self) -> list[tuple[str, bool]]:
         """(name, whether it listens) of the unix sockets the tree can see."""
@@ -89,7 +90,7 @@ class Hooks:
         with self.make_socket(socket.AF_UNIX) as connection:
             try:
                 connection.settimeout(max(0.1, deadline - time.monotonic()))
-                connection.connect("\0" + hook.name)
+                connection.connect(hook.name.replace("@", "\0"))
                 if _peer_pid(connection) not in self.pids:
                     log.warning("the socket %s belongs to no process of the tree; it is left alone", hook.name)
                     return
@@ -109,7 +110,7 @@ class Hooks:
 
     def _await_silence(self, deadline: float) -> None:
         """Until no connection of a hook is left open in the tree."""
-        names = {"@" + hook.name for hook in self.told}
+        names = {hook.name for hook in self.told}
         while any(name in names and not listens for name, listens in self._sockets()):
             if time.monotonic() > deadline:
                 raise SnapshotError(

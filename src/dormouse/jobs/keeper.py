@@ -24,7 +24,7 @@ import msgspec
 
 from dormouse.config import DataDir
 from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError, SnapshotError
-from dormouse.jobs.control import Answer, ControlSocket, Request
+from dormouse.jobs.control import Answer, ControlSocket, Request, error_answer, error_in
 from dormouse.jobs.publish import MakeSocket, Publisher
 from dormouse.jobs.record import JobRecord, Stream
 from dormouse.jobs.replica import (
@@ -325,7 +325,7 @@ def in_background(log_path: Path, work: Callable[[Callable[[Answer], None]], int
     answer: Answer = msgspec.json.decode(data)
     if "error" in answer:
         os.waitpid(child, 0)
-        raise SnapshotError(answer["error"], remedy=answer["remedy"])
+        raise error_in(answer)
     return answer
 
 
@@ -346,5 +346,5 @@ def _background(log_path: Path, work: Callable[[Callable[[Answer], None]], int],
         return work(report)
     except DormouseError as error:
         if not reported:
-            report({"error": error.message, "remedy": error.remedy})
+            report(error_answer(error))
         return error.exit_code

@@ -160,11 +160,11 @@ def _uring_remedy(item: Descriptor) -> str:
 
 
 def descriptors(pid: int) -> list[Descriptor]:
-    """All open files of a process, none when it has ended."""
+    """All open files of a process that we may see; none when it has ended."""
     found = []
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         for entry in sorted(Path(f"/proc/{pid}/fd").iterdir(), key=lambda entry: int(entry.name)):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
                 found.append(Descriptor(pid, int(entry.name), str(entry.readlink())))
     return found
 
@@ -186,18 +186,38 @@ def _clash(one: str, other: str) -> bool:
     return port == other_port and (host == other_host or bool({host, other_host} & {"0.0.0.0", "[::]"}))
 
 
-def pipe_ends_outside(found: Survey) -> dict[int, list[Descriptor]]:
-    """The tree's pipes that a process outside the tree holds too, by inode, with the tree's descriptors of it."""
-    inside = set(found.pids)
+@dataclass(frozen=True)
+class PipeEnds:
+    """What the tree holds of one pipe. `outside`: a process outside holds it, too. `one_sided`: the tree has only
+    what reads from it, or only what writes to it."""
+
+    items: list[Descriptor]
+    outside: bool
+    one_sided: bool
+
+
+def pipe_ends(found: Survey) -> dict[int, PipeEnds]:
+    """The tree's pipes by inode."""
     held: dict[int, list[Descriptor]] = {}
     for item in found.descriptors:
         if item.target.startswith("pipe:") and (inode := item.inode) is not None:
             held.setdefault(inode, []).append(item)
-    if not held:
-        return {}
+    inside = set(found.pids)
     others = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    outside = {item.inode for pid in others if pid not in inside for item in descriptors(pid)}
-    return {inode: items for inode, items in held.items() if inode in outside}
+    outside = {item.inode for pid in others if held and pid not in inside for item in descriptors(pid)}
+    return {
+        inode: PipeEnds(items, inode in outside, len({_writes(item) for item in items}) == 1)
+        for inode, items in held.items()
+    }
+
+
+def _writes(item: Descriptor) -> bool:
+    try:
+        text = Path(f"/proc/{item.pid}/fdinfo/{item.number}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    flags = re.search(r"flags:\s*([0-7]+)", text)
+    return bool(flags and int(flags[1], 8) & (os.O_WRONLY | os.O_RDWR))
 
 
 def refuse_foreign(pid: int) -> None:
