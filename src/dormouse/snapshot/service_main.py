@@ -26,10 +26,11 @@ from dormouse.checkpoint.pool import SegmentPool
 from dormouse.errors import DamagedError, DormouseError, HostError, SnapshotError
 from dormouse.phases import Phases
 from dormouse.snapshot import service_messages as messages
-from dormouse.snapshot.capture import CellWorker, capture
+from dormouse.snapshot.capture import SNAPSHOT_KIND, capture
 from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.snapshot.restore import note_damage, restore
+from dormouse.snapshot.tree import External, ProcessTree
 from dormouse.store.store import Store
 from dormouse.transfer.handles import SegmentHandle
 from dormouse.transfer.memory import keep_freed_memory
@@ -107,7 +108,7 @@ class Service:
         self._spare = SpareCell()
         self._spare.refill()
         self._lock = threading.Lock()
-        self._workers: dict[str, CellWorker] = {}
+        self._workers: dict[str, ProcessTree] = {}
         self._damaged: set[str] = set()
         self._segments = SegmentPool(store)
 
@@ -176,8 +177,8 @@ class Service:
             finally:
                 os.close(log_fd)
             assert spawned.inode is not None and spawned.control is not None
-            pid = self._started(cell_id, CellWorker(cell, spawned.pid, spawned.inode))
-            return pid, spawned.control, phases
+            tree = ProcessTree(cell, spawned.pid, (External("socket", spawned.inode),))
+            return self._started(cell_id, tree), spawned.control, phases
         except OSError as error:
             cell.close()
             raise SnapshotError(f"could not start a worker: {error}") from error
@@ -192,7 +193,7 @@ class Service:
                 self._store,
                 self._criu,
                 key=self._full_key(request.key),
-                take_cell=self._spare.take,
+                take_home=self._spare.take,
                 timeout=_CRIU_TIMEOUT,
             )
         except DamagedError:
@@ -200,10 +201,12 @@ class Service:
                 self._damaged.add(request.snapshot_id)
             raise
         try:
-            return self._started(cell_id, restored.worker), restored.control, restored.phases
+            assert restored.control is not None
+            return self._started(cell_id, restored.tree), restored.control, restored.phases
         except BaseException:
-            restored.control.close()
-            restored.worker.cell.close()
+            if restored.control is not None:
+                restored.control.close()
+            restored.tree.home.close()
             raise
 
     def _capture(self, request: messages.CaptureWorker) -> messages.Reply:
@@ -215,7 +218,8 @@ class Service:
             worker,
             self._store,
             self._criu,
-            model=request.model,
+            kind=SNAPSHOT_KIND,
+            name=request.model,
             key=self._full_key(request.key),
             now=time.time,
             still_wanted=lambda: request.cell_id in self._workers,
@@ -230,8 +234,8 @@ class Service:
             phases=result.phases,
         )
 
-    def _started(self, cell_id: str, worker: CellWorker) -> int:
-        pid = worker.cell.outer_pid(worker.pid)
+    def _started(self, cell_id: str, worker: ProcessTree) -> int:
+        pid = worker.home.outer_pid(worker.pid)
         with self._lock:
             self._workers[cell_id] = worker
         return pid
@@ -240,7 +244,7 @@ class Service:
         with self._lock:
             worker = self._workers.pop(cell_id, None)
         if worker is not None:
-            worker.cell.close()
+            worker.home.close()
         self._segments.release(cell_id)
 
     def _full_key(self, key: dict[str, str]) -> dict[str, str]:
