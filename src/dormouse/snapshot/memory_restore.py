@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from dormouse.errors import DamagedError
-from dormouse.snapshot.criu_images import PAGE, Task, encode_pagemap
+from dormouse.snapshot.criu_images import Task, encode_pagemap
 from dormouse.snapshot.criu_images import Mapping as ProcessMapping
 from dormouse.snapshot.memory_map import (
     AddressSpace,
     Window,
     assemble,
+    check_length,
     held_mask,
     plain_windows,
     runs_of,
@@ -88,7 +88,7 @@ def page_parts(plan: MemoryPlan, chunks: ReadAhead) -> Iterator[Buffer]:
         for window in plan.piped:
             parts = {piece.chunk: next(stream) for piece in window.pieces}
             for piece in window.pieces:
-                _check_length(len(parts[piece.chunk]), held_mask(piece), digests[piece.chunk])
+                check_length(len(parts[piece.chunk]), held_mask(piece), digests[piece.chunk])
             yield assemble(window, parts.__getitem__)
     finally:
         stream.close()
@@ -116,21 +116,23 @@ class Fill:
 
     def run(self, host_pids: Mapping[int, int], *, threads: int | None = None) -> None:
         """Fill the processes, whose pids in this namespace are `host_pids`. Raises DamagedError, SnapshotError."""
-        with contextlib.ExitStack() as exits:
-            pool = exits.enter_context(ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="fill"))
+        with contextlib.ExitStack() as memories:
+            pool = ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="fill")
             jobs = []
-            for plan in self._plans:
-                memory = exits.enter_context(ProcessMemory(host_pids[plan.space.pid]))
-                digests = plan.space.chunk_list()
-                jobs += [pool.submit(self._fill, memory, window, digests) for window in plan.filled]
-            exits.callback(lambda: pool.shutdown(cancel_futures=True))
-            for job in jobs:
-                job.result()
+            try:
+                for plan in self._plans:
+                    memory = memories.enter_context(ProcessMemory(host_pids[plan.space.pid]))
+                    digests = plan.space.chunk_list()
+                    jobs += [pool.submit(self._fill, memory, window, digests) for window in plan.filled]
+                for job in jobs:
+                    job.result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # before the memories close: no thread may use a closed descriptor
 
     def _fill(self, memory: ProcessMemory, window: Window, digests: list[Digest]) -> None:
         for piece in window.pieces:
             digest = digests[piece.chunk]
-            _check_length(self._chunks[digest].plain_length, held_mask(piece), digest)
+            check_length(self._chunks[digest].plain_length, held_mask(piece), digest)
         pages = assemble(window, lambda number: self._reader.plain(self._chunks[digests[number]]))
         memory.write(window.number, window_mask(window), pages)
 
@@ -138,11 +140,3 @@ class Fill:
 def _digests(plan: MemoryPlan) -> Iterator[Digest]:
     digests = plan.space.chunk_list()
     return (digests[piece.chunk] for window in plan.filled for piece in window.pieces)
-
-
-def _check_length(length: int, held: int, digest: Digest) -> None:
-    if length != held.bit_count() * PAGE:
-        raise DamagedError(
-            f"chunk {digest.hex()} has {length} bytes where {held.bit_count()} pages are expected",
-            remedy="Remove the snapshot with `dormouse rm`; it is then captured anew",
-        )
