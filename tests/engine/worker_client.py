@@ -73,6 +73,7 @@ class HeldWeights:
             handle.forget_report()
 
     def close(self) -> None:
+        """Let go of them. Idempotent."""
         for handle in self.handles:
             handle.close()
         self._pool.release("test")

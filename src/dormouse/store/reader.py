@@ -3,6 +3,7 @@ so whatever it has located stays readable until it is closed."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -13,7 +14,7 @@ from typing import Self
 from dormouse.errors import BusyError, DamagedError, StoreError
 from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.codec import Codec, decode
-from dormouse.store.files import VERIFY_REMEDY, FileLock, open_ours, read_all, read_into, system_errors
+from dormouse.store.files import VERIFY_REMEDY, FileLock, open_ours, read_all, read_into, reading
 from dormouse.store.index import Index
 from dormouse.store.key import Key, same
 from dormouse.store.pack import StoredChunk, chunk_mac, makes_sense, pack_name
@@ -67,8 +68,9 @@ class Reader:
         return stored
 
     def advise(self, chunk: StoredChunk) -> None:
-        """Tell the kernel that a chunk's stored bytes will soon be read. Raises DamagedError when its pack is gone."""
-        with system_errors(self._packs / pack_name(chunk.pack), "reading"):
+        """Tell the kernel that a chunk's stored bytes will soon be read. A hint: a pack that is gone or unreadable is
+        an error of the read itself."""
+        with contextlib.suppress(OSError):
             os.posix_fadvise(self._file(chunk), chunk.offset, chunk.stored_length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
@@ -85,12 +87,17 @@ class Reader:
         self.close()
 
     def _read(self, chunk: StoredChunk) -> Buffer:
-        with system_errors(self._packs / pack_name(chunk.pack), "reading"):
-            fd = self._file(chunk)
-            if chunk.codec == Codec.RAW:  # handed on as it is, so it needs memory of its own
-                return read_all(fd, chunk.stored_length, chunk.offset)
-            buffer = self._scratch(chunk.stored_length)
-            return buffer[: read_into(fd, buffer, chunk.offset)]
+        try:
+            with reading(self._packs / pack_name(chunk.pack)):
+                fd = self._file(chunk)
+                if chunk.codec == Codec.RAW:  # handed on as it is, so it needs memory of its own
+                    return read_all(fd, chunk.stored_length, chunk.offset)
+                buffer = self._scratch(chunk.stored_length)
+                return buffer[: read_into(fd, buffer, chunk.offset)]
+        except FileNotFoundError:
+            raise self._damaged(chunk, "the pack is missing") from None
+        except DamagedError as error:
+            raise self._damaged(chunk, "the disk can't read it") from error
 
     def _scratch(self, length: int) -> memoryview:
         """This thread's own memory for coded bytes, used again and again: fresh memory costs a page fault per 4 KiB."""
@@ -103,11 +110,7 @@ class Reader:
         with self._lock:
             fd = self._files.get(chunk.pack)
             if fd is None:
-                try:
-                    fd = open_ours(self._packs / pack_name(chunk.pack))
-                except FileNotFoundError:
-                    raise self._damaged(chunk, "the pack is missing") from None
-                self._files[chunk.pack] = fd
+                fd = self._files[chunk.pack] = open_ours(self._packs / pack_name(chunk.pack))
             return fd
 
     def _damaged(self, chunk: StoredChunk, why: str) -> DamagedError:
