@@ -243,22 +243,11 @@ def _refuse_what_cannot_be(found: Survey, replica: Replica, criu: Criu, options:
     refused = refusal(found, external=known, close_connections=options.close_connections)
     if refused is not None:
         raise refused
-    refuse_old_criu(criu, any_tcp=bool(found.inodes("socket") & found.tcp.keys()))
-
-
-def refuse_old_criu(criu: Criu, *, any_tcp: bool) -> None:
-    """CRIU before 4.2 asks every socket for options that kernels from 6.16 on know for unix sockets only."""
-    if any_tcp and criu.version < (4, 2) and kernel_version() >= (6, 16):
+    if not criu.captures_tcp and found.inodes("socket") & found.tcp.keys():
         raise SnapshotError(
             f"the job has TCP sockets, and CRIU {criu.version_text} can't capture those on kernel {platform.release()}",
             remedy="Run `dormouse setup criu`, which gets CRIU 4.2 or newer",
         )
-
-
-def kernel_version() -> tuple[int, int]:
-    """The running kernel's first two numbers."""
-    major, minor, *_rest = platform.release().split(".")
-    return int(major), int("".join(character for character in minor if character.isdigit()) or 0)
 
 
 def _go_on(hooks: Hooks) -> None:
