@@ -83,6 +83,10 @@ class HostHome:
             raise SnapshotError(f"process {pid} has ended")
         return pid
 
+    def insider(self) -> int:
+        """We ourselves."""
+        return os.getpid()
+
     def processes(self) -> list[int]:
         """The tree's pids."""
         return [self._root, *descendants(self._root)] if Path(f"/proc/{self._root}").exists() else []
@@ -115,7 +119,7 @@ def find_tree(pid: int, name: str | None) -> Replica:
     """The tree below `pid`, ready to be captured. Raises SnapshotError that says why it can't be."""
     refuse_foreign(pid)
     home = HostHome(pid)
-    found = survey(home.processes(), home.inner_socket)
+    found = survey(home.processes(), home.inner_socket, home.insider())
     externals, streams = standard_pipes(found, pid, pipe_ends(found))
     argv = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
     record = JobRecord(

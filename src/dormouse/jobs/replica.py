@@ -21,7 +21,7 @@ from typing import Protocol
 
 import msgspec
 
-from dormouse.errors import SnapshotError
+from dormouse.errors import IncompatibleError, SnapshotError
 from dormouse.jobs.explain import explained
 from dormouse.jobs.hook_calls import Hooks
 from dormouse.jobs.private_files import pack_files, unpack_files
@@ -45,7 +45,9 @@ _ALWAYS = ("--file-locks", "--ghost-limit", "2G")
 
 
 class JobHome(Home, Protocol):
-    """A home in whose network we can make sockets."""
+    """A home in whose network we can make sockets. `insider` is the pid of a process in its namespaces."""
+
+    def insider(self) -> int: ...
 
     def inner_socket(self, family: int, kind: int = ..., protocol: int = ...) -> socket.socket: ...
 
@@ -149,6 +151,11 @@ class StoredJob:
                 inherit=inherit,
                 criu_options=options,
             )
+        except IncompatibleError as error:
+            pipes.close()
+            raise IncompatibleError(
+                error.message, remedy="Restore it on a machine like the one it was captured on"
+            ) from error
         except SnapshotError as error:
             pipes.close()
             raise explained(error) from error
@@ -184,7 +191,7 @@ def restore_options(record: JobRecord) -> list[str]:
 def capture_replica(replica: Replica, store: Store, criu: Criu, options: CaptureOptions) -> CaptureResult:
     """Capture it. Afterwards its home is closed, or with `leave_running` it goes on. Raises SnapshotError, StoreError;
     it runs on then, unless CRIU itself was killed or hung."""
-    found = survey(replica.home.processes(), replica.home.inner_socket)
+    found = survey(replica.home.processes(), replica.home.inner_socket, replica.home.insider())
     _refuse_what_cannot_be(found, replica, criu, options)
     record = msgspec.structs.replace(
         replica.record, connections_closed=options.close_connections, listening=found.listening()

@@ -78,9 +78,10 @@ class Connection:
 @dataclass
 class Survey:
     """The open things of a tree. `unix_peers` maps the inode of a connected unix socket to its other end's, or to 0
-    when that has been closed."""
+    when that has been closed. `strangers` are processes in a namespace of their own, with its kind."""
 
     pids: list[int]
+    strangers: dict[int, str] = field(default_factory=dict)
     descriptors: list[Descriptor] = field(default_factory=list)
     tcp: dict[int, Connection] = field(default_factory=dict)
     unix_peers: dict[int, int] = field(default_factory=dict)
@@ -97,11 +98,14 @@ class Survey:
                 if inode in held and connection.state == _LISTEN]  # fmt: skip
 
 
-def survey(pids: Iterable[int], make_socket: Callable[[int, int, int], socket.socket]) -> Survey:
-    """Look at every process; those that end meanwhile are left out. `make_socket` makes sockets in their network."""
+def survey(pids: Iterable[int], make_socket: Callable[[int, int, int], socket.socket], insider: int) -> Survey:
+    """Look at every process; those that end meanwhile are left out. `make_socket` makes sockets in their network, and
+    `insider` is a process in the namespaces they should all be in."""
     found = Survey([pid for pid in pids if Path(f"/proc/{pid}").exists()])
     for pid in found.pids:
         found.descriptors += descriptors(pid)
+        if (namespace := foreign_namespace(pid, insider)) is not None:
+            found.strangers[pid] = namespace
         for table in ("tcp", "tcp6"):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 found.tcp |= parse_tcp(Path(f"/proc/{pid}/net/{table}").read_text())
@@ -117,6 +121,11 @@ def refusal(found: Survey, *, external: set[int], close_connections: bool) -> Sn
 
 
 def _refusals(found: Survey, external: set[int], close_connections: bool) -> Iterator[SnapshotError]:
+    for pid, namespace in found.strangers.items():
+        yield SnapshotError(
+            f"process {describe(pid)} has a {namespace} namespace of its own: it is a container or a sandbox",
+            remedy="Run the program without it; a job has namespaces of its own already",
+        )
     unix = found.inodes("socket")
     terminals = {_terminal_index(item) for item in found.descriptors if item.target.endswith("/ptmx")}
     for item in found.descriptors:
@@ -236,16 +245,23 @@ def refuse_foreign(pid: int) -> None:
             f"process {describe(pid)} is an ancestor of this command, which would have to capture itself",
             remedy="Run the command from another terminal, outside that tree",
         )
-    for name in _NAMESPACES:
-        ours, theirs = Path(f"/proc/self/ns/{name}").readlink(), Path(f"/proc/{pid}/ns/{name}").readlink()
-        if ours != theirs:
-            raise SnapshotError(
-                f"process {describe(pid)} lives in another {name} namespace: it is in a container or in a cell",
-                remedy="A job of `dormouse run` is captured by its name; for containers use their own tools",
-            )
+    if (namespace := foreign_namespace(pid, os.getpid())) is not None:
+        raise SnapshotError(
+            f"process {describe(pid)} lives in another {namespace} namespace: it is in a container or in a cell",
+            remedy="A job of `dormouse run` is captured by its name; for containers use their own tools",
+        )
     tracer = status_field(pid, "TracerPid")
     if tracer not in (None, "0"):
         raise SnapshotError(f"process {describe(pid)} is being traced by {tracer}", remedy="End strace or the debugger")
+
+
+def foreign_namespace(pid: int, insider: int) -> str | None:
+    """The first kind of namespace in which a process differs from another, None when it has ended or in none."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for name in _NAMESPACES:
+            if Path(f"/proc/{pid}/ns/{name}").readlink() != Path(f"/proc/{insider}/ns/{name}").readlink():
+                return name
+    return None
 
 
 def ancestors(pid: int) -> set[int]:

@@ -169,6 +169,10 @@ class Cell:
                 return candidate
         raise SnapshotError(f"process {pid} is not in its cell any more")
 
+    def insider(self) -> int:
+        """The host's pid of a process that is in the cell's namespaces and in no tree: PID 1."""
+        return self.outer_pid(1)
+
     def processes(self) -> list[int]:
         """The host's pids of all processes in the cell but PID 1."""
         return [pid for pid in descendants(self._launcher.pid) if _namespace_pid(pid) not in (None, 1)]
