@@ -43,9 +43,9 @@ class Host:
         self.workers: list[AttachedWorker] = []
 
     def start(self, model: Path) -> tuple[messages.Started, AttachedWorker]:
-        started, control = self.service.answer(messages.StartWorker(call=1, log_path=str(self.log)))
-        assert isinstance(started, messages.Started) and control is not None
-        worker = self._attach(started, control, fresh=True)
+        started, fds = self.service.answer(messages.StartWorker(call=1, log_path=str(self.log)))
+        assert isinstance(started, messages.Started)
+        worker = self._attach(started, fds, fresh=True)
         worker.load(model, engine="null")
         return started, worker
 
@@ -57,15 +57,16 @@ class Host:
 
     def restore(self, snapshot_id: str, key: dict[str, str] = KEY) -> tuple[messages.Started, AttachedWorker]:
         request = messages.RestoreSnapshot(call=3, snapshot_id=snapshot_id, key=key)
-        started, control = self.service.answer(request)
-        assert isinstance(started, messages.Started) and control is not None
-        worker = self._attach(started, control, fresh=False)
+        started, fds = self.service.answer(request)
+        assert isinstance(started, messages.Started)
+        worker = self._attach(started, fds, fresh=False)
         worker.resume()
         return started, worker
 
-    def _attach(self, started: messages.Started, control: socket.socket, *, fresh: bool) -> AttachedWorker:
+    def _attach(self, started: messages.Started, fds: list[int], *, fresh: bool) -> AttachedWorker:
         self.cells.append(started.cell_id)
-        worker = AttachedWorker(control, self.log, fresh=fresh)
+        (control,) = fds
+        worker = AttachedWorker(socket.socket(fileno=control), self.log, fresh=fresh)
         self.workers.append(worker)
         return worker
 
@@ -230,7 +231,7 @@ def test_kill_9_of_criu_in_a_restore_is_a_clear_error_and_leaves_nothing(host: H
     assert worker.answer()
 
 
-@pytest.mark.parametrize("delay", [0, 0.05, 0.15])
+@pytest.mark.parametrize("delay", [0, 0.03, 0.06])
 def test_kill_9_of_criu_in_a_dump_ends_the_worker_it_was_at_work_in(
     host: Host, store: Store, tmp_path: Path, delay: float
 ) -> None:
@@ -250,7 +251,11 @@ def test_a_capture_nobody_wants_any_more_is_not_committed(
     worker.quiesce()
     cell_worker = host.service._workers[started.cell_id]
     with pytest.raises(SnapshotError, match="given up"):
-        capture(cell_worker, store, criu, model="m", key=KEY, now=time.time, still_wanted=lambda: False, timeout=60)
+        capture(
+            *(cell_worker, store, criu),
+            **{"kind": "snapshot", "name": "m", "key": KEY, "now": time.time, "timeout": 60},
+            still_wanted=lambda: False,
+        )
     assert store.manifests() == []
     worker.resume()
     assert worker.answer() == text
