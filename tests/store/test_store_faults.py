@@ -130,12 +130,17 @@ class Schedule:
 
     def _mark(self, store: Store) -> None:
         if self.promises:
-            promise = self.promises[manifest_id := self.chance.choice(sorted(self.promises))]
-            marks = self.chance.choice([Marks(), Marks(pinned=True), Marks(quarantine="x" * 3000, quarantined_at=1.0)])
-            kept = Marks(marks.pinned, marks.quarantine and marks.quarantine[:2000], marks.quarantined_at)
-            promise.marks.add(kept)
-            store.mark(manifest_id, marks)
-            promise.marks = {kept}
+            manifest_id = self.chance.choice(sorted(self.promises))
+            for _ in range(self.chance.choice([1, 1, 3])):
+                self._mark_one(store, manifest_id)
+
+    def _mark_one(self, store: Store, manifest_id: str) -> None:
+        promise = self.promises[manifest_id]
+        marks = self.chance.choice([Marks(), Marks(pinned=True), Marks(quarantine="x" * 3000, quarantined_at=1.0)])
+        kept = Marks(marks.pinned, marks.quarantine and marks.quarantine[:2000], marks.quarantined_at)
+        promise.marks.add(kept)
+        store.mark(manifest_id, marks)
+        promise.marks = {kept}
 
     def _collect(self, store: Store) -> None:
         store.collect_garbage(wait=0)
