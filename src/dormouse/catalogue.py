@@ -16,9 +16,9 @@ from dormouse.checkpoint.models import ImportedModel, list_models
 from dormouse.config import DataDir
 from dormouse.errors import ConfigError, NotFoundError
 from dormouse.node.presence import read_node
-from dormouse.snapshot.capture import SNAPSHOT_KIND
+from dormouse.snapshot.capture import PROCESS_KIND, SNAPSHOT_KIND
 from dormouse.snapshot.images import SnapshotBody, decode_body
-from dormouse.store.store import Store
+from dormouse.store.store import ManifestRow, Store
 
 NOT_SERVED = "not served"
 
@@ -78,13 +78,19 @@ def _snapshots(data_dir: DataDir) -> list[dict[str, Any]]:
             {
                 "id": row.id,
                 "model": row.name,
+                "kind": row.kind,
                 "created": row.created,
                 "raw_bytes": row.raw_bytes,
                 "stored_bytes": row.stored_bytes,
                 "shared_bytes": row.shared_bytes,
             }
-            for row in store.manifests(kind=SNAPSHOT_KIND)
+            for row in _rows(store)
         ]
+
+
+def _rows(store: Store) -> list[ManifestRow]:
+    """All snapshots, of models and of jobs, oldest first."""
+    return [row for row in store.manifests() if row.kind in (SNAPSHOT_KIND, PROCESS_KIND)]
 
 
 def render(listing: dict[str, Any]) -> Group:
@@ -120,7 +126,7 @@ def render(listing: dict[str, Any]) -> Group:
 
 def resolve(store: Store, prefix: str) -> str:
     """The one snapshot id that begins with `prefix`. Raises NotFoundError, also when there are several."""
-    found = [row.id for row in store.manifests(kind=SNAPSHOT_KIND) if prefix and row.id.startswith(prefix)]
+    found = [row.id for row in _rows(store) if prefix and row.id.startswith(prefix)]
     if len(found) != 1:
         what = f"{len(found)} snapshots begin with" if found else "no snapshot is called"
         raise NotFoundError(f"{what} {prefix!r}", remedy="`dormouse ls` shows all ids")
@@ -133,7 +139,7 @@ def details(data_dir: DataDir, snapshot_id: str) -> dict[str, Any]:
         raise NotFoundError(f"no snapshot is called {snapshot_id!r}", remedy="Nothing has been captured here yet")
     with Store.open(data_dir.store) as store:
         identity = resolve(store, snapshot_id)
-        row = next(row for row in store.manifests(kind=SNAPSHOT_KIND) if row.id == identity)
+        row = next(row for row in _rows(store) if row.id == identity)
         body = decode_body(store.manifest(identity).body, identity)
         stored = {chunk.digest: chunk.stored_length for chunk in store.locate(body.references())}
     return {

@@ -33,6 +33,9 @@ from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest
 
 SNAPSHOT_KIND = "snapshot"
+"""Of a model's worker."""
+PROCESS_KIND = "process"
+"""Of a job: any other process tree."""
 
 _INVENTORY = "inventory.img"
 
