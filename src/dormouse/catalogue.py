@@ -13,12 +13,13 @@ from rich.console import Group
 from rich.table import Table
 
 from dormouse.checkpoint.models import ImportedModel, list_models
+from dormouse.checkpoint.writer import CHECKPOINT_KIND
 from dormouse.config import DataDir
 from dormouse.errors import ConfigError, NotFoundError
 from dormouse.node.presence import read_node
 from dormouse.snapshot.capture import PROCESS_KIND, SNAPSHOT_KIND
 from dormouse.snapshot.images import SnapshotBody, decode_body
-from dormouse.store.store import ManifestRow, Store
+from dormouse.store.store import ManifestRow, Store, VerifyReport
 
 NOT_SERVED = "not served"
 
@@ -195,6 +196,12 @@ def render_details(details: dict[str, Any]) -> Group:
     for field, value in details["key"].items():
         key.add_row(field, value)
     return Group(images, mapped, key)
+
+
+def models_with_damaged_weights(store: Store, report: VerifyReport) -> list[str]:
+    """The models that can't start because of what a verification has found."""
+    hit = {identity for damage in report.damages for identity in damage.manifests}
+    return sorted({row.name for row in store.manifests(kind=CHECKPOINT_KIND) if row.id in hit})
 
 
 def refuse_if_served(data_dir: DataDir, model: str) -> None:

@@ -171,18 +171,22 @@ def verify(quick: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) ->
     """Check every stored byte. Exit status 5 when anything is damaged."""
     with Store.open(data_dir.create().store) as store, reporter:
         report = store.verify(deep=not quick, progress=reporter.amount("verify"))
+        hit = catalogue.models_with_damaged_weights(store, report)
     if as_json:
         emit(
             {
                 "ok": report.ok,
                 "chunks": report.chunks,
                 "damages": [str(damage) for damage in report.damages],
+                "weights_hit": hit,
                 "notes": report.notes,
             }
         )
     else:
         for damage in report.damages:
             out.print(f"[red]damaged[/] {escape(str(damage))}")
+        for name in hit:
+            out.print(f"[red]damaged[/] the weights of model {escape(name)}: import it again with --replace")
         for note in report.notes:
             out.print(f"note: {escape(note)}")
         out.print(f"{report.chunks} chunks checked, {len(report.damages)} damaged")
