@@ -8,12 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dormouse.config import DataDir
 from dormouse.errors import DamagedError
 from dormouse.snapshot.capture import CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
@@ -68,12 +66,6 @@ signal.signal(signal.SIGUSR1, change)
 open(sys.argv[1], "w").write("ready")
 while True: time.sleep(3600)
 """
-
-
-@pytest.fixture
-def store(data_dir: DataDir) -> Iterator[Store]:
-    with Store.open(data_dir.store) as opened:
-        yield opened
 
 
 def start(folder: Path, how: str) -> ProcessTree:

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from dormouse.snapshot.criu_images import Task, encode_pagemap
 from dormouse.snapshot.criu_images import Mapping as ProcessMapping
+from dormouse.snapshot.criu_images import Task, encode_pagemap
 from dormouse.snapshot.memory_map import (
     AddressSpace,
     Window,
