@@ -246,12 +246,12 @@ def test_what_is_no_whole_dump_is_refused_and_leaves_nothing(
     spoil, message = BAD[what]
     folder = fake_dump(tmp_path / "dump")
     spoil(folder)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(SnapshotError, match=message):
         imported(folder, store)
     assert store.manifests() == []
     assert not list((tmp_path / "data" / "store").rglob("*.pack"))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_no_folder_is_refused(store: Store, tmp_path: Path) -> None:

@@ -158,11 +158,12 @@ def test_a_second_capture_stores_what_has_changed(store: Store, criu: Criu, tmp_
     made = restored(first.snapshot_id, store, criu, fill=True)
     tree = made.tree
     continue_tree(tree.home)
-    os.kill(tree.home.outer_pid(tree.pid), signal.SIGUSR1)
     deadline = time.monotonic() + 20
     while not (tmp_path / "ready.changed").exists():
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        # Again and again: Python sleeps on when a signal comes just before its sleep begins (anew, as it does here).
+        os.kill(tree.home.outer_pid(tree.pid), signal.SIGUSR1)
+        time.sleep(0.1)
     second = captured(tree, store, criu)
     expected = memory(tree.home)
     tree.home.close()
