@@ -304,7 +304,9 @@ class Runner:
 
     async def _start_cold(self, phases: Phases) -> None:
         with phases.time("host"):
-            self._handle = await self._around.host.start_worker(log_path=self._log_path)
+            self._handle = await self._around.host.start_worker(
+                log_path=self._log_path, checkpoint=self.model.checkpoint
+            )
         link = await self._connect(self._handle, fresh=True)
         with phases.time("load"):
             loaded = await link.load(self._load)
@@ -312,14 +314,16 @@ class Runner:
 
     async def _restore(self, snapshot_id: str, phases: Phases) -> None:
         with phases.time("host"):
-            self._handle = await self._around.host.restore(snapshot_id, key=self._key)
+            self._handle = await self._around.host.restore(snapshot_id, key=self._key, checkpoint=self.model.checkpoint)
         link = await self._connect(self._handle, fresh=False)
         with phases.time("resume"):
             resumed = await link.resume(str(self._log_path))
         phases |= _details("host", self._handle.phases) | _details("resume", resumed.phases)
 
     async def _connect(self, handle: WorkerHandle, *, fresh: bool) -> WorkerLink:
-        self._link = await WorkerLink.open(self.model.name, handle.control, fresh=fresh, on_lost=self._lost)
+        self._link = await WorkerLink.open(
+            self.model.name, handle.control, fresh=fresh, on_lost=self._lost, segments=handle.segments
+        )
         return self._link
 
     def _lost(self, error: DormouseError) -> None:
