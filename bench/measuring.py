@@ -4,8 +4,9 @@ A measured operation runs in a process of its own (`Operation` on its side, `run
 prepares as long as it likes, says `begin`, works, says `end`. Between the two the benchmark samples the tree of
 processes below it from outside, so that looking does not slow what is looked at.
 
-The process that has the pid `SUBJECT_PID` in its cell is the subject of the operation: its memory is not the tool's. CPU time is counted of all: the subject waits for a command all the time, so what it uses is work
-that CRIU does inside it.
+The process that has the pid `SUBJECT_PID` in its cell is the subject of the operation: its memory is not the tool's.
+CPU time is counted of all: the subject waits for a command all the time, so what it uses is work that CRIU does inside
+it.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class Operation:
         print(json.dumps(message), flush=True)
 
 
-class OperationFailed(Exception):  # noqa: N818 - it is what happened
+class OperationFailed(Exception):
     """An operation ended without a result; its last words."""
 
 

@@ -2,8 +2,8 @@
 
     python bench/snapshot_cpu.py [--heap-mb 4096] [--runs 3] [--only 'heap/*'] [--json FILE]
 
-Two subjects (snapshot_subjects.py): `heap`, memory as services have it, and `model`, SmolLM2-135M loaded by transformers
-with its weights in ordinary memory. The ways:
+Two subjects (snapshot_subjects.py): `heap`, memory as services have it, and `model`, SmolLM2-135M loaded by
+transformers with its weights in ordinary memory. The ways:
 
     plain          criu dump to files, criu restore from them
     lz4, zstd      plain, and the files are compressed afterwards; decompressed to files before the restore
@@ -38,7 +38,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from measuring import OperationFailed, run_operation
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -50,6 +49,7 @@ from dormouse.checkpoint.models import open_model
 from dormouse.config import DataDir, default_data_dir
 from dormouse.errors import DormouseError
 from dormouse.snapshot.criu_setup import Criu, find_criu
+from measuring import OperationFailed, run_operation
 
 MODEL = "smollm2-135m"
 SUBJECTS = ("heap", "model")
@@ -105,7 +105,7 @@ class Bench:
         if self.wants(subject, "plain", *CODECS):
             self._plain(subject, words)
         if self.wants(subject, "criu-compress"):
-            self.criu_compress(subject, words)
+            self._criu_compress(subject, words)
         if self.wants(subject, "ours", "ours-pipe"):
             self._ours(subject, "ours", words)
         if subject == "heap":

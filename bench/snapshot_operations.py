@@ -21,8 +21,6 @@ from typing import Any
 
 import lz4.frame
 import zstandard
-from measuring import Operation, allocated_bytes, drop_page_cache, sync_files, timed
-from snapshot_subjects import CONTROL_FD
 
 from dormouse.checkpoint.smollm2 import fetched
 from dormouse.config import DataDir, ModelConfig, ServeConfig
@@ -39,6 +37,8 @@ from dormouse.snapshot.service_main import worker_environment
 from dormouse.snapshot.tree import External, ProcessTree
 from dormouse.store.store import Store
 from dormouse.transfer.memory import keep_freed_memory
+from measuring import Operation, allocated_bytes, drop_page_cache, sync_files, timed
+from snapshot_subjects import CONTROL_FD
 
 _READY_TIMEOUT = 600.0
 _CRIU_TIMEOUT = 600.0
