@@ -133,6 +133,8 @@ def render(listing: dict[str, Any]) -> Group:
 def resolve(store: Store, prefix: str) -> str:
     """The one snapshot id that begins with `prefix`. Raises NotFoundError, also when there are several."""
     found = [row.id for row in _rows(store) if prefix and row.id.startswith(prefix)]
+    if not found and prefix in store.unreadable():
+        return prefix  # it can still be named, to be told why and to be removed
     if len(found) != 1:
         what = f"{len(found)} snapshots begin with" if found else "no snapshot is called"
         raise NotFoundError(f"{what} {prefix!r}", remedy="`dormouse ls` shows all ids")
@@ -145,8 +147,8 @@ def details(data_dir: DataDir, snapshot_id: str) -> dict[str, Any]:
         raise NotFoundError(f"no snapshot is called {snapshot_id!r}", remedy="Nothing has been captured here yet")
     with Store.open(data_dir.store) as store:
         identity = resolve(store, snapshot_id)
-        row = next(row for row in _rows(store) if row.id == identity)
         body = decode_body(store.manifest(identity).body, identity)
+        row = next(row for row in _rows(store) if row.id == identity)
         stored = {chunk.digest: chunk.stored_length for chunk in store.locate(body.references())}
     return {
         "id": identity,

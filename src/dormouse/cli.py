@@ -265,7 +265,7 @@ def rm(targets: tuple[str, ...], is_model: bool, data_dir: DataDir, as_json: boo
 
 
 @cli.command()
-@click.option("--quick", is_flag=True, help="Check stored checksums only; do not decode every chunk.")
+@click.option("--quick", is_flag=True, help="Check signatures only; do not decode every chunk.")
 @common
 def verify(quick: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Check every stored byte. Exit status 5 when anything is damaged."""
