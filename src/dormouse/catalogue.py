@@ -7,9 +7,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from dormouse.checkpoint.models import ImportedModel, list_models
@@ -19,6 +22,8 @@ from dormouse.errors import ConfigError, NotFoundError
 from dormouse.node.presence import read_node
 from dormouse.snapshot.capture import PROCESS_KIND, SNAPSHOT_KIND
 from dormouse.snapshot.images import SnapshotBody, decode_body
+from dormouse.snapshot.pages import extents, permissions, process_map, read, usage
+from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.store import ManifestRow, Store, VerifyReport
 
 NOT_SERVED = "not served"
@@ -173,6 +178,76 @@ def _images(body: SnapshotBody, stored: dict[Any, int]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def memory(data_dir: DataDir, snapshot_id: str, pid: int | None, address: int, length: int) -> Iterator[bytes]:
+    """Bytes of the memory of a process in a snapshot, part after part; errors come before the first, but for damage.
+    Raises NotFoundError, RequestError, DamagedError."""
+    with _body(data_dir, snapshot_id) as (body, store), store.reader() as reader:
+
+        def plain(digest: Digest) -> Buffer:
+            return reader.plain(reader.locate([digest])[0])
+
+        process = process_map(body, pid, plain)
+        yield from read(process, extents(process, address, length), plain)
+
+
+def mappings(data_dir: DataDir, snapshot_id: str, pid: int | None) -> list[dict[str, Any]]:
+    """The mappings of the processes of a snapshot, or of one, and how much of each is stored."""
+    rows = []
+    with _body(data_dir, snapshot_id) as (body, store):
+        stored = {chunk.digest: chunk.stored_length for chunk in store.locate(body.references())}
+        for space in body.memory if pid is None else (None,):
+            process = process_map(body, space.pid if space is not None else pid, store.read)
+            rows += [
+                {
+                    "pid": process.space.pid,
+                    "start": use.mapping.start,
+                    "end": use.mapping.end,
+                    "permissions": permissions(use.mapping),
+                    "what": use.what,
+                    "offset": use.mapping.offset if use.mapping.file is not None else 0,
+                    "pages": use.pages,
+                    "stored_pages": use.stored_pages,
+                    "zero_pages": use.pages - use.stored_pages if use.mapping.sparse else 0,
+                    "stored_bytes": use.stored_bytes,
+                }
+                for use in usage(process, stored.__getitem__)
+            ]
+    return rows
+
+
+@contextmanager
+def _body(data_dir: DataDir, snapshot_id: str) -> Iterator[tuple[SnapshotBody, Store]]:
+    if not data_dir.store.is_dir():
+        raise NotFoundError(f"no snapshot is called {snapshot_id!r}", remedy="Nothing has been captured here yet")
+    with Store.open(data_dir.store) as store:
+        identity = resolve(store, snapshot_id)
+        yield decode_body(store.manifest(identity).body, identity), store
+
+
+def render_mappings(rows: list[dict[str, Any]]) -> Table:
+    """The mappings as a table, as /proc/PID/maps orders them."""
+    table = Table(title="mappings", title_justify="left")
+    for column in ("pid", "from", "to", "", "pages", "stored", "zero", "bytes", "what"):
+        table.add_column(column, justify="left" if column in ("", "what") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(
+            str(row["pid"]),
+            f"{row['start']:x}",
+            f"{row['end']:x}",
+            row["permissions"],
+            str(row["pages"]),
+            str(row["stored_pages"]),
+            str(row["zero_pages"]),
+            human(row["stored_bytes"]),
+            escape(row["what"]),
+        )
+    stored = ("pages", "stored_pages", "zero_pages")
+    table.add_section()
+    table.add_row("all", "", "", "", *(str(sum(row[field] for row in rows)) for field in stored),
+                  human(sum(row["stored_bytes"] for row in rows)), "")  # fmt: skip
+    return table
 
 
 def render_details(details: dict[str, Any]) -> Group:
