@@ -159,7 +159,7 @@ def inspect(
         show_memory(catalogue.memory(data_dir, snapshot_id, pid, address, length), address, raw, as_json)
     elif maps:
         mappings = catalogue.mappings(data_dir, snapshot_id, pid)
-        emit(mappings) if as_json else out.print(catalogue.render_mappings(mappings))
+        emit(mappings) if as_json else click.echo("\n".join(catalogue.render_mappings(mappings)))
     else:
         details = catalogue.details(data_dir, snapshot_id)
         emit(details) if as_json else out.print(catalogue.render_details(details))
