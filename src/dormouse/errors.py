@@ -143,3 +143,12 @@ class DeadlineError(DormouseError):
     exit_code = 10
     http_status = 504
     code = "deadline_exceeded"
+
+
+def of_kind(kind: str, message: str, remedy: str) -> DormouseError:
+    """The error of a class of this module, as it was raised in another process; EngineError for an unknown class or
+    one that needs more than a message."""
+    found = globals().get(kind)
+    if isinstance(found, type) and issubclass(found, DormouseError) and found not in (RequestError, BusyError):
+        return found(message, remedy=remedy)
+    return EngineError(message, remedy=remedy)

@@ -189,7 +189,7 @@ def test_a_second_load_is_refused(worker: WorkerClient, null_model: Path) -> Non
 def test_quiesce_without_a_model_is_refused(tmp_path: Path) -> None:
     with WorkerClient(tmp_path / "log") as client:
         client.send(Quiesce())
-        assert client.expect(WorkerError).message == "no model is loaded"
+        assert client.expect(WorkerError).message == "no engine is loaded"
 
 
 def test_shutdown_and_the_end_of_the_stream_end_the_process(tmp_path: Path, null_model: Path) -> None:

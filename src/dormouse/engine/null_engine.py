@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dormouse.checkpoint.null_source import read_settings
+from dormouse.engine.arena import Arena
 from dormouse.engine.detokenize import TextStream
 from dormouse.engine.loop import Loop
 from dormouse.engine.messages import (
@@ -33,6 +34,7 @@ from dormouse.engine.messages import (
     Generate,
     Load,
     Loaded,
+    Prepare,
     Prompt,
     TextPrompt,
     TokenLogprob,
@@ -41,6 +43,7 @@ from dormouse.engine.prompts import check_room, context_overflow, failed
 from dormouse.engine.protocol import Emit
 from dormouse.engine.sampling import check_sampling
 from dormouse.errors import DormouseError, RequestError
+from dormouse.phases import Phases
 
 _TEXT = "a mouse that sleeps under the winter leaves and wakes when somebody asks for tea near old warm stones"
 _WORDS = _TEXT.split()
@@ -64,7 +67,10 @@ class NullEngine:
         self._answers: dict[str, _Answer] = {}
         self._heap: list[bytearray] = []
 
-    def load(self, spec: Load, emit: Emit) -> Loaded:
+    def prepare(self, spec: Prepare) -> Phases:
+        return Phases()
+
+    def load(self, spec: Load, arena: Arena, emit: Emit) -> Loaded:
         started = time.perf_counter()
         self._settings = read_settings(Path(spec.path))
         self._context = min(spec.context or self._settings.context, self._settings.context)
