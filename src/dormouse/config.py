@@ -147,6 +147,8 @@ class ServeConfig(_Settings):
     """On SIGTERM, time that running requests get to finish."""
     memory: Size | None = None
     """Memory that all workers together may take: bytes or a size such as 8GiB. Left out: 80 % of the machine's."""
+    templates: bool = True
+    """true: a started engine without a model is captured, too; models without a snapshot of their own start from it."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least important log messages shown: debug, info, warning or error."""
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)

@@ -30,6 +30,9 @@ from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest
 
 SNAPSHOT_KIND = "snapshot"
+"""Manifests of workers with a model, by the model's name."""
+TEMPLATE_KIND = "template"
+"""Manifests of workers that have an engine and no model, by engine and options."""
 
 _INVENTORY = "inventory.img"
 
@@ -63,6 +66,7 @@ def capture(
     store: Store,
     criu: Criu,
     *,
+    kind: str,
     model: str,
     key: dict[str, str],
     now: Callable[[], float],
@@ -99,7 +103,7 @@ def capture(
                 transaction.commit(
                     Manifest(
                         id=snapshot_id,
-                        kind=SNAPSHOT_KIND,
+                        kind=kind,
                         name=model,
                         created=now(),
                         body=encode_body(body),

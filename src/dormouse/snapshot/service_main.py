@@ -182,6 +182,7 @@ class Service:
             worker,
             self._store,
             self._criu,
+            kind=request.kind,
             model=request.model,
             key=self._full_key(request.key),
             now=time.time,
