@@ -6,6 +6,7 @@ Results go to stdout, progress and errors to stderr. Every verb takes `--data-di
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -25,9 +26,11 @@ from dormouse import catalogue, doctor
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import open_model, remove_model
 from dormouse.config import DataDir, default_data_dir, load_config
-from dormouse.errors import DormouseError
+from dormouse.errors import DormouseError, NotFoundError
 from dormouse.progress import Reporter
 from dormouse.snapshot.criu_setup import setup_criu
+from dormouse.store.key import Key, parse_key, read_key
+from dormouse.store.key_import import export_key, host_key, import_key
 from dormouse.store.store import Store
 
 INTERNAL_ERROR = 70
@@ -181,6 +184,56 @@ def verify(quick: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) ->
         out.print(f"{report.chunks} chunks checked, {len(report.damages)} damaged")
     if not report.ok:
         sys.exit(5)
+
+
+@cli.group()
+def key() -> None:
+    """The key that signs this host's snapshots: who has it can make snapshots that this host trusts."""
+
+
+@key.command("show")
+@common
+def key_show(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Show the key's id, never the key."""
+    key_id = host_key(data_dir.key, data_dir.store).id.hex()
+    emit({"key_id": key_id}) if as_json else out.print(key_id)
+
+
+@key.command("export")
+@click.argument("target", metavar="FILE | -", type=click.Path(path_type=Path, allow_dash=True))
+@common
+def key_export(target: Path, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Write the key to a new file of mode 0600, or to stdout, for a host that is to read this store's snapshots."""
+    found = host_key(data_dir.key, data_dir.store)
+    if str(target) == "-":
+        click.echo(found.text(), nl=False)
+        return
+    export_key(found, target)
+    if as_json:
+        emit({"key_id": found.id.hex(), "file": str(target)})
+    else:
+        out.print(f"Key {found.id.hex()} written to {escape(str(target))}; keep it secret")
+
+
+@key.command("import")
+@click.argument("source", metavar="FILE | -", type=click.Path(path_type=Path, allow_dash=True))
+@click.option("--force", is_flag=True, help="Replace another key; what it signed becomes unreadable.")
+@common
+def key_import(source: Path, force: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Make a key, exported by another host, this host's. Stop `dormouse serve` before."""
+    if str(source) == "-":
+        taken: Key | None = parse_key(sys.stdin.buffer.read(4096), "the key on stdin")
+    else:
+        taken = read_key(source)
+    if taken is None:
+        raise NotFoundError(f"there is no file {source}", remedy="`dormouse key export FILE` makes one")
+    result = import_key(taken, data_dir.create().key, data_dir.store, force=force)
+    Store.open(data_dir.store).close()
+    if as_json:
+        emit(dataclasses.asdict(result))
+    else:
+        state = "is now this host's" if result.changed else "was this host's already"
+        out.print(f"Key {result.key_id} {state}; {result.readable} manifests readable, {result.unreadable} not")
 
 
 @cli.group()

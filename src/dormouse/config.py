@@ -165,9 +165,10 @@ class DataDir:
     logs: Path = field(init=False)
     run: Path = field(init=False)
     criu: Path = field(init=False)
+    key: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("models", "store", "logs", "run", "criu"):
+        for name in ("models", "store", "logs", "run", "criu", "key"):
             object.__setattr__(self, name, self.root / name)
 
     def create(self) -> Self:

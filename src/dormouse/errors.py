@@ -7,6 +7,7 @@ DormouseError
   HostError            this machine lacks something (root, criu, memory, disk)  exit 4, HTTP 503
   StoreError           the store refused or could not do it                     exit 5, HTTP 500
     DamagedError       stored bytes are not what was written                    exit 5, HTTP 500
+    UntrustedError     stored bytes may be somebody else's                      exit 5, HTTP 500
     DiskFullError      no room for what was to be written                       exit 5, HTTP 507
   SnapshotError        a capture or a restore failed                            exit 6, HTTP 500
     IncompatibleError  a snapshot does not fit this host                        exit 6, HTTP 500
@@ -88,6 +89,12 @@ class DamagedError(StoreError):
     """Stored bytes are not the bytes that were written."""
 
     code = "store_damaged"
+
+
+class UntrustedError(StoreError):
+    """Stored bytes may be somebody else's: signed with another key, or open to other users."""
+
+    code = "store_untrusted"
 
 
 class DiskFullError(StoreError):

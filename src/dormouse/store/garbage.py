@@ -11,13 +11,12 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dormouse.errors import DamagedError, DiskFullError
+from dormouse.errors import DamagedError, DiskFullError, UntrustedError
 from dormouse.store.codec import Codec
 from dormouse.store.files import sync_folder, system_errors
 from dormouse.store.index import dead_packs, drop_pack, drop_unplaced, move_chunks
 from dormouse.store.layout import Layout
 from dormouse.store.pack import PackWriter, pack_size
-from dormouse.store.reader import Reader
 from dormouse.store.reconcile import reconcile
 
 log = logging.getLogger(__name__)
@@ -95,14 +94,14 @@ def _rewrite(layout: Layout, number: int, wait: float) -> bool:
     """Copy what is needed of a pack into a new one and delete the old; False when it had to be left as it is."""
     writer = layout.new_writer()
     try:
-        with Reader(layout.packs, layout.index, layout.in_use()) as reader:
+        with layout.reader() as reader:
             for chunk in layout.index.chunks_of(number, live_only=True):
                 writer.append(chunk.digest, Codec(chunk.codec), chunk.plain_length, reader.stored(chunk))
         writer.finish()
         layout.checkpoint("gc copied")
         with layout.unused(wait), layout.change():
             return _switch(layout, number, writer)
-    except (DamagedError, DiskFullError) as error:
+    except (DamagedError, UntrustedError, DiskFullError) as error:
         log.warning("pack %s keeps its dead space: %s", layout.pack(number), error)
         return False
     finally:

@@ -1,5 +1,5 @@
-"""Reads chunks: locate, read, check, decode. While a reader is open, garbage collection deletes nothing, so whatever
-it has located stays readable until it is closed."""
+"""Reads chunks: locate, read, check the signature, decode. While a reader is open, garbage collection deletes nothing,
+so whatever it has located stays readable until it is closed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Self
 from dormouse.errors import BusyError, DamagedError, StoreError
 from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.codec import Codec, decode
-from dormouse.store.files import VERIFY_REMEDY, FileLock, system_errors
+from dormouse.store.files import VERIFY_REMEDY, FileLock, open_ours, read_all, read_into, system_errors
 from dormouse.store.index import Index
-from dormouse.store.pack import StoredChunk, checksum_of, makes_sense, pack_name
+from dormouse.store.key import Key, same
+from dormouse.store.pack import StoredChunk, chunk_mac, makes_sense, pack_name
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,9 @@ log = logging.getLogger(__name__)
 class Reader:
     """Open packs of one store; `stored` and `plain` may be called by many threads at once. Close it when done."""
 
-    def __init__(self, packs: Path, index: Index, in_use: FileLock) -> None:
+    def __init__(self, packs: Path, index: Index, key: Key, in_use: FileLock) -> None:
         self._packs = packs
+        self._key = key
         self._index = index
         self._in_use = in_use
         self._files: dict[int, int] = {}
@@ -59,8 +61,9 @@ class Reader:
         stored = self._read(chunk) if chunk.stored_length else b""
         if len(stored) != chunk.stored_length:
             raise self._damaged(chunk, "the pack ends before it")
-        if checksum_of(chunk.digest, chunk.codec, chunk.plain_length, stored) != chunk.checksum:
-            raise self._damaged(chunk, "its bytes do not match their checksum")
+        mac = chunk_mac(self._key, chunk.digest, chunk.codec, chunk.plain_length, stored)
+        if not same(mac, chunk.mac):
+            raise self._damaged(chunk, "its bytes do not match their signature")
         return stored
 
     def close(self) -> None:
@@ -80,9 +83,9 @@ class Reader:
         with system_errors(self._packs / pack_name(chunk.pack), "reading"):
             fd = self._file(chunk)
             if chunk.codec == Codec.RAW:  # handed on as it is, so it needs memory of its own
-                return os.pread(fd, chunk.stored_length, chunk.offset)
+                return read_all(fd, chunk.stored_length, chunk.offset)
             buffer = self._scratch(chunk.stored_length)
-            return buffer[: os.preadv(fd, [buffer], chunk.offset)]
+            return buffer[: read_into(fd, buffer, chunk.offset)]
 
     def _scratch(self, length: int) -> memoryview:
         """This thread's own memory for coded bytes, used again and again: fresh memory costs a page fault per 4 KiB."""
@@ -96,7 +99,7 @@ class Reader:
             fd = self._files.get(chunk.pack)
             if fd is None:
                 try:
-                    fd = os.open(self._packs / pack_name(chunk.pack), os.O_RDONLY | os.O_CLOEXEC)
+                    fd = open_ours(self._packs / pack_name(chunk.pack))
                 except FileNotFoundError:
                     raise self._damaged(chunk, "the pack is missing") from None
                 self._files[chunk.pack] = fd
