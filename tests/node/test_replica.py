@@ -21,6 +21,7 @@ from dormouse.errors import (
     NotFoundError,
     SnapshotError,
     StoppingError,
+    UntrustedError,
 )
 from dormouse.node import replica as r
 from dormouse.node.replica import Replica, Start, State
@@ -176,6 +177,7 @@ def test_worker_that_dies_later_does_not() -> None:
         (DamagedError("x"), r.Verdict.BAD),
         (IncompatibleError("x"), r.Verdict.UNFIT),
         (NotFoundError("x"), r.Verdict.UNFIT),
+        (UntrustedError("x"), r.Verdict.UNFIT),
         (HostError("x"), r.Verdict.INNOCENT),
         (DiskFullError("x"), r.Verdict.INNOCENT),
         (BusyError("x", retry_after=1), r.Verdict.INNOCENT),

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dormouse.errors import ConfigError, NotFoundError
 from dormouse.snapshot.capture import SNAPSHOT_KIND
-from dormouse.store.store import ManifestRow, Marks, Store
-
-log = logging.getLogger(__name__)
+from dormouse.store.store import ManifestRow, Store
 
 
 class StoreCatalog:
@@ -25,7 +23,7 @@ class StoreCatalog:
     def latest(self, name: str, *, kind: str = SNAPSHOT_KIND) -> str | None:
         """The id of the newest one that is not quarantined."""
         with Store.open(self._path) as store:
-            rows = [row for row in store.manifests(kind=kind, name=name) if not row.marks.quarantine]
+            rows = [row for row in store.manifests(kind=kind, name=name) if row.marks.quarantine is None]
         return max(rows, key=lambda row: row.created).id if rows else None
 
     def drop_older(self, name: str, snapshot_id: str, *, kind: str = SNAPSHOT_KIND) -> None:
@@ -42,19 +40,18 @@ class StoreCatalog:
     def quarantine(self, snapshot_id: str, reason: str) -> None:
         """Remember that it must not be used, and why. One that is gone by now needs no mark."""
         with self._row(snapshot_id) as (store, row):
-            marks = Marks(pinned=row.marks.pinned, quarantine=reason, quarantined_at=time.time())
-            store.mark(snapshot_id, marks)
+            store.mark(snapshot_id, replace(row.marks, quarantine=reason, quarantined_at=time.time()))
 
     def release(self, snapshot_id: str) -> tuple[str, str]:
         """Lift its quarantine; returns kind and name."""
         with self._row(snapshot_id) as (store, row):
-            store.mark(snapshot_id, Marks(pinned=row.marks.pinned))
+            store.mark(snapshot_id, replace(row.marks, quarantine=None, quarantined_at=None))
         return row.kind, row.name
 
     def pin(self, snapshot_id: str, pinned: bool) -> None:
         """Have it kept when newer ones come, or not any more."""
         with self._row(snapshot_id) as (store, row):
-            store.mark(snapshot_id, set_pinned(row.marks, pinned))
+            store.mark(snapshot_id, replace(row.marks, pinned=pinned))
 
     def remove(self, snapshot_id: str, *, force: bool) -> None:
         """Remove it and free its space. Raises ConfigError when it is pinned, unless told to `force`."""
@@ -91,16 +88,11 @@ def snapshot_rows(store: Store) -> list[dict[str, Any]]:
             "shared_bytes": row.shared_bytes,
             "own_bytes": row.stored_bytes - row.shared_bytes,
             "pinned": row.marks.pinned,
-            "quarantine": row.marks.quarantine or None,
-            "quarantined_at": row.marks.quarantined_at if row.marks.quarantine else None,
+            "quarantine": row.marks.quarantine,
+            "quarantined_at": row.marks.quarantined_at,
         }
         for row in store.manifests()
     ]
-
-
-def set_pinned(marks: Marks, pinned: bool) -> Marks:
-    """The same marks, pinned or not."""
-    return Marks(pinned=pinned, quarantine=marks.quarantine, quarantined_at=marks.quarantined_at)
 
 
 def refuse_if_pinned(row: ManifestRow) -> None:

@@ -43,6 +43,7 @@ from dormouse.errors import (
     IncompatibleError,
     NotFoundError,
     StoppingError,
+    UntrustedError,
 )
 
 MAX_CAPTURE_FAILURES = 3
@@ -93,7 +94,7 @@ class Verdict(Enum):
 def judge(error: DormouseError) -> Verdict:
     """The verdict on a snapshot whose restore failed with this error."""
     match error:
-        case IncompatibleError() | NotFoundError():
+        case IncompatibleError() | NotFoundError() | UntrustedError():
             return Verdict.UNFIT
         case DamagedError():
             return Verdict.BAD
