@@ -138,7 +138,7 @@ def details(data_dir: DataDir, snapshot_id: str) -> dict[str, Any]:
         stored = {chunk.digest: chunk.stored_length for chunk in store.locate(body.references())}
     return {
         "id": identity,
-        "model": body.model,
+        "model": body.name,
         "created": row.created,
         "raw_bytes": body.raw_bytes(),
         "stored_bytes": row.stored_bytes,

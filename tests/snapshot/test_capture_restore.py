@@ -230,7 +230,7 @@ def test_kill_9_of_criu_in_a_restore_is_a_clear_error_and_leaves_nothing(host: H
     assert worker.answer()
 
 
-@pytest.mark.parametrize("delay", [0, 0.05, 0.15])
+@pytest.mark.parametrize("delay", [0, 0.03, 0.06])
 def test_kill_9_of_criu_in_a_dump_ends_the_worker_it_was_at_work_in(
     host: Host, store: Store, tmp_path: Path, delay: float
 ) -> None:
@@ -250,7 +250,11 @@ def test_a_capture_nobody_wants_any_more_is_not_committed(
     worker.quiesce()
     cell_worker = host.service._workers[started.cell_id]
     with pytest.raises(SnapshotError, match="given up"):
-        capture(cell_worker, store, criu, model="m", key=KEY, now=time.time, still_wanted=lambda: False, timeout=60)
+        capture(
+            *(cell_worker, store, criu),
+            **{"kind": "snapshot", "name": "m", "key": KEY, "now": time.time, "timeout": 60},
+            still_wanted=lambda: False,
+        )
     assert store.manifests() == []
     worker.resume()
     assert worker.answer() == text

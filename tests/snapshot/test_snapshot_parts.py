@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from dormouse.errors import DamagedError, IncompatibleError
 from dormouse.snapshot.criu import failure_reason
 from dormouse.snapshot.images import BODY_VERSION, ImageFile, MappedFile, SnapshotBody, decode_body, encode_body
+from dormouse.snapshot.memory_map import AddressSpace, Piece, Window
 from dormouse.snapshot.prefetch import mapped_files, merge, prefetch, present_ranges
+from dormouse.snapshot.tree import External
 
 PAGE = mmap.PAGESIZE
 
@@ -25,13 +27,22 @@ PAGE = mmap.PAGESIZE
 def body() -> SnapshotBody:
     return SnapshotBody(
         version=BODY_VERSION,
-        model="m",
+        name="m",
         key={"kernel": "6.1"},
         pid=100000,
-        control_inode=77,
+        externals=[External("socket", 77)],
         images=[
             ImageFile(name="core-1.img", size=3, inline=b"abc"),
             ImageFile(name="pages-1.img", size=10, digests=bytes(range(64))),
+        ],
+        memory=[
+            AddressSpace(
+                pid=7,
+                pages_id=1,
+                pages=3,
+                windows=[Window(5, [Piece(0, b"\x07" + bytes(31)), Piece(1, b"\xff" * 32, b"\x08" + bytes(31))])],
+                digests=bytes(range(64, 128)),
+            )
         ],
         mapped=[MappedFile(path="/lib/x.so", ranges=[(0, 4096)])],
         phases={"dump": 0.5},
@@ -41,8 +52,8 @@ def body() -> SnapshotBody:
 def test_a_body_comes_back_whole() -> None:
     again = decode_body(encode_body(body()), "a")
     assert again == body()
-    assert again.raw_bytes() == 13
-    assert again.references() == [bytes(range(32)), bytes(range(32, 64))]
+    assert again.raw_bytes() == 13 + 3 * PAGE
+    assert again.references() == [bytes(range(at, at + 32)) for at in range(0, 128, 32)]
 
 
 @given(st.binary(max_size=400))
@@ -90,7 +101,7 @@ def test_mapped_files_names_what_this_process_has_touched(tmp_path: Path) -> Non
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as view:
         view.madvise(mmap.MADV_RANDOM)
         assert view[40 * PAGE] is not None
-        (mapped,) = [found for found in mapped_files(os.getpid()) if found.path == str(path)]
+        (mapped,) = [found for found in mapped_files([os.getpid()]) if found.path == str(path)]
         assert any(offset <= 40 * PAGE < offset + length for offset, length in mapped.ranges)
     assert prefetch([mapped]) >= PAGE
 

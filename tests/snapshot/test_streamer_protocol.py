@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,14 @@ from hypothesis import strategies as st
 
 from dormouse.errors import DamagedError, SnapshotError
 from dormouse.snapshot.images import INLINE_LIMIT, ImageFile
+from dormouse.snapshot.memory_map import AddressSpace
 from dormouse.snapshot.streamer import (
     CAPTURE_SOCKET,
     SERVE_SOCKET,
     CaptureStream,
+    Parts,
     RestoreStream,
+    image_parts,
     parse_request,
 )
 from dormouse.store.store import Manifest, Store
@@ -27,6 +31,14 @@ from dormouse.transfer.ingest import Ingest
 from dormouse.transfer.readahead import ReadAhead
 
 MIB = 1 << 20
+
+
+def no_memory(pid: int, pagemap: int) -> AddressSpace:
+    raise AssertionError("no page map was sent")
+
+
+def served(images: list[ImageFile], chunks: ReadAhead) -> dict[str, Parts]:
+    return {image.name: partial(image_parts, image, chunks) for image in images}
 
 
 def request_bytes(name: str) -> bytes:
@@ -90,7 +102,11 @@ def images() -> dict[str, bytes]:
 
 def capture(store: Store, directory: Path, contents: dict[str, bytes]) -> list[ImageFile]:
     """All images through a CaptureStream into a committed manifest, written side by side as CRIU does."""
-    with store.begin() as transaction, Ingest(transaction) as ingest, CaptureStream(directory, ingest) as stream:
+    with (
+        store.begin() as transaction,
+        Ingest(transaction) as ingest,
+        CaptureStream(directory, ingest, no_memory) as stream,
+    ):
         criu = FakeCriu(directory, CAPTURE_SOCKET)
         pipes = {name: criu.write_image(name) for name in contents}
 
@@ -115,7 +131,7 @@ def test_images_come_back_byte_for_byte_whatever_the_order(store: Store, tmp_pat
     contents = images()
     found = capture(store, tmp_path, contents)
     assert {image.name: image.size for image in found} == {name: len(data) for name, data in contents.items()}
-    with ReadAhead(store) as chunks, RestoreStream(tmp_path, found, chunks) as stream:
+    with ReadAhead(store) as chunks, RestoreStream(tmp_path, served(found, chunks)) as stream:
         criu = FakeCriu(tmp_path, SERVE_SOCKET)
         for name in [*reversed(contents), "pages-1.img", "pages-1.img"]:
             assert criu.read_image(name) == contents[name], name
@@ -127,7 +143,7 @@ def test_images_come_back_byte_for_byte_whatever_the_order(store: Store, tmp_pat
 def test_a_reader_that_stops_early_hurts_nobody(store: Store, tmp_path: Path) -> None:
     contents = images()
     found = capture(store, tmp_path, contents)
-    with ReadAhead(store) as chunks, RestoreStream(tmp_path, found, chunks) as stream:
+    with ReadAhead(store) as chunks, RestoreStream(tmp_path, served(found, chunks)) as stream:
         criu = FakeCriu(tmp_path, SERVE_SOCKET)
         criu.sock.sendall(request_bytes("pages-1.img"))
         assert criu.sock.recv(6, socket.MSG_WAITALL)[5] == 1
@@ -149,7 +165,7 @@ def test_a_damaged_chunk_ends_the_stream_with_its_name(store: Store, tmp_path: P
     where = store.locate(pages.chunk_list())[0]
     data[where.offset + where.stored_length // 2] ^= 1
     pack.write_bytes(data)
-    with ReadAhead(store) as chunks, RestoreStream(tmp_path, found, chunks) as stream:
+    with ReadAhead(store) as chunks, RestoreStream(tmp_path, served(found, chunks)) as stream:
         criu = FakeCriu(tmp_path, SERVE_SOCKET)
         got = criu.read_image("pages-1.img")
         assert got is not None and len(got) < pages.size
@@ -159,7 +175,11 @@ def test_a_damaged_chunk_ends_the_stream_with_its_name(store: Store, tmp_path: P
 
 
 def test_criu_that_dies_in_the_middle_is_an_error_not_a_hang(store: Store, tmp_path: Path) -> None:
-    with store.begin() as transaction, Ingest(transaction) as ingest, CaptureStream(tmp_path, ingest) as stream:
+    with (
+        store.begin() as transaction,
+        Ingest(transaction) as ingest,
+        CaptureStream(tmp_path, ingest, no_memory) as stream,
+    ):
         criu = FakeCriu(tmp_path, CAPTURE_SOCKET)
         os.close(criu.write_image("core-1.img"))
         criu.sock.sendall(struct.pack("<I", 50) + b"\x0a")
@@ -169,13 +189,21 @@ def test_criu_that_dies_in_the_middle_is_an_error_not_a_hang(store: Store, tmp_p
 
 
 def test_criu_that_never_connects_is_not_waited_for(store: Store, tmp_path: Path) -> None:
-    with store.begin() as transaction, Ingest(transaction) as ingest, CaptureStream(tmp_path, ingest) as stream:
+    with (
+        store.begin() as transaction,
+        Ingest(transaction) as ingest,
+        CaptureStream(tmp_path, ingest, no_memory) as stream,
+    ):
         stream.finish()
         assert stream.images() == []
 
 
 def test_an_image_written_twice_is_refused(store: Store, tmp_path: Path) -> None:
-    with store.begin() as transaction, Ingest(transaction) as ingest, CaptureStream(tmp_path, ingest) as stream:
+    with (
+        store.begin() as transaction,
+        Ingest(transaction) as ingest,
+        CaptureStream(tmp_path, ingest, no_memory) as stream,
+    ):
         criu = FakeCriu(tmp_path, CAPTURE_SOCKET)
         os.close(criu.write_image("core-1.img"))
         os.close(criu.write_image("core-1.img"))
@@ -186,7 +214,7 @@ def test_an_image_written_twice_is_refused(store: Store, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("garbage", [b"\xff\xff\xff\xff", struct.pack("<I", 3) + b"abc", struct.pack("<I", 0)])
 def test_garbage_on_the_socket_is_refused(store: Store, tmp_path: Path, garbage: bytes) -> None:
-    with ReadAhead(store) as chunks, RestoreStream(tmp_path, [], chunks) as stream:
+    with RestoreStream(tmp_path, {}) as stream:
         criu = FakeCriu(tmp_path, SERVE_SOCKET)
         criu.sock.sendall(garbage)
         with pytest.raises(SnapshotError):

@@ -1,31 +1,34 @@
-"""Capture: a quiesced worker becomes a committed snapshot.
+"""Capture: a process tree becomes a committed snapshot.
 
-    note mapped files -> criu dump in the cell -> CaptureStream -> Ingest -> pack -> commit
+    note mapped files -> criu dump where the tree lives -> CaptureStream -> Ingest -> pack -> commit
 
-The worker stays stopped from the dump to the commit and is the caller's to kill after it. If anything fails before
-the commit is durable, it is continued as if nothing had happened and the transaction leaves no trace. (Only a
-CRIU that was killed or hung while at work in it takes the worker along.)
+The tree stays stopped from the dump to the commit and is the caller's to kill or to continue after it. If anything
+fails before the commit is durable, it is continued as if nothing had happened and the transaction leaves no trace.
+(Only a CRIU that was killed or hung while at work in it takes the tree along.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dormouse.errors import SnapshotError
+from dormouse.errors import DamagedError, DormouseError, NotFoundError, SnapshotError
 from dormouse.phases import Phases
-from dormouse.snapshot.cell import Cell
 from dormouse.snapshot.criu import dump_command, failure_reason
 from dormouse.snapshot.criu_setup import Criu
-from dormouse.snapshot.images import BODY_VERSION, ImageFile, SnapshotBody, encode_body
+from dormouse.snapshot.images import BODY_VERSION, ImageFile, SnapshotBody, decode_body, encode_body
+from dormouse.snapshot.memory_capture import ParentMemory, capture_memory
+from dormouse.snapshot.memory_map import AddressSpace
 from dormouse.snapshot.prefetch import mapped_files
 from dormouse.snapshot.streamer import CaptureStream
+from dormouse.snapshot.tree import ProcessTree, continue_tree
 from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest
 
@@ -36,14 +39,7 @@ TEMPLATE_KIND = "template"
 
 _INVENTORY = "inventory.img"
 
-
-@dataclass(frozen=True)
-class CellWorker:
-    """A worker in its cell: `pid` and `control_inode` as seen inside."""
-
-    cell: Cell
-    pid: int
-    control_inode: int
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,83 +58,116 @@ def new_snapshot_id() -> str:
 
 
 def capture(
-    worker: CellWorker,
+    tree: ProcessTree,
     store: Store,
     criu: Criu,
     *,
     kind: str,
-    model: str,
+    name: str,
     key: dict[str, str],
     now: Callable[[], float],
     still_wanted: Callable[[], bool],
     timeout: float,
+    criu_options: Sequence[str] = (),
 ) -> CaptureResult:
-    """Dump and commit; the worker is then stopped and the caller's to kill. `timeout` is CRIU's, in seconds;
-    `still_wanted` is asked last before the commit.
+    """Dump and commit a tree as a manifest of `kind` and `name`; it is then stopped and the caller's to kill or to
+    continue (`continue_tree`). `timeout` is CRIU's, in seconds; `still_wanted` is asked last before the commit. A tree
+    that was restored from a snapshot shares with it all pages that have not changed.
 
-    Raises SnapshotError, DiskFullError or StoreError; nothing was stored then, and the worker runs on, unless CRIU
-    was killed or hung within it: then its cell is closed, for what CRIU leaves half done can't be trusted.
+    Raises SnapshotError, DiskFullError or StoreError; nothing was stored then, and the tree runs on, unless CRIU was
+    killed or hung within it: then its home is closed, for what CRIU leaves half done can't be trusted.
     """
     phases = Phases()
     snapshot_id = new_snapshot_id()
-    host_pid = worker.cell.outer_pid(worker.pid)
     try:
         with store.begin() as transaction:
-            with phases.time("dump"), Ingest(transaction) as ingest:
-                mapped = mapped_files(host_pid)
-                images = _dump(worker, ingest, criu, timeout)
+            with phases.time("dump"), Ingest(transaction) as ingest, _parent(store, tree.snapshot_id) as parent:
+                mapped = mapped_files(tree.home.processes())
+                images, memory = _dump(tree, ingest, parent, criu, timeout, criu_options)
             body = SnapshotBody(
                 version=BODY_VERSION,
-                model=model,
+                name=name,
                 key=key,
-                pid=worker.pid,
-                control_inode=worker.control_inode,
+                pid=tree.pid,
+                externals=list(tree.externals),
                 images=images,
+                memory=memory,
                 mapped=mapped,
                 phases=dict(phases),
             )
             if not still_wanted():
-                raise SnapshotError(f"the capture of {model} was given up")
+                raise SnapshotError(f"the capture of {name} was given up")
             with phases.time("commit"):
                 transaction.commit(
                     Manifest(
                         id=snapshot_id,
                         kind=kind,
-                        name=model,
+                        name=name,
                         created=now(),
                         body=encode_body(body),
                         refs=body.references(),
                     )
                 )
     except BaseException:
-        _continue_all(worker.cell)
+        continue_tree(tree.home)
         raise
     return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, dict(phases))
 
 
-def _dump(worker: CellWorker, ingest: Ingest, criu: Criu, timeout: float) -> list[ImageFile]:
+@contextlib.contextmanager
+def _parent(store: Store, snapshot_id: str | None) -> Iterator[ParentMemory | None]:
+    """The memory of the snapshot a tree came from, if it is still there."""
+    if snapshot_id is None:
+        yield None
+        return
+    with store.reader() as reader:
+        try:
+            parent = ParentMemory(decode_body(store.manifest(snapshot_id).body, snapshot_id), reader)
+        except (NotFoundError, DamagedError) as error:
+            log.warning("all pages are stored anew, the snapshot they came from can't be used: %s", error)
+            parent = None
+        yield parent
+
+
+def _dump(
+    tree: ProcessTree,
+    ingest: Ingest,
+    parent: ParentMemory | None,
+    criu: Criu,
+    timeout: float,
+    options: Sequence[str],
+) -> tuple[list[ImageFile], list[AddressSpace]]:
+    def take_memory(pid: int, pagemap: int) -> AddressSpace:
+        return capture_memory(pid, tree.home.outer_pid(pid), pagemap, ingest, parent)
+
     with tempfile.TemporaryDirectory(prefix="dormouse-") as folder:
         directory = Path(folder)
-        command = dump_command(criu, directory, pid=worker.pid, control_inode=worker.control_inode)
-        with CaptureStream(directory, ingest) as stream:
-            process = worker.cell.spawn(command, env={"PATH": os.defpath})
-            code = worker.cell.wait(process.pid, timeout)
+        command = dump_command(criu, directory, pid=tree.pid, externals=tree.externals, options=options)
+        with CaptureStream(directory, ingest, take_memory) as stream:
+            process = tree.home.spawn(command, env={"PATH": os.defpath})
+            code = tree.home.wait(process.pid, timeout)
             if code is None or code < 0:
-                worker.cell.close()  # also ends a CRIU that hangs
+                tree.home.close()  # also ends a CRIU that hangs
             if code is None:
                 raise SnapshotError(f"criu dump did not end within {timeout:.0f} s")
-            if stream.error is not None:
+            if stream.error is not None and not _is_consequence(stream.error, code):
                 raise stream.error
             if code != 0:
                 raise SnapshotError(
-                    f"criu could not dump the worker: {failure_of(code, directory / 'dump.log')}",
+                    f"criu could not dump the process: {failure_of(code, directory / 'dump.log')}",
                     remedy="See `dormouse doctor` for what this machine lacks",
                 )
             stream.finish()
             images = stream.images()
             if not any(image.name == _INVENTORY for image in images):
                 raise SnapshotError("criu ended well but sent no inventory of its images")
-            return images
+            return images, stream.memory()
+
+
+def _is_consequence(error: DormouseError, code: int) -> bool:
+    """Whether an error on our side only follows from CRIU's own end: images break off when it fails, and when it is
+    killed the tree it was at work in goes too."""
+    return isinstance(error, DamagedError | SnapshotError) if code < 0 else code > 0 and isinstance(error, DamagedError)
 
 
 def failure_of(code: int, log: Path) -> str:
@@ -146,10 +175,3 @@ def failure_of(code: int, log: Path) -> str:
     if code < 0:
         return f"it was killed by {signal.Signals(-code).name}"
     return failure_reason(log.read_text(errors="replace")) if log.exists() else "it wrote no log"
-
-
-def _continue_all(cell: Cell) -> None:
-    """Let every process of the cell run on, in whatever state the failed dump has left it."""
-    for pid in cell.processes():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)

@@ -7,36 +7,52 @@ socket there, only logs and statistics are files.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.tree import External
 
 _ERROR_LINE = re.compile(r"\([\d.]+\)\s*(?:pie: )?(?:\d+: )?Error \([^)]*\):\s*(.*)")
 
 
-def dump_command(criu: Criu, directory: Path, *, pid: int, control_inode: int) -> list[str]:
-    """`criu dump` of the worker `pid`; it is left stopped, so that it can be killed or continued once the
-    manifest's fate is known."""
+def dump_command(
+    criu: Criu, directory: Path, *, pid: int, externals: Sequence[External], options: Sequence[str] = ()
+) -> list[str]:
+    """`criu dump` of the tree whose root is `pid`; it is left stopped, so that its memory can be read, and it can be
+    killed or continued once the manifest's fate is known."""
+    sockets = [f"unix[{external.inode}]" for external in externals if external.kind == "socket"]
     return [
         *criu.argv_prefix,
         "dump",
         *_common(directory, "dump.log"),
         *("--tree", str(pid), "--leave-stopped"),
-        # The control socket's other end is outside the dump, and it comes back by --inherit-fd.
-        *("--ext-unix-sk", "--external", f"unix[{control_inode}]"),
+        # The other end of such a socket is outside the dump, and it comes back by --inherit-fd. A pipe needs no word.
+        *(["--ext-unix-sk"] if sockets else []),
+        *(word for name in sockets for word in ("--external", name)),
+        *options,
     ]
 
 
-def restore_command(criu: Criu, directory: Path, *, control_fd: int, control_inode: int) -> list[str]:
-    """`criu restore` with descriptor `control_fd` of the criu process as the socket that had `control_inode`."""
+def restore_command(
+    criu: Criu, directory: Path, *, inherited: Mapping[int, External], stopped: bool, options: Sequence[str] = ()
+) -> list[str]:
+    """`criu restore` where descriptor N of the criu process takes the place of `inherited[N]`. With `stopped`, the
+    restored processes wait for SIGCONT."""
     return [
         *criu.argv_prefix,
         "restore",
         *_common(directory, "restore.log"),
         "--restore-detached",
-        *("--inherit-fd", f"fd[{control_fd}]:socket:[{control_inode}]"),
+        *(["--leave-stopped"] if stopped else []),
+        *(word for fd, external in inherited.items() for word in ("--inherit-fd", f"fd[{fd}]:{_as_link(external)}")),
+        *options,
     ]
+
+
+def _as_link(external: External) -> str:
+    """As the link in /proc/PID/fd reads."""
+    return f"{external.kind}:[{external.inode}]"
 
 
 def _common(directory: Path, log: str) -> Sequence[str]:

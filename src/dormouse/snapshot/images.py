@@ -1,4 +1,4 @@
-"""What a snapshot's manifest says: the CRIU images as chunks, and all that is needed to bring them back.
+"""What a snapshot's manifest says: the CRIU images and the memory as chunks, and all that is needed to bring them back.
 
 The body is one msgpack map (`SnapshotBody`) with a version; the store keeps it as an opaque, checksummed record beside
 the list of chunks it needs. Small images (nearly all of them) travel inside the body, so a restore reads one record
@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import msgspec
 
 from dormouse.errors import DamagedError, IncompatibleError
+from dormouse.snapshot.criu_images import PAGE
+from dormouse.snapshot.memory_map import AddressSpace, check
+from dormouse.snapshot.tree import External
 from dormouse.store.chunk import DIGEST_SIZE, Digest
 
 BODY_VERSION = 1
@@ -32,35 +35,46 @@ class ImageFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MappedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file the process had mapped: `ranges` are the (offset, length) in bytes that were in its memory."""
+    """A file the process had mapped: `ranges` are the (offset, length) in bytes that were in its memory. `size`,
+    `mtime_ns` and `digest` (BLAKE3) tell whether the file is still the same."""
 
     path: str
     ranges: list[tuple[int, int]]
+    size: int = 0
+    mtime_ns: int = 0
+    digest: bytes = b""
 
 
 class SnapshotBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a snapshot's manifest.
 
-    `key` is the compatibility key, `pid` the worker's pid in its cell, `control_inode` the inode its control socket
-    had (CRIU knows it by that), `phases` the seconds of the capture.
+    `key` is the compatibility key, `pid` the root's pid in its cell, `externals` what tied the tree to the outside,
+    `memory` the private memory of its processes (their page maps and pages are not among `images`), `phases` the
+    seconds of the capture.
     """
 
     version: int
-    model: str
+    name: str
     key: dict[str, str]
     pid: int
-    control_inode: int
+    externals: list[External]
     images: list[ImageFile]
+    memory: list[AddressSpace]
     mapped: list[MappedFile]
     phases: dict[str, float]
 
     def references(self) -> Sequence[Digest]:
-        """Every chunk the images need."""
-        return [digest for image in self.images for digest in image.chunk_list()]
+        """Every chunk the images and the memory need."""
+        holders: list[ImageFile | AddressSpace] = [*self.images, *self.memory]
+        return [digest for holder in holders for digest in holder.chunk_list()]
 
     def raw_bytes(self) -> int:
-        """Bytes of all images as CRIU wrote them."""
-        return sum(image.size for image in self.images)
+        """Bytes of all images as CRIU wrote them, pages included."""
+        return sum(image.size for image in self.images) + PAGE * sum(space.pages for space in self.memory)
+
+    def image(self, name: str) -> ImageFile | None:
+        """The image of that name."""
+        return next((image for image in self.images if image.name == name), None)
 
 
 def encode_body(body: SnapshotBody) -> bytes:
@@ -89,4 +103,6 @@ def decode_body(data: bytes, snapshot_id: str) -> SnapshotBody:
                 f"the manifest of snapshot {snapshot_id} is malformed at image {image.name}",
                 remedy="Remove it with `dormouse rm`; the model then starts cold and is captured anew",
             )
+    for space in body.memory:
+        check(space, f"the manifest of snapshot {snapshot_id}")
     return body

@@ -28,12 +28,18 @@ _MERGE_GAP = 128 << 10
 _ADVISE_STEP = 4 << 20
 
 
-def mapped_files(pid: int) -> list[MappedFile]:
-    """The file ranges in the memory of host process `pid`, in the order of its address space.
+def mapped_files(pids: Iterable[int]) -> list[MappedFile]:
+    """The file ranges in the memory of host processes, in the order of their address spaces.
 
-    Raises OSError when the process has ended or may not be inspected.
+    Raises OSError when one has ended or may not be inspected.
     """
     ranges: dict[str, list[tuple[int, int]]] = {}
+    for pid in pids:
+        _add_ranges(pid, ranges)
+    return [MappedFile(path=path, ranges=merge(found)) for path, found in ranges.items() if found]
+
+
+def _add_ranges(pid: int, ranges: dict[str, list[tuple[int, int]]]) -> None:
     with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             match = _MAPS_LINE.fullmatch(line)
@@ -45,7 +51,6 @@ def mapped_files(pid: int) -> list[MappedFile]:
                 continue
             entries = os.pread(pagemap.fileno(), (end - start) // mmap.PAGESIZE * 8, start // mmap.PAGESIZE * 8)
             ranges.setdefault(path, []).extend(present_ranges(entries, offset))
-    return [MappedFile(path=path, ranges=merge(found)) for path, found in ranges.items() if found]
 
 
 def present_ranges(entries: bytes, offset: int) -> list[tuple[int, int]]:

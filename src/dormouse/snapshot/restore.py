@@ -1,8 +1,9 @@
-"""Restore: a committed snapshot becomes a running worker in a new cell.
+"""Restore: a committed snapshot becomes a running process tree in a new home (a cell).
 
-Three things at once: the kernel reads ahead the files the worker will touch (prefetch.py), pool threads read, verify
-and decode chunks (ReadAhead), and CRIU in the new cell rebuilds the process from the pipes (RestoreStream). On any
-error the cell is killed and nothing is left.
+Three things at once: the kernel reads ahead the files the processes will touch (prefetch.py) and the chunks that will
+be filled in; pool threads read, verify and decode what goes through CRIU's pipes (RestoreStream); and CRIU rebuilds the
+processes. It leaves them stopped; the rest of their memory is then written straight into them (memory_restore.py), and
+they run. On any error the home is closed and nothing is left.
 """
 
 from __future__ import annotations
@@ -13,35 +14,38 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dormouse.errors import DormouseError, IncompatibleError, SnapshotError, StoreError
 from dormouse.phases import Phases
-from dormouse.snapshot.capture import CellWorker, failure_of
-from dormouse.snapshot.cell import Cell
+from dormouse.snapshot.capture import failure_of
 from dormouse.snapshot.compatibility import first_mismatch
 from dormouse.snapshot.criu import restore_command
+from dormouse.snapshot.criu_images import Task, parse_mappings, parse_tree, was_stopped
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.images import SnapshotBody, decode_body
+from dormouse.snapshot.memory_restore import Fill, fill_plan, page_parts, pagemap_parts
 from dormouse.snapshot.prefetch import prefetch
-from dormouse.snapshot.streamer import RestoreStream
+from dormouse.snapshot.streamer import Parts, RestoreStream, image_parts
+from dormouse.snapshot.tree import Home, ProcessTree, continue_tree
 from dormouse.store.store import Store
 from dormouse.transfer.readahead import ReadAhead
 
 log = logging.getLogger(__name__)
 
-_CRIU_CONTROL_FD = 100
-"""The control socket's number in the criu process: clear of the low numbers criu opens for itself."""
+_FIRST_INHERITED_FD = 100
+"""The inherited descriptors' numbers in the criu process: clear of the low numbers criu opens for itself."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A worker that runs again. `control` is the node's end of its control socket."""
+    """A tree that runs again. `control` is the outer end of its control socket, when one was asked for."""
 
-    worker: CellWorker
-    control: socket.socket
+    tree: ProcessTree
+    control: socket.socket | None
     phases: dict[str, float]
 
 
@@ -51,10 +55,16 @@ def restore(
     criu: Criu,
     *,
     key: dict[str, str],
-    take_cell: Callable[[], Cell],
+    take_home: Callable[[], Home],
     timeout: float,
+    inherit: Sequence[int | None] = (None,),
+    criu_options: Sequence[str] = (),
+    fill: bool = True,
 ) -> Restored:
-    """Restore a snapshot on this host, whose compatibility key for the model is `key`, in a cell of its own.
+    """Restore a snapshot on this host, whose compatibility key is `key`, in a home of its own.
+
+    `inherit[i]` is the descriptor that takes the place of the snapshot's external i; None: a fresh control socket (one
+    at most). With `fill` false every page goes through CRIU's pipe.
 
     Raises NotFoundError, IncompatibleError (names the field), DamagedError, SnapshotError.
     """
@@ -64,17 +74,37 @@ def restore(
         mismatch = first_mismatch(body.key, key)
         if mismatch is not None:
             raise IncompatibleError(
-                f"snapshot {snapshot_id} of {body.model} does not fit this host: {mismatch}",
+                f"snapshot {snapshot_id} of {body.name} does not fit this host: {mismatch}",
                 remedy="The model starts cold and is captured anew",
             )
+        if len(inherit) != len(body.externals):
+            raise SnapshotError(
+                f"snapshot {snapshot_id} has {len(body.externals)} ties to the outside, {len(inherit)} were given"
+            )
     with phases.time("cell"):
-        cell = take_cell()
+        home = take_home()
     try:
-        worker, control = _run_criu(cell, body, store, criu, phases, timeout)
+        with ReadAhead(store) as chunks:
+            images = _Images(body, chunks)
+            with phases.time("plan"):
+                work = _Work(images, chunks, fill)
+            command = _Command(criu, inherit, criu_options, timeout)
+            pid, control = _run_criu(home, body, work, command, phases)
+            try:
+                with phases.time("fill"):
+                    work.complete(home)
+            except BaseException:
+                if control is not None:
+                    control[0].close()
+                raise
     except BaseException:
-        cell.close()
+        home.close()
         raise
-    return Restored(worker, control, dict(phases))
+    externals = list(body.externals)
+    if control is not None:
+        externals[inherit.index(None)] = type(externals[0])("socket", control[1])
+    tree = ProcessTree(home, pid, tuple(externals), snapshot_id)
+    return Restored(tree, control[0] if control is not None else None, dict(phases))
 
 
 def note_damage(store: Store, snapshot_id: str) -> None:
@@ -95,37 +125,112 @@ def note_damage(store: Store, snapshot_id: str) -> None:
     log.warning("snapshot %s: %d of its %d chunks are damaged", snapshot_id, damaged, len(references))
 
 
+class _Images:
+    """The images of a snapshot."""
+
+    def __init__(self, body: SnapshotBody, chunks: ReadAhead) -> None:
+        self.body = body
+        self._chunks = chunks
+
+    def whole(self, name: str) -> bytes:
+        """All of it. Raises SnapshotError when there is none."""
+        image = self.body.image(name)
+        if image is None:
+            raise SnapshotError(f"the snapshot has no image {name}")
+        return b"".join(image_parts(image, self._chunks))
+
+
+class _Work:
+    """What is to be done beside and after CRIU: the images it is served, and the memory that is filled in later."""
+
+    def __init__(self, images: _Images, chunks: ReadAhead, fill: bool) -> None:
+        body = images.body
+        self._tasks = parse_tree(images.whole("pstree.img"), "pstree.img")
+        names = {space.pid: f"mm-{space.pid}.img" for space in body.memory} if fill else {}
+        mappings = {pid: parse_mappings(images.whole(name), name) for pid, name in names.items()}
+        plans = fill_plan(body.memory, mappings, self._tasks)
+        self.fill = Fill(plans, chunks.reader)
+        self.served: dict[str, Parts] = {image.name: partial(image_parts, image, chunks) for image in body.images}
+        for plan in plans:
+            self.served[plan.space.pagemap_name] = partial(pagemap_parts, plan)
+            self.served[plan.space.pages_name] = partial(page_parts, plan, chunks)
+        tasks = self._tasks if self.fill.pids else []
+        self._stopped_before = [task.pid for task in tasks if _was_stopped(images, task)]
+
+    @property
+    def leaves_stopped(self) -> bool:
+        """Whether CRIU must leave the processes stopped, for `complete`."""
+        return bool(self.fill.pids)
+
+    def complete(self, home: Home) -> None:
+        """Fill in what is missing and let the processes run."""
+        if not self.leaves_stopped:
+            return
+        self.fill.run({pid: home.outer_pid(pid) for pid in self.fill.pids})
+        continue_tree(home, but=[home.outer_pid(pid) for pid in self._stopped_before])
+
+
+def _was_stopped(images: _Images, task: Task) -> bool:
+    name = f"core-{task.pid}.img"
+    return images.body.image(name) is not None and was_stopped(images.whole(name), name)
+
+
+@dataclass(frozen=True)
+class _Command:
+    criu: Criu
+    inherit: Sequence[int | None]
+    options: Sequence[str]
+    timeout: float
+
+
 def _run_criu(
-    cell: Cell, body: SnapshotBody, store: Store, criu: Criu, phases: Phases, timeout: float
-) -> tuple[CellWorker, socket.socket]:
-    with tempfile.TemporaryDirectory(prefix="dormouse-") as folder, ReadAhead(store) as chunks:
+    home: Home, body: SnapshotBody, work: _Work, how: _Command, phases: Phases
+) -> tuple[int, tuple[socket.socket, int] | None]:
+    """The root's pid in its home, and the fresh control socket with the inode of its inner end."""
+    numbers = [_FIRST_INHERITED_FD + i for i in range(len(how.inherit))]
+    fds = {number: fd for number, fd in zip(numbers, how.inherit, strict=True) if fd is not None}
+    control_number = next((n for n, fd in zip(numbers, how.inherit, strict=True) if fd is None), None)
+    with tempfile.TemporaryDirectory(prefix="dormouse-") as folder:
         directory = Path(folder)
-        command = restore_command(criu, directory, control_fd=_CRIU_CONTROL_FD, control_inode=body.control_inode)
-        with RestoreStream(directory, body.images, chunks) as stream:
-            threading.Thread(target=_read_ahead, args=(stream, body), name="prefetch", daemon=True).start()
+        command = restore_command(
+            how.criu,
+            directory,
+            inherited=dict(zip(numbers, body.externals, strict=True)),
+            stopped=work.leaves_stopped,
+            options=how.options,
+        )
+        with RestoreStream(directory, work.served) as stream:
+            threading.Thread(target=_read_ahead, args=(stream, body, work.fill), name="prefetch", daemon=True).start()
             begin = time.perf_counter()
-            process = cell.spawn(command, env={"PATH": os.defpath}, control=_CRIU_CONTROL_FD)
-            assert process.control is not None and process.inode is not None
+            process = home.spawn(command, env={"PATH": os.defpath}, fds=fds, control=control_number)
             try:
-                code = cell.wait(process.pid, timeout)
+                code = home.wait(process.pid, how.timeout)
                 if stream.error is not None:
                     raise stream.error
                 if code is None:
-                    raise SnapshotError(f"criu restore did not end within {timeout:.0f} s")
+                    raise SnapshotError(f"criu restore did not end within {how.timeout:.0f} s")
                 if code != 0:
                     why = failure_of(code, directory / "restore.log")
-                    raise SnapshotError(f"criu could not restore the worker: {why}")
+                    raise SnapshotError(f"criu could not restore the process: {why}")
             except BaseException:
-                process.control.close()
-                cell.close()  # before the stream: its threads may wait for a CRIU that does not take what they write
+                if process.control is not None:
+                    process.control.close()
+                home.close()  # before the stream: its threads may wait for a CRIU that does not take what they write
                 raise
             phases["criu start"] = stream.connected_at - begin
             phases["criu images"] = stream.last_image_at - stream.connected_at
             phases["criu finish"] = time.perf_counter() - stream.last_image_at
-            return CellWorker(cell, body.pid, process.inode), process.control
+    if process.control is None:
+        return body.pid, None
+    assert process.inode is not None
+    return body.pid, (process.control, process.inode)
 
 
-def _read_ahead(stream: RestoreStream, body: SnapshotBody) -> None:
+def _read_ahead(stream: RestoreStream, body: SnapshotBody, fill: Fill) -> None:
     """Not before CRIU runs: until then its own program must come from the same disk, and nothing works without it."""
     stream.connected.wait()
+    try:
+        fill.read_ahead()
+    except StoreError as error:
+        log.warning("no read-ahead of chunks: %s", error)  # the fill meets the same, and its error counts
     prefetch(body.mapped)

@@ -24,10 +24,11 @@ from pathlib import Path
 from dormouse.errors import DamagedError, DormouseError, HostError, SnapshotError
 from dormouse.phases import Phases
 from dormouse.snapshot import service_messages as messages
-from dormouse.snapshot.capture import CellWorker, capture
+from dormouse.snapshot.capture import capture
 from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.snapshot.restore import note_damage, restore
+from dormouse.snapshot.tree import External, ProcessTree
 from dormouse.store.store import Store
 from dormouse.transfer.memory import keep_freed_memory
 
@@ -98,7 +99,7 @@ class Service:
         self._spare = SpareCell()
         self._spare.refill()
         self._lock = threading.Lock()
-        self._workers: dict[str, CellWorker] = {}
+        self._workers: dict[str, ProcessTree] = {}
         self._damaged: set[str] = set()
 
     def close(self) -> None:
@@ -144,7 +145,8 @@ class Service:
             finally:
                 os.close(log_fd)
             assert spawned.inode is not None
-            return self._started(request.call, CellWorker(cell, spawned.pid, spawned.inode), phases), spawned.control
+            tree = ProcessTree(cell, spawned.pid, (External("socket", spawned.inode),))
+            return self._started(request.call, tree, phases), spawned.control
         except OSError as error:
             cell.close()
             raise SnapshotError(f"could not start a worker: {error}") from error
@@ -159,7 +161,7 @@ class Service:
                 self._store,
                 self._criu,
                 key=self._full_key(request.key),
-                take_cell=self._spare.take,
+                take_home=self._spare.take,
                 timeout=_CRIU_TIMEOUT,
             )
         except DamagedError:
@@ -167,10 +169,11 @@ class Service:
                 self._damaged.add(request.snapshot_id)
             raise
         try:
-            return self._started(request.call, restored.worker, restored.phases), restored.control
+            return self._started(request.call, restored.tree, restored.phases), restored.control
         except BaseException:
-            restored.control.close()
-            restored.worker.cell.close()
+            if restored.control is not None:
+                restored.control.close()
+            restored.tree.home.close()
             raise
 
     def _capture(self, request: messages.CaptureWorker) -> messages.Reply:
@@ -183,7 +186,7 @@ class Service:
             self._store,
             self._criu,
             kind=request.kind,
-            model=request.model,
+            name=request.model,
             key=self._full_key(request.key),
             now=time.time,
             still_wanted=lambda: request.cell_id in self._workers,
@@ -198,8 +201,8 @@ class Service:
             phases=result.phases,
         )
 
-    def _started(self, call: int, worker: CellWorker, phases: dict[str, float]) -> messages.Started:
-        pid = worker.cell.outer_pid(worker.pid)
+    def _started(self, call: int, worker: ProcessTree, phases: dict[str, float]) -> messages.Started:
+        pid = worker.home.outer_pid(worker.pid)
         cell_id = secrets.token_hex(6)
         with self._lock:
             self._workers[cell_id] = worker
@@ -209,7 +212,7 @@ class Service:
         with self._lock:
             worker = self._workers.pop(cell_id, None)
         if worker is not None:
-            worker.cell.close()
+            worker.home.close()
 
     def _full_key(self, key: dict[str, str]) -> dict[str, str]:
         return key | {"criu": self._criu.version_text}

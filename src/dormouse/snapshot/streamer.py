@@ -4,7 +4,8 @@ CRIU connects to a unix socket in its image folder and asks for one file after a
 own, several are open at once in both directions, so each gets a thread.
 
     dump     CRIU --(name, pipe's read end)-->  CaptureStream: pipe -> 1 MiB chunks -> Ingest (compress, append)
-    restore  CRIU --(name)--> RestoreStream: exists? --(pipe's write end)--> ReadAhead (read, verify, decode) -> pipe
+                                                private memory: memory_capture.py
+    restore  CRIU --(name)--> RestoreStream: exists? --(pipe's write end)--> parts of the image, one after another
 
 The protocol (CRIU's img-streamer.c): frames of a 4-byte little-endian length and a proto2 message, request
 `{string filename = 1}`, reply on restore only `{bool exists = 1}`; then one byte that carries the pipe's descriptor.
@@ -21,13 +22,15 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Self
 
 from dormouse.errors import DormouseError, SnapshotError
 from dormouse.snapshot.images import INLINE_LIMIT, ImageFile
+from dormouse.snapshot.memory_capture import drain, process_of
+from dormouse.snapshot.memory_map import AddressSpace
 from dormouse.store.chunk import Buffer, Digest
 from dormouse.transfer.ingest import Ingest
 from dormouse.transfer.readahead import ReadAhead
@@ -193,22 +196,65 @@ class _Stream:
             sock.shutdown(socket.SHUT_RDWR)
 
 
-class CaptureStream(_Stream):
-    """Takes the images of `criu dump --stream -D directory` into a transaction."""
+TakeMemory = Callable[[int, int], AddressSpace]
+"""Captures the memory of the process with a pid (as CRIU knows it), whose page map comes through a pipe."""
 
-    def __init__(self, directory: Path, ingest: Ingest) -> None:
+
+class CaptureStream(_Stream):
+    """Takes the images of `criu dump --stream -D directory` into a transaction; private memory by `take_memory`."""
+
+    def __init__(self, directory: Path, ingest: Ingest, take_memory: TakeMemory) -> None:
         self._ingest = ingest
+        self._take_memory = take_memory
         self._images: dict[str, ImageFile] = {}
+        self._memory: dict[int, AddressSpace] = {}
+        self._drained: dict[str, int] = {}
         super().__init__(directory, CAPTURE_SOCKET)
+
+    def memory(self) -> list[AddressSpace]:
+        """After `finish`: the private memory of all processes, by pid. Raises SnapshotError when what was dropped as
+        the pages of a process is not what its page map names."""
+        for name, pid in self._drained.items():
+            if pid not in self._memory or self._memory[pid].pages_name != name:
+                raise SnapshotError(f"CRIU sent {name} after the page map of process {pid}, which has other pages")
+        return [self._memory[pid] for pid in sorted(self._memory)]
 
     def images(self) -> list[ImageFile]:
         """After `finish`: all images, by name."""
         return [self._images[name] for name in sorted(self._images)]
 
     def _serve(self, connection: _Connection) -> None:
+        before = ""
         while (name := connection.read_name()) is not None:
             pipe = connection.receive_pipe()
-            self._start_file(lambda name=name, pipe=pipe: self._take(name, pipe), name)  # type: ignore[misc]
+            self._start_file(self._taker(name, before, pipe), name)
+            before = name
+
+    def _taker(self, name: str, before: str, pipe: int) -> Callable[[], None]:
+        """What takes an image. CRIU asks for the pages of a page map right after it."""
+        pid = process_of(name)
+        if pid is not None:
+            return lambda: self._take_pages_of(pid, pipe)
+        owner = process_of(before)
+        if owner is not None and name.startswith("pages-"):
+            self._drained[name] = owner
+            return lambda: self._drop(pipe)
+        return lambda: self._take(name, pipe)
+
+    def _take_pages_of(self, pid: int, pipe: int) -> None:
+        try:
+            space = self._take_memory(pid, pipe)
+            with self._lock:
+                self._memory[pid] = space
+        finally:
+            os.close(pipe)
+
+    @staticmethod
+    def _drop(pipe: int) -> None:
+        try:
+            drain(pipe)
+        finally:
+            os.close(pipe)
 
     def _take(self, name: str, pipe: int) -> None:
         image = None
@@ -256,36 +302,48 @@ def _fill(pipe: int, buffer: memoryview) -> int:
     return length
 
 
-class RestoreStream(_Stream):
-    """Serves the images of a snapshot to `criu restore --stream -D directory`."""
+Parts = Callable[[], Iterator[Buffer]]
+"""Gives the bytes of an image, part after part, from the beginning at each call."""
 
-    def __init__(self, directory: Path, images: Iterable[ImageFile], chunks: ReadAhead) -> None:
-        self._images: Mapping[str, ImageFile] = {image.name: image for image in images}
-        self._chunks = chunks
+
+def image_parts(image: ImageFile, chunks: ReadAhead) -> Generator[Buffer, None, None]:
+    """The bytes of a stored image. Raises DamagedError."""
+    if image.inline is not None:
+        yield image.inline
+    else:
+        yield from chunks.stream(image.chunk_list())
+
+
+class RestoreStream(_Stream):
+    """Serves images by name to `criu restore --stream -D directory`."""
+
+    def __init__(self, directory: Path, images: Mapping[str, Parts]) -> None:
+        self._images = images
         super().__init__(directory, SERVE_SOCKET)
 
     def _serve(self, connection: _Connection) -> None:
         while (name := connection.read_name()) is not None:
-            image = self._images.get(name)
-            connection.reply_exists(image is not None)
-            if image is not None:
+            parts = self._images.get(name)
+            connection.reply_exists(parts is not None)
+            if parts is not None:
                 pipe = connection.receive_pipe()
-                self._start_file(lambda image=image, pipe=pipe: self._give(image, pipe), name)  # type: ignore[misc]
+                self._start_file(lambda parts=parts, pipe=pipe: self._give(parts, pipe), name)  # type: ignore[misc]
 
-    def _give(self, image: ImageFile, pipe: int) -> None:
+    def _give(self, parts: Parts, pipe: int) -> None:
         try:
-            if image.inline is not None:
-                _drain(pipe, image.inline)
-            else:
-                with contextlib.closing(self._chunks.stream(image.chunk_list())) as chunks:
-                    for chunk in chunks:
-                        _drain(pipe, chunk)
+            with contextlib.closing(_generator(parts)) as image:
+                for part in image:
+                    _drain(pipe, part)
         except BrokenPipeError:
             # CRIU closes an image it has seen enough of (it looks into some twice); if it died, its exit code tells.
             return
         finally:
             os.close(pipe)
             self.last_image_at = time.perf_counter()
+
+
+def _generator(parts: Parts) -> Generator[Buffer, None, None]:
+    yield from parts()
 
 
 def _drain(pipe: int, data: Buffer) -> None:

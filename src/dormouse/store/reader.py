@@ -66,6 +66,11 @@ class Reader:
             raise self._damaged(chunk, "its bytes do not match their signature")
         return stored
 
+    def advise(self, chunk: StoredChunk) -> None:
+        """Tell the kernel that a chunk's stored bytes will soon be read. Raises DamagedError when its pack is gone."""
+        with system_errors(self._packs / pack_name(chunk.pack), "reading"):
+            os.posix_fadvise(self._file(chunk), chunk.offset, chunk.stored_length, os.POSIX_FADV_WILLNEED)
+
     def close(self) -> None:
         """Close the packs and let garbage be collected. No call may be under way. Idempotent."""
         files, self._files = self._files, {}

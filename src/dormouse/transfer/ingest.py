@@ -1,6 +1,7 @@
 """Ingest: plain buffers from many producers are hashed, coded and stored by a pool of threads.
 
     producer: acquire() -> fill -> submit(view) -> Future[Digest]      pool: transaction.put, buffer back to the pool
+    producer: run(job) -> Future                                       pool: job(buffer, put), buffer back to the pool
 
 `submit` blocks while too many bytes are in flight, so a fast producer is slowed to the speed of the pool. Nothing else
 blocks a producer: each may hold one buffer of its own beside the bound, whatever the others do, hence producers that
@@ -12,9 +13,10 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from dormouse.errors import StoreError
 from dormouse.store.chunk import Buffer, Digest
@@ -24,6 +26,9 @@ from dormouse.transfer.budget import IN_FLIGHT_BYTES, ByteBudget, default_thread
 from dormouse.transfer.memory import keep_freed_memory
 
 CHUNK_SIZE = 1 << 20
+
+Put = Callable[[Buffer], Digest]
+Result = TypeVar("Result")
 
 
 class _PooledBuffer(mmap.mmap):
@@ -96,6 +101,25 @@ class Ingest:
         flight. Raises the first error of any producer's chunk."""
         self._budget.take(len(plain))
         return self._pool.submit(self._put, plain)
+
+    def run(self, job: Callable[[memoryview, Put], Result]) -> Future[Result]:
+        """Have a pool thread run `job` with a buffer of CHUNK_SIZE bytes to fill as it likes, and a function that
+        stores a buffer. Blocks while too many bytes are in flight. Raises the first error of any producer's chunk."""
+        self._budget.take(CHUNK_SIZE)
+        return self._pool.submit(self._run, job)
+
+    def _run(self, job: Callable[[memoryview, Put], Result]) -> Result:
+        try:
+            buffer = self.acquire()
+            try:
+                return job(buffer, lambda plain: self._transaction.put(plain, codec=self._codec))
+            finally:
+                self.release(buffer)
+        except BaseException as error:
+            self._budget.fail(error)
+            raise
+        finally:
+            self._budget.give(CHUNK_SIZE)
 
     def _put(self, plain: Buffer) -> Digest:
         length = len(plain)

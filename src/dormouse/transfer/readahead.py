@@ -30,7 +30,7 @@ class ReadAhead:
 
     def __init__(self, store: Store, *, threads: int | None = None, max_in_flight_bytes: int = IN_FLIGHT_BYTES) -> None:
         keep_freed_memory()
-        self._reader = store.reader()
+        self.reader = store.reader()
         self._budget = ByteBudget(max_in_flight_bytes)
         # One more than there are CPUs, because some thread is often waiting for the disk.
         self._pool = ThreadPoolExecutor(threads or default_threads() + 1, thread_name_prefix="readahead")
@@ -44,7 +44,7 @@ class ReadAhead:
     def close(self) -> None:
         """Stop reading; a stream still being consumed ends with StoreError. Idempotent."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._reader.close()
+        self.reader.close()
 
     @property
     def peak_bytes(self) -> int:
@@ -57,7 +57,7 @@ class ReadAhead:
 
         Raises DamagedError at the chunk that is damaged; chunks before it have been yielded.
         """
-        window = _Window(self._reader.locate(digests), self._budget, self._schedule)
+        window = _Window(self.reader.locate(digests), self._budget, self._schedule)
         try:
             while window.fill():
                 yield window.head()
@@ -67,7 +67,7 @@ class ReadAhead:
 
     def _schedule(self, chunk: StoredChunk) -> Future[Buffer]:
         try:
-            return self._pool.submit(self._reader.plain, chunk)
+            return self._pool.submit(self.reader.plain, chunk)
         except RuntimeError as error:  # the pool takes no more work
             raise _closed() from error
 

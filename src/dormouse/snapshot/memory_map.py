@@ -1,0 +1,290 @@
+"""The memory of a captured process as chunks: which page of which address is where. Pure functions and plain data.
+
+    page map (runs of pages) --split--> per MiB of addresses one window --read, drop zero pages--> one chunk
+                                                                       --compare with a parent--> a chunk of changes
+
+A window covers WINDOW bytes of addresses and begins at a multiple of that, so that two snapshots of one program cut at
+the same places and share the chunks that are equal. A chunk of a window holds some of its pages, one after another in
+ascending order; `held` tells which (bit i: page i of the window). A window may take its pages from several chunks: an
+incremental capture adds a chunk with the pages that changed and goes on using the others from where they were; `used`
+tells which pages count. A page that no piece has is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from dormouse.errors import DamagedError
+from dormouse.snapshot.criu_images import PAGE, Mapping, Run
+from dormouse.store.chunk import DIGEST_SIZE, Buffer, Digest
+
+WINDOW = 1 << 20
+"""Bytes of addresses per window."""
+
+PAGES = WINDOW // PAGE
+MASK_SIZE = PAGES // 8
+FULL = (1 << PAGES) - 1
+
+_MOST_WINDOWS = 1 << 37  # 57 bits of addresses
+_MOST_PIECES = 4
+_ZERO_PAGE = bytes(PAGE)
+
+
+class Piece(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Pages from one chunk: its number in the `digests`, the pages it holds and, unless all are, those that are used.
+    Masks are little-endian."""
+
+    chunk: int
+    held: bytes
+    used: bytes = b""
+
+
+class Window(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The pages at addresses `number * WINDOW` and up that are not zero."""
+
+    number: int
+    pieces: list[Piece]
+
+
+class AddressSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The private memory of one process. `pid` as in its images; `pages_id` is the N of CRIU's `pages-N.img`; `pages`
+    counts those CRIU had in its page map, zero ones included."""
+
+    pid: int
+    pages_id: int
+    pages: int
+    windows: list[Window]
+    digests: bytes
+
+    @property
+    def pagemap_name(self) -> str:
+        """The name of its page map among CRIU's images."""
+        return f"pagemap-{self.pid}.img"
+
+    @property
+    def pages_name(self) -> str:
+        """The name of its pages among CRIU's images."""
+        return f"pages-{self.pages_id}.img"
+
+    def chunk_list(self) -> list[Digest]:
+        """All chunks, by number."""
+        return [Digest(self.digests[at : at + DIGEST_SIZE]) for at in range(0, len(self.digests), DIGEST_SIZE)]
+
+    def used_pages(self) -> int:
+        """Pages that are not zero."""
+        return sum(used_mask(piece).bit_count() for window in self.windows for piece in window.pieces)
+
+
+class Span(NamedTuple):
+    """The pages of one window that a page map names: `mask` bit i is page i."""
+
+    number: int
+    mask: int
+
+
+class Spans:
+    """Cuts runs, which arrive in ascending order, into spans: `add` yields those that are complete, `last` the rest."""
+
+    def __init__(self) -> None:
+        self._number = -1
+        self._mask = 0
+
+    def add(self, run: Run) -> Iterator[Span]:
+        """Take one run."""
+        address, left = run.address, run.pages
+        while left:
+            number, offset = divmod(address // PAGE, PAGES)
+            count = min(left, PAGES - offset)
+            if number != self._number:
+                yield from self.last()
+                self._number = number
+            self._mask |= ((1 << count) - 1) << offset
+            address, left = address + count * PAGE, left - count
+
+    def last(self) -> Iterator[Span]:
+        """The span under way, if any."""
+        if self._mask:
+            yield Span(self._number, self._mask)
+        self._mask = 0
+
+
+def held_mask(piece: Piece) -> int:
+    """The pages its chunk holds."""
+    return int.from_bytes(piece.held, "little")
+
+
+def used_mask(piece: Piece) -> int:
+    """The pages that are taken from its chunk."""
+    return int.from_bytes(piece.used or piece.held, "little")
+
+
+def mask_bytes(mask: int) -> bytes:
+    """A mask as stored."""
+    return mask.to_bytes(MASK_SIZE, "little")
+
+
+def window_mask(window: Window) -> int:
+    """The pages of a window that are not zero."""
+    mask = 0
+    for piece in window.pieces:
+        mask |= used_mask(piece)
+    return mask
+
+
+def mask_runs(mask: int) -> Iterator[tuple[int, int]]:
+    """The (first, count) of each run of set bits, ascending."""
+    at = 0
+    while mask:
+        skip = (mask & -mask).bit_length() - 1
+        mask >>= skip
+        count = ((~mask) & (mask + 1)).bit_length() - 1
+        yield at + skip, count
+        mask >>= count
+        at += skip + count
+
+
+def runs_of(windows: Iterable[Window]) -> Iterator[Run]:
+    """The pages of windows as a page map lists them, neighbours joined across windows."""
+    address = pages = 0
+    for window in windows:
+        base = window.number * WINDOW
+        for first, count in mask_runs(window_mask(window)):
+            if address + pages * PAGE != base + first * PAGE:
+                if pages:
+                    yield Run(address, pages)
+                address, pages = base + first * PAGE, 0
+            pages += count
+    if pages:
+        yield Run(address, pages)
+
+
+def squeeze(pages: memoryview, mask: int) -> int:
+    """Move the pages of `mask`, which lie one after another in `pages`, together so that none of them is all zero; the
+    mask of those that are left. The others are gone from `pages`."""
+    kept = 0
+    target = source = 0
+    rest = mask
+    while rest:
+        bit = rest & -rest
+        rest ^= bit
+        page = pages[source : source + PAGE]
+        source += PAGE
+        if page.tobytes() == _ZERO_PAGE:
+            continue
+        if target != source - PAGE:
+            pages[target : target + PAGE] = page
+        target += PAGE
+        kept |= bit
+    return kept
+
+
+def changed_pages(pages: memoryview, mask: int, parent: memoryview, parent_mask: int) -> int:
+    """The pages of `mask` (lying packed in `pages`) that `parent` (whose pages lie packed as `parent_mask`) has not, or
+    has with another content."""
+    changed = 0
+    source = 0
+    rest = mask
+    while rest:
+        bit = rest & -rest
+        rest ^= bit
+        if not parent_mask & bit:
+            changed |= bit
+        else:
+            at = (parent_mask & (bit - 1)).bit_count() * PAGE
+            if pages[source : source + PAGE].tobytes() != parent[at : at + PAGE].tobytes():
+                changed |= bit
+        source += PAGE
+    return changed
+
+
+def pick(pages: memoryview, held: int, wanted: int, into: memoryview, at: int = 0) -> int:
+    """Copy the pages `wanted` of those `held` (packed in `pages`) to `into` from byte `at` on, packed; the byte after
+    the last."""
+    for first, count in mask_runs(wanted):
+        # Neighbours in the window are neighbours in the chunk too: every page between them would have to be held.
+        source = (held & ((1 << first) - 1)).bit_count() * PAGE
+        length = count * PAGE
+        into[at : at + length] = pages[source : source + length]
+        at += length
+    return at
+
+
+def assemble(window: Window, chunk: Callable[[int], Buffer]) -> memoryview:
+    """The non-zero pages of a window, packed in ascending order; `chunk(number)` gives a chunk's bytes."""
+    if len(window.pieces) == 1 and not window.pieces[0].used:
+        return memoryview(chunk(window.pieces[0].chunk)).cast("B")
+    mask = window_mask(window)
+    packed = memoryview(bytearray(mask.bit_count() * PAGE))
+    for piece in window.pieces:
+        held, data = held_mask(piece), memoryview(chunk(piece.chunk)).cast("B")
+        for first, count in mask_runs(used_mask(piece)):
+            source = (held & ((1 << first) - 1)).bit_count() * PAGE
+            target = (mask & ((1 << first) - 1)).bit_count() * PAGE
+            packed[target : target + count * PAGE] = data[source : source + count * PAGE]
+    return packed
+
+
+def inherit(parent: Sequence[Piece], kept: int) -> list[Piece] | None:
+    """The parent's pieces cut down to the pages `kept`, or None when storing the window anew is better: too many
+    pieces, or more than half of what they hold is not used any more."""
+    pieces = []
+    for piece in parent:
+        used = used_mask(piece) & kept
+        if used:
+            all_used = used == held_mask(piece)
+            pieces.append(Piece(piece.chunk, piece.held, b"" if all_used else mask_bytes(used)))
+    held = sum(held_mask(piece).bit_count() for piece in pieces)
+    if len(pieces) >= _MOST_PIECES or held > 2 * kept.bit_count():
+        return None
+    return pieces
+
+
+def plain_windows(windows: Iterable[Window], mappings: Sequence[Mapping]) -> set[int]:
+    """The numbers of those windows of which every page lies in mappings that are plain (see Mapping)."""
+    plain = [(mapping.start, mapping.end) for mapping in mappings if mapping.plain]
+    found: set[int] = set()
+    at = 0
+    for window in windows:
+        base = window.number * WINDOW
+        while at < len(plain) and plain[at][1] <= base:
+            at += 1
+        covered = 0
+        for start, end in plain[at:]:
+            if start >= base + WINDOW:
+                break
+            first = max(0, (start - base) // PAGE)
+            last = min(PAGES, (end - base) // PAGE)
+            covered |= ((1 << (last - first)) - 1) << first
+        if not window_mask(window) & ~covered:
+            found.add(window.number)
+    return found
+
+
+def check(space: AddressSpace, what: str) -> None:
+    """Raises DamagedError when an address space from a stored record contradicts itself."""
+    chunks = len(space.digests) // DIGEST_SIZE
+    sound = len(space.digests) % DIGEST_SIZE == 0 and space.pid > 0 and space.pages_id >= 0
+    number = -1
+    for window in space.windows:
+        sound = sound and number < window.number < _MOST_WINDOWS and _is_sound(window.pieces, chunks)
+        number = window.number
+    if not sound:
+        raise DamagedError(
+            f"{what} is malformed at the memory of process {space.pid}",
+            remedy="Remove it with `dormouse rm`; the model then starts cold and is captured anew",
+        )
+
+
+def _is_sound(pieces: Sequence[Piece], chunks: int) -> bool:
+    seen = 0
+    for piece in pieces:
+        if len(piece.held) != MASK_SIZE or len(piece.used) not in (0, MASK_SIZE) or not 0 <= piece.chunk < chunks:
+            return False
+        used = used_mask(piece)
+        if not used or used & ~held_mask(piece) or used & seen:
+            return False
+        seen |= used
+    return bool(pieces)

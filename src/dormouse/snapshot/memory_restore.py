@@ -1,0 +1,148 @@
+"""Gives the memory of a snapshot back: through CRIU's pipe, or straight into the restored, still stopped processes.
+
+    plan:   which windows go through the pipe, which are filled afterwards        (fill_plan, pure)
+    pipe:   page map and pages, written anew from the windows that CRIU shall see (pagemap_parts, page_parts)
+    fill:   pool: read, check, decode, assemble -> process_vm_writev              (fill)
+
+CRIU puts pages into place with one thread, and each byte goes through a pipe before. What is withheld from it is not
+in the page map it sees, so it makes the mapping and leaves it empty; then many threads write the pages there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from dormouse.errors import DamagedError
+from dormouse.snapshot.criu_images import PAGE, Task, encode_pagemap
+from dormouse.snapshot.criu_images import Mapping as ProcessMapping
+from dormouse.snapshot.memory_map import (
+    AddressSpace,
+    Window,
+    assemble,
+    held_mask,
+    plain_windows,
+    runs_of,
+    window_mask,
+)
+from dormouse.snapshot.process_memory import ProcessMemory
+from dormouse.store.chunk import Buffer, Digest
+from dormouse.store.store import Reader
+from dormouse.transfer.budget import default_threads
+from dormouse.transfer.readahead import ReadAhead
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How one process gets its memory back."""
+
+    space: AddressSpace
+    piped: list[Window]
+    filled: list[Window]
+
+
+def fill_plan(
+    spaces: Iterable[AddressSpace], mappings: Mapping[int, list[ProcessMapping]], tree: Iterable[Task]
+) -> list[MemoryPlan]:
+    """Fill what lies in plain memory of processes. Memory that a child has at the same place as its parent goes through
+    the pipe: CRIU lets the two share what is equal, copy-on-write, as it was before."""
+    shared = _inherited(mappings, tree)
+    plans = []
+    for space in spaces:
+        own = [m for m in mappings.get(space.pid, []) if (m.start, m.end) not in shared.get(space.pid, set())]
+        plain = plain_windows(space.windows, own)
+        plans.append(
+            MemoryPlan(
+                space,
+                piped=[window for window in space.windows if window.number not in plain],
+                filled=[window for window in space.windows if window.number in plain],
+            )
+        )
+    return plans
+
+
+def _inherited(mappings: Mapping[int, list[ProcessMapping]], tree: Iterable[Task]) -> dict[int, set[tuple[int, int]]]:
+    """By pid, the (start, end) of mappings that its parent or a child of it has at the same place."""
+    places = {pid: {(m.start, m.end) for m in found if m.plain} for pid, found in mappings.items()}
+    shared: dict[int, set[tuple[int, int]]] = {}
+    for task in tree:
+        common = places.get(task.pid, set()) & places.get(task.parent, set())
+        shared.setdefault(task.pid, set()).update(common)
+        shared.setdefault(task.parent, set()).update(common)
+    return shared
+
+
+def pagemap_parts(plan: MemoryPlan) -> Iterator[Buffer]:
+    """The page map as CRIU shall see it."""
+    yield encode_pagemap(plan.space.pages_id, runs_of(plan.piped))
+
+
+def page_parts(plan: MemoryPlan, chunks: ReadAhead) -> Iterator[Buffer]:
+    """The pages of that page map. Raises DamagedError."""
+    digests = plan.space.chunk_list()
+    wanted = [digests[piece.chunk] for window in plan.piped for piece in window.pieces]
+    stream = chunks.stream(wanted)
+    try:
+        for window in plan.piped:
+            parts = {piece.chunk: next(stream) for piece in window.pieces}
+            for piece in window.pieces:
+                _check_length(len(parts[piece.chunk]), held_mask(piece), digests[piece.chunk])
+            yield assemble(window, parts.__getitem__)
+    finally:
+        stream.close()
+
+
+class Fill:
+    """Writes withheld windows into stopped processes."""
+
+    def __init__(self, plans: Iterable[MemoryPlan], reader: Reader) -> None:
+        """Finds all chunks. Raises DamagedError for one that is in no pack."""
+        self._plans = [plan for plan in plans if plan.filled]
+        self._reader = reader
+        located = reader.locate({digest for plan in self._plans for digest in _digests(plan)})
+        self._chunks = {chunk.digest: chunk for chunk in located}
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes to be filled, as their images name them."""
+        return [plan.space.pid for plan in self._plans]
+
+    def read_ahead(self) -> None:
+        """Have the kernel read what will be wanted, in the order of the packs, while CRIU is busy."""
+        for chunk in sorted(self._chunks.values(), key=lambda chunk: (chunk.pack, chunk.offset)):
+            self._reader.advise(chunk)
+
+    def run(self, host_pids: Mapping[int, int], *, threads: int | None = None) -> None:
+        """Fill the processes, whose pids in this namespace are `host_pids`. Raises DamagedError, SnapshotError."""
+        with contextlib.ExitStack() as exits:
+            pool = exits.enter_context(ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="fill"))
+            jobs = []
+            for plan in self._plans:
+                memory = exits.enter_context(ProcessMemory(host_pids[plan.space.pid]))
+                digests = plan.space.chunk_list()
+                jobs += [pool.submit(self._fill, memory, window, digests) for window in plan.filled]
+            exits.callback(lambda: pool.shutdown(cancel_futures=True))
+            for job in jobs:
+                job.result()
+
+    def _fill(self, memory: ProcessMemory, window: Window, digests: list[Digest]) -> None:
+        for piece in window.pieces:
+            digest = digests[piece.chunk]
+            _check_length(self._chunks[digest].plain_length, held_mask(piece), digest)
+        pages = assemble(window, lambda number: self._reader.plain(self._chunks[digests[number]]))
+        memory.write(window.number, window_mask(window), pages)
+
+
+def _digests(plan: MemoryPlan) -> Iterator[Digest]:
+    digests = plan.space.chunk_list()
+    return (digests[piece.chunk] for window in plan.filled for piece in window.pieces)
+
+
+def _check_length(length: int, held: int, digest: Digest) -> None:
+    if length != held.bit_count() * PAGE:
+        raise DamagedError(
+            f"chunk {digest.hex()} has {length} bytes where {held.bit_count()} pages are expected",
+            remedy="Remove the snapshot with `dormouse rm`; it is then captured anew",
+        )

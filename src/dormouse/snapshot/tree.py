@@ -1,0 +1,59 @@
+"""A process tree that can be captured, or has been restored: where it lives, and what ties it to the outside."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import msgspec
+
+from dormouse.snapshot.cell import Spawned
+
+
+class External(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A descriptor of the tree whose other end is outside: a unix socket or a pipe, by the inode CRIU knows it by."""
+
+    kind: Literal["socket", "pipe"]
+    inode: int
+
+
+class Home(Protocol):
+    """Where a tree lives and CRIU runs: a `Cell`, see there for what each call promises."""
+
+    def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        fds: Mapping[int, int] | None = None,
+        control: int | None = None,
+    ) -> Spawned: ...
+
+    def wait(self, pid: int, timeout: float | None) -> int | None: ...
+
+    def outer_pid(self, pid: int) -> int: ...
+
+    def processes(self) -> list[int]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ProcessTree:
+    """`pid` is the root's as CRIU sees it in `home`; `snapshot_id` the snapshot it was restored from, if any."""
+
+    home: Home
+    pid: int
+    externals: tuple[External, ...] = ()
+    snapshot_id: str | None = None
+
+
+def continue_tree(home: Home, *, but: Iterable[int] = ()) -> None:
+    """Let every stopped process of a tree run on, except for the (host) pids in `but`."""
+    for pid in set(home.processes()).difference(but):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)

@@ -1,0 +1,240 @@
+"""The memory of a process as windows and pieces, against a dictionary of address -> page; and CRIU's page maps."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dormouse.errors import DamagedError
+from dormouse.snapshot import criu_images, memory_map
+from dormouse.snapshot.criu_images import PAGE, Mapping, PagemapParser, Run, Task, encode_pagemap, parse_pagemap
+from dormouse.snapshot.memory_capture import _address_space, process_of, store_window
+from dormouse.snapshot.memory_map import PAGES, WINDOW, AddressSpace, Piece, Spans, Window, mask_bytes
+from dormouse.snapshot.memory_restore import fill_plan
+from dormouse.store.chunk import Buffer, Digest, digest_of
+
+masks = st.one_of(
+    st.integers(0, (1 << PAGES) - 1), st.sets(st.integers(0, PAGES - 1)).map(lambda s: sum(1 << i for i in s))
+)
+
+
+def _ascending(steps: Sequence[tuple[int, int]]) -> list[Run]:
+    at, found = 0x7F00_0000_0000, []
+    for gap, pages in steps:
+        at += gap * PAGE
+        found.append(Run(at, pages))
+        at += pages * PAGE
+    return found
+
+
+runs = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 700)), max_size=8).map(_ascending)
+
+
+def pages_of(found: Sequence[Run]) -> list[int]:
+    return [run.address + i * PAGE for run in found for i in range(run.pages)]
+
+
+def bits(mask: int) -> list[int]:
+    return [i for i in range(PAGES) if mask >> i & 1]
+
+
+@given(runs)
+def test_spans_name_the_pages_of_the_runs_window_by_window(given_runs: list[Run]) -> None:
+    spans = Spans()
+    found = [span for run in given_runs for span in spans.add(run)] + list(spans.last())
+    assert [span.number * WINDOW + bit * PAGE for span in found for bit in bits(span.mask)] == pages_of(given_runs)
+    assert [span.number for span in found] == sorted({span.number for span in found})
+
+
+@given(masks)
+def test_mask_runs_are_the_bits(mask: int) -> None:
+    assert [first + i for first, count in memory_map.mask_runs(mask) for i in range(count)] == bits(mask)
+
+
+@given(masks, st.randoms(use_true_random=False))
+def test_squeeze_keeps_exactly_the_pages_that_are_not_zero(mask: int, random: object) -> None:
+    contents = {bit: bytes([(bit * 7) % 3]) * PAGE for bit in bits(mask)}
+    buffer = memoryview(bytearray(b"".join(contents.values())))
+    kept = memory_map.squeeze(buffer, mask)
+    assert bits(kept) == [bit for bit, page in contents.items() if any(page)]
+    assert buffer[: kept.bit_count() * PAGE].tobytes() == b"".join(page for page in contents.values() if any(page))
+
+
+class Chunks:
+    """A store of chunks that remembers what was put."""
+
+    def __init__(self) -> None:
+        self.held: dict[Digest, bytes] = {}
+        self.put_bytes = 0
+
+    def put(self, plain: Buffer) -> Digest:
+        digest = digest_of(plain)
+        if digest not in self.held:
+            self.put_bytes += len(plain)
+        self.held[digest] = bytes(plain)
+        return digest
+
+
+def captured(memory: dict[int, bytes], chunks: Chunks, parent: AddressSpace | None = None) -> AddressSpace:
+    """An address space made of address -> page as a capture makes it."""
+    windows = {}
+    for number in sorted({address // WINDOW for address in memory}):
+        mask = sum(1 << (address % WINDOW // PAGE) for address in memory if address // WINDOW == number)
+        buffer = memoryview(bytearray(b"".join(memory[number * WINDOW + bit * PAGE] for bit in bits(mask))))
+        kept = memory_map.squeeze(buffer, mask)
+        old = None
+        found = next((window for window in parent.windows if window.number == number), None) if parent else None
+        if parent is not None and found is not None:
+            digests = parent.chunk_list()
+            old = found, digests, memory_map.assemble(found, lambda n, d=digests: chunks.held[d[n]])  # type: ignore[misc]
+        windows[number] = store_window(buffer, kept, old, chunks.put)
+    return _address_space(7, 1, len(memory), windows)
+
+
+def contents(space: AddressSpace, chunks: Chunks) -> dict[int, bytes]:
+    """address -> page as a restore gives it back."""
+    memory_map.check(space, "it")
+    digests = space.chunk_list()
+    found = {}
+    for window in space.windows:
+        packed = memory_map.assemble(window, lambda number: chunks.held[digests[number]])
+        for i, bit in enumerate(bits(memory_map.window_mask(window))):
+            found[window.number * WINDOW + bit * PAGE] = packed[i * PAGE : (i + 1) * PAGE].tobytes()
+    return found
+
+
+page_contents = st.sampled_from([bytes(PAGE), b"a" * PAGE, b"b" * PAGE, b"c" + bytes(PAGE - 1)])
+memories = st.dictionaries(st.integers(0, 3 * PAGES).map(lambda n: (1 << 30) + n * PAGE), page_contents, max_size=40)
+
+
+@given(st.lists(memories, min_size=1, max_size=6))
+def test_any_chain_of_incremental_captures_gives_back_each_state(states: list[dict[int, bytes]]) -> None:
+    chunks = Chunks()
+    parent = None
+    for state in states:
+        parent = captured(state, chunks, parent)
+        assert contents(parent, chunks) == {address: page for address, page in state.items() if any(page)}
+        listed = pages_of(list(memory_map.runs_of(parent.windows)))
+        assert listed == sorted(contents(parent, chunks))
+
+
+def test_what_has_not_changed_is_not_stored_again_and_a_changed_page_costs_a_page() -> None:
+    chunks = Chunks()
+    memory = {WINDOW + i * PAGE: i.to_bytes(4, "little") * (PAGE // 4) for i in range(1, PAGES)}
+    first = captured(memory, chunks)
+    before = chunks.put_bytes
+    assert captured(memory, chunks, first) == first
+    assert chunks.put_bytes == before
+    memory[WINDOW + 9 * PAGE] = b"x" * PAGE
+    second = captured(memory, chunks, first)
+    assert chunks.put_bytes == before + PAGE
+    assert len(second.windows[0].pieces) == 2
+
+
+def test_a_window_that_has_changed_often_is_stored_whole_again() -> None:
+    chunks = Chunks()
+    memory = {WINDOW + i * PAGE: bytes([i % 255 + 1]) * PAGE for i in range(PAGES)}
+    space = captured(memory, chunks)
+    for i in range(12):
+        memory[WINDOW + i * PAGE] = bytes([i + 1]) + b"changed" + bytes(PAGE - 8)
+        space = captured(memory, chunks, space)
+        assert len(space.windows[0].pieces) <= 5
+    assert contents(space, chunks) == memory
+
+
+@given(st.integers(0, 5), runs, st.integers(1, 40))
+def test_a_page_map_comes_back_in_whatever_pieces_it_arrives(pages_id: int, given_runs: list[Run], step: int) -> None:
+    data = encode_pagemap(pages_id, given_runs)
+    assert parse_pagemap(data, "it") == (pages_id, given_runs)
+    parser = PagemapParser("it")
+    found = [run for at in range(0, len(data), step) for run in parser.feed(data[at : at + step])]
+    assert (parser.finish(), found) == (pages_id, given_runs)
+
+
+PARSERS = [criu_images.parse_mappings, criu_images.parse_tree, criu_images.was_stopped, parse_pagemap]
+MAGICS = [0x57492820, 0x50273030, 0x55053847, 0x56084025]
+
+
+@pytest.mark.parametrize(("parser", "magic"), list(zip(PARSERS, MAGICS, strict=True)))
+@given(body=st.binary(max_size=200), framed=st.booleans())
+def test_any_bytes_as_an_image_are_parsed_or_refused(parser: object, magic: int, body: bytes, framed: bool) -> None:
+    data = struct.pack("<II", 0x54564319, magic) + (struct.pack("<I", len(body)) if framed else b"") + body
+    with contextlib.suppress(DamagedError):
+        parser(data, "it")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [Run(5, 1), Run(PAGE, 0), Run(1 << 60, 1), Run(PAGE, 1 << 40)],
+    ids=["unaligned", "empty", "beyond any address", "endless"],
+)
+def test_a_page_map_that_makes_no_sense_is_refused(entry: Run) -> None:
+    with pytest.raises(DamagedError, match="makes no sense"):
+        parse_pagemap(encode_pagemap(1, [entry]), "it")
+
+
+def test_overlapping_runs_are_refused() -> None:
+    with pytest.raises(DamagedError, match="makes no sense"):
+        parse_pagemap(encode_pagemap(1, [Run(PAGE, 2), Run(2 * PAGE, 1)]), "it")
+
+
+def space(*windows: Window, digests: int = 1) -> AddressSpace:
+    return AddressSpace(pid=7, pages_id=1, pages=1, windows=list(windows), digests=bytes(32 * digests))
+
+
+ONE = mask_bytes(1)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        space(Window(1, [])),
+        space(Window(2, [Piece(0, ONE)]), Window(1, [Piece(0, ONE)])),
+        space(Window(1, [Piece(1, ONE)])),
+        space(Window(1, [Piece(-1, ONE)])),
+        space(Window(1, [Piece(0, b"\1")])),
+        space(Window(1, [Piece(0, ONE, mask_bytes(2))])),
+        space(Window(1, [Piece(0, ONE), Piece(0, ONE)])),
+        space(Window(1 << 40, [Piece(0, ONE)])),
+        space(Window(1, [Piece(0, bytes(32))])),
+    ],
+)
+def test_an_address_space_that_contradicts_itself_is_refused(broken: AddressSpace) -> None:
+    with pytest.raises(DamagedError):
+        memory_map.check(broken, "it")
+
+
+def test_only_windows_wholly_in_plain_memory_are_filled() -> None:
+    spaces = [space(*(Window(number, [Piece(0, mask_bytes(0b11))]) for number in (1, 2, 3)))]
+    mappings = {
+        7: [
+            Mapping(WINDOW, WINDOW + 2 * PAGE, plain=True),
+            Mapping(2 * WINDOW, 2 * WINDOW + PAGE, plain=True),
+            Mapping(2 * WINDOW + PAGE, 3 * WINDOW, plain=False),
+            Mapping(3 * WINDOW, 3 * WINDOW + PAGE, plain=True),
+            Mapping(3 * WINDOW + PAGE, 4 * WINDOW, plain=True),
+        ]
+    }
+    (plan,) = fill_plan(spaces, mappings, [Task(7, 0)])
+    assert [window.number for window in plan.filled] == [1, 3]
+    assert [window.number for window in plan.piped] == [2]
+
+
+def test_memory_that_parent_and_child_share_goes_through_the_pipe() -> None:
+    common, own = Mapping(WINDOW, 2 * WINDOW, plain=True), Mapping(2 * WINDOW, 3 * WINDOW, plain=True)
+    windows = [Window(number, [Piece(0, ONE)]) for number in (1, 2)]
+    spaces = [AddressSpace(pid=pid, pages_id=pid, pages=2, windows=windows, digests=bytes(32)) for pid in (7, 8)]
+    plans = fill_plan(spaces, {7: [common], 8: [common, own]}, [Task(7, 0), Task(8, 7)])
+    assert [[window.number for window in plan.filled] for plan in plans] == [[], [2]]
+
+
+def test_only_page_maps_of_processes_name_a_process() -> None:
+    assert process_of("pagemap-12.img") == 12
+    assert [
+        process_of(name) for name in ("pagemap-shmem-12.img", "pages-12.img", "pagemap-12.img.img", "pagemap-.img")
+    ] == [*([None] * 4)]

@@ -1,0 +1,224 @@
+"""The memory of a restored process, page by page: filled by threads or piped through CRIU, it is what was captured."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dormouse.config import DataDir
+from dormouse.errors import DamagedError
+from dormouse.snapshot.capture import CaptureResult, capture
+from dormouse.snapshot.cell import Cell, worker_pid_floor
+from dormouse.snapshot.criu_images import PAGE
+from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.restore import Restored, restore
+from dormouse.snapshot.tree import Home, ProcessTree, continue_tree
+from dormouse.store.store import Store
+
+pytestmark = pytest.mark.root
+
+_RSEQ_BYTES = 32  # struct rseq: the kernel writes the CPU's number there whenever the thread is scheduled
+
+PROGRAM = """
+import ctypes, mmap, os, signal, sys, time
+PAGE = 4096
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+def area(pages, flags=0x22):
+    at = libc.mmap(None, pages * PAGE, 3, flags, -1, 0)
+    for i in range(pages):
+        content = [bytes(PAGE), os.urandom(PAGE), (b"%d leaves " % i * 512)[:PAGE], None][i % 4]
+        if content is not None:
+            ctypes.memmove(at + i * PAGE, content, PAGE)
+    return at
+big = area(1500)
+read_only, hidden = area(600), area(300)
+libc.mprotect(read_only, 600 * PAGE, 1)
+libc.mprotect(hidden, 300 * PAGE, 0)
+shared = area(400, 0x21)
+stack_like = area(64, 0x122)
+if sys.argv[2] == "fork":
+    common = area(1000)
+    if os.fork() == 0:
+        mine = area(700)
+        ctypes.memset(common, 7, 10 * PAGE)
+        open(sys.argv[1] + ".child", "w").write("x")
+        while True: time.sleep(3600)
+    while not os.path.exists(sys.argv[1] + ".child"): time.sleep(0.01)
+def change(*_):
+    ctypes.memset(big + 40 * PAGE, 9, PAGE)
+    ctypes.memset(big + 41 * PAGE, 0, PAGE)
+    open(sys.argv[1] + ".changed", "w").write("x")
+signal.signal(signal.SIGUSR1, change)
+open(sys.argv[1], "w").write("ready")
+while True: time.sleep(3600)
+"""
+
+
+@pytest.fixture
+def store(data_dir: DataDir) -> Iterator[Store]:
+    with Store.open(data_dir.store) as opened:
+        yield opened
+
+
+def start(folder: Path, how: str) -> ProcessTree:
+    """A process with memory of every kind, in a cell."""
+    mark = folder / "ready"
+    cell = Cell.create()
+    spawned = cell.spawn(
+        [sys.executable, "-c", PROGRAM, str(mark), how], env={"PATH": os.defpath}, pid_floor=worker_pid_floor()
+    )
+    deadline = time.monotonic() + 20
+    while not mark.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return ProcessTree(cell, spawned.pid)
+
+
+def captured(tree: ProcessTree, store: Store, criu: Criu) -> CaptureResult:
+    return capture(
+        *(tree, store, criu),
+        **{"kind": "process", "name": "p", "key": {}, "now": time.time, "timeout": 60, "still_wanted": lambda: True},
+    )
+
+
+def restored(snapshot_id: str, store: Store, criu: Criu, *, fill: bool) -> Restored:
+    """Restored, and stopped before it can do much."""
+    made = restore(snapshot_id, store, criu, key={}, take_home=Cell.create, timeout=60, inherit=(), fill=fill)
+    for pid in made.tree.home.processes():
+        os.kill(pid, signal.SIGSTOP)
+    return made
+
+
+def memory(home: Home) -> dict[tuple[int, int], bytes]:
+    """(process by order of pid, address) -> page, of everything but what the kernel itself maps."""
+    pages = {}
+    for number, pid in enumerate(sorted(home.processes())):
+        with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as mem:
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                if any(name in line for name in ("[vvar", "[vsyscall]")):
+                    continue
+                start, end = (int(word, 16) for word in line.split()[0].split("-"))
+                for at in range(start, end, PAGE):
+                    mem.seek(at)
+                    pages[number, at] = mem.read(PAGE)
+    return pages
+
+
+def assert_same(found: dict[tuple[int, int], bytes], expected: dict[tuple[int, int], bytes]) -> None:
+    assert found.keys() == expected.keys()
+    for where, page in expected.items():
+        if found[where] != page:
+            wrong = sum(a != b for a, b in zip(found[where], page, strict=True))
+            assert wrong <= _RSEQ_BYTES, f"{wrong} bytes differ at {where}"
+
+
+@pytest.mark.parametrize("how", ["alone", "fork"])
+def test_filled_and_piped_memory_is_what_was_captured(store: Store, criu: Criu, tmp_path: Path, how: str) -> None:
+    tree = start(tmp_path, how)
+    result = captured(tree, store, criu)
+    expected = memory(tree.home)
+    tree.home.close()
+    for fill in (False, True):
+        made = restored(result.snapshot_id, store, criu, fill=fill)
+        try:
+            assert_same(memory(made.tree.home), expected)
+        finally:
+            made.tree.home.close()
+
+
+def test_zero_pages_take_no_memory_after_a_restore(store: Store, criu: Criu, tmp_path: Path) -> None:
+    tree = start(tmp_path, "alone")
+    before = resident(tree)
+    result = captured(tree, store, criu)
+    tree.home.close()
+    for fill in (False, True):
+        made = restored(result.snapshot_id, store, criu, fill=fill)
+        after = resident(made.tree)
+        made.tree.home.close()
+        assert after < before - 375 * PAGE  # a quarter of the 1500 pages of `big`
+
+
+def resident(tree: ProcessTree) -> int:
+    line = Path(f"/proc/{tree.home.outer_pid(tree.pid)}/status").read_text().split("RssAnon:")[1].split()[0]
+    return int(line) * 1024
+
+
+def test_a_second_capture_stores_what_has_changed(store: Store, criu: Criu, tmp_path: Path) -> None:
+    tree = start(tmp_path, "alone")
+    first = captured(tree, store, criu)
+    tree.home.close()
+    made = restored(first.snapshot_id, store, criu, fill=True)
+    tree = made.tree
+    continue_tree(tree.home)
+    os.kill(tree.home.outer_pid(tree.pid), signal.SIGUSR1)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "ready.changed").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    second = captured(tree, store, criu)
+    expected = memory(tree.home)
+    tree.home.close()
+    assert second.stored_bytes < 60 * PAGE < first.stored_bytes / 10
+    # The first snapshot may go: the second needs only chunks.
+    store.remove(first.snapshot_id)
+    store.collect_garbage()
+    for fill in (False, True):
+        again = restored(second.snapshot_id, store, criu, fill=fill)
+        try:
+            assert_same(memory(again.tree.home), expected)
+        finally:
+            again.tree.home.close()
+    assert store.verify().ok
+
+
+def test_a_capture_without_its_parent_stores_all(store: Store, criu: Criu, tmp_path: Path) -> None:
+    tree = start(tmp_path, "alone")
+    first = captured(tree, store, criu)
+    tree.home.close()
+    made = restored(first.snapshot_id, store, criu, fill=True)
+    store.remove(first.snapshot_id)
+    store.collect_garbage()
+    second = captured(made.tree, store, criu)
+    made.tree.home.close()
+    assert second.stored_bytes > first.stored_bytes / 2
+    restored(second.snapshot_id, store, criu, fill=True).tree.home.close()
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_damage_anywhere_in_the_memory_is_found_before_it_runs(
+    store: Store, criu: Criu, tmp_path: Path, fill: bool
+) -> None:
+    tree = start(tmp_path, "alone")
+    result = captured(tree, store, criu)
+    tree.home.close()
+    (pack,) = (tmp_path / "data" / "store").rglob("*.pack")
+    data = bytearray(pack.read_bytes())
+    data[len(data) // 2] ^= 1
+    pack.write_bytes(data)
+    with pytest.raises(DamagedError):
+        restored(result.snapshot_id, store, criu, fill=fill)
+
+
+def test_plain_criu_reads_a_page_map_of_ours(store: Store, criu: Criu, tmp_path: Path) -> None:
+    """`crit`, CRIU's own judge, when it is installed."""
+    crit = shutil.which("crit")
+    if crit is None:
+        pytest.skip("crit is not installed")
+    from dormouse.snapshot.criu_images import Run, encode_pagemap
+
+    (tmp_path / "pagemap-1.img").write_bytes(encode_pagemap(3, [Run(PAGE, 2), Run(8 * PAGE, 1)]))
+    shown = subprocess.run(
+        [crit, "show", str(tmp_path / "pagemap-1.img")], capture_output=True, text=True, check=True
+    ).stdout
+    assert '"pages_id": 3' in shown and '"nr_pages": 2' in shown
