@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from dormouse import errors
 from dormouse.errors import BusyError, DormouseError, HostError, StoppingError
-from dormouse.gateway.admin import SOCKET_NAME, short_path
+from dormouse.node.presence import ADMIN_SOCKET, short_path
 
 
 def ask_node(run_dir: Path, method: str, *parts: str, query: str = "") -> Any:
@@ -45,7 +45,7 @@ class _Connection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with short_path(self._run_dir) as folder:
-                self.sock.connect(f"{folder}/{SOCKET_NAME}")
+                self.sock.connect(f"{folder}/{ADMIN_SOCKET}")
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise HostError(
                 f"no node runs on the data folder {self._run_dir.parent}",

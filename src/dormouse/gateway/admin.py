@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import asdict
@@ -32,9 +31,7 @@ from dormouse.errors import ConfigError, DormouseError, NotFoundError
 from dormouse.gateway.asgi_server import AsgiServer
 from dormouse.gateway.problems import HttpProblem, json_response, problem_response
 from dormouse.node.node import Node
-
-SOCKET_NAME = "admin.sock"
-"""The socket's name in the run folder."""
+from dormouse.node.presence import ADMIN_SOCKET, short_path
 
 _BACKLOG = 16
 _Action = TypeVar("_Action")
@@ -78,13 +75,13 @@ async def serve_admin(node: Node, run_dir: Path) -> AsyncIterator[None]:
 @contextlib.contextmanager
 def listen_privately(run_dir: Path) -> Iterator[socket.socket]:
     """The listening socket, removed at the end. Raises ConfigError when it can't be made."""
-    path = run_dir / SOCKET_NAME
+    path = run_dir / ADMIN_SOCKET
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         try:
             path.unlink(missing_ok=True)
             with short_path(run_dir) as folder:
-                listener.bind(f"{folder}/{SOCKET_NAME}")
+                listener.bind(f"{folder}/{ADMIN_SOCKET}")
             path.chmod(0o600)  # nobody can connect before `listen`
             listener.listen(_BACKLOG)
         except OSError as error:
@@ -96,16 +93,6 @@ def listen_privately(run_dir: Path) -> Iterator[socket.socket]:
     finally:
         listener.close()
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def short_path(folder: Path) -> Iterator[str]:
-    """Another name of a folder, for socket addresses, which may have no more than 108 bytes."""
-    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}"
-    finally:
-        os.close(fd)
 
 
 class _Routes:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dormouse.errors import ConfigError, NotFoundError
-from dormouse.snapshot.capture import SNAPSHOT_KIND
+from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
 from dormouse.store.store import ManifestRow, Store
+
+KINDS = (SNAPSHOT_KIND, TEMPLATE_KIND)
+"""The manifests that are snapshots; a store holds others, too."""
 
 
 class StoreCatalog:
@@ -69,14 +72,19 @@ class StoreCatalog:
     @contextmanager
     def _row(self, snapshot_id: str) -> Iterator[tuple[Store, ManifestRow]]:
         with Store.open(self._path) as store:
-            row = next((row for row in store.manifests() if row.id == snapshot_id), None)
+            row = next((row for row in snapshots_of(store) if row.id == snapshot_id), None)
             if row is None:
                 raise NotFoundError(f"there is no snapshot {snapshot_id}", remedy="`dormouse ls` shows all ids")
             yield store, row
 
 
+def snapshots_of(store: Store) -> list[ManifestRow]:
+    """The snapshots and templates of a store, oldest first."""
+    return [row for row in store.manifests() if row.kind in KINDS]
+
+
 def snapshot_rows(store: Store) -> list[dict[str, Any]]:
-    """The snapshots and templates of a store, oldest first: what `dormouse ls` and the admin API show."""
+    """The same as JSON-ready rows: what `dormouse ls` and the admin API show."""
     return [
         {
             "id": row.id,
@@ -91,7 +99,7 @@ def snapshot_rows(store: Store) -> list[dict[str, Any]]:
             "quarantine": row.marks.quarantine,
             "quarantined_at": row.marks.quarantined_at,
         }
-        for row in store.manifests()
+        for row in snapshots_of(store)
     ]
 
 
