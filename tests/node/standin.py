@@ -22,6 +22,7 @@ from dormouse.errors import ConfigError, DormouseError, IncompatibleError, NotFo
 from dormouse.node.node import Node
 from dormouse.node.parts import Model
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
+from dormouse.snapshot.compatibility import first_mismatch
 from dormouse.snapshot.service import CaptureResult, WorkerHandle
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
@@ -109,7 +110,7 @@ class StandInHost:
         await self._enter("restore template" if template else "restore")
         if snapshot_id not in self.snapshots:
             raise NotFoundError(f"there is no snapshot {snapshot_id}")
-        if self.snapshots[snapshot_id] != key:
+        if first_mismatch(self.snapshots[snapshot_id], key) is not None:
             raise IncompatibleError(f"snapshot {snapshot_id} does not fit this host")
         return self._spawn("--restored")
 
@@ -132,6 +133,9 @@ class StandInHost:
     def latest(self, name: str, *, kind: str = SNAPSHOT_KIND) -> str | None:
         usable = [found for found in self._own(name, kind) if found not in self.quarantined]
         return usable[-1] if usable else None
+
+    def canary(self, snapshot_id: str) -> str | None:
+        return self.snapshots[snapshot_id].get("canary")
 
     def drop_older(self, name: str, snapshot_id: str, *, kind: str = SNAPSHOT_KIND) -> None:
         if self.clean_up_gates:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dormouse.errors import ConfigError, NotFoundError
+from dormouse.node import canary
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
+from dormouse.snapshot.images import decode_body
 from dormouse.store.store import ManifestRow, Store
 
 KINDS = (SNAPSHOT_KIND, TEMPLATE_KIND)
@@ -28,6 +30,11 @@ class StoreCatalog:
         with Store.open(self._path) as store:
             rows = [row for row in store.manifests(kind=kind, name=name) if row.marks.quarantine is None]
         return max(rows, key=lambda row: row.created).id if rows else None
+
+    def canary(self, snapshot_id: str) -> str | None:
+        """The answer of the canary that was stored with it (canary.py)."""
+        with Store.open(self._path) as store:
+            return decode_body(store.manifest(snapshot_id).body, snapshot_id).key.get(canary.FIELD)
 
     def drop_older(self, name: str, snapshot_id: str, *, kind: str = SNAPSHOT_KIND) -> None:
         """Remove those that are older than this one, but not those that are pinned, and free what only they used."""

@@ -185,8 +185,12 @@ class Node:
             key=await asyncio.to_thread(self._key_of, model, settings),
             template_key=await asyncio.to_thread(self._template_key_of, spec) if spec is not None else {},
             snapshot_id=await asyncio.to_thread(self._catalog.latest, model.name),
+            canary_of=self._canary_of,
             log_path=self._data_dir.logs / f"{model.name}.log",
         )
+
+    async def _canary_of(self, snapshot_id: str) -> str | None:
+        return await asyncio.to_thread(self._catalog.canary, snapshot_id)
 
     async def _find_templates(self, host: Host) -> Templates:
         specs = {spec for spec in self._specs.values() if spec is not None}

@@ -57,6 +57,9 @@ class Catalog(Protocol):
     def latest(self, name: str, *, kind: str = SNAPSHOT_KIND) -> str | None:
         """The id of the newest one that is not quarantined."""
 
+    def canary(self, snapshot_id: str) -> str | None:
+        """The answer of the canary that was stored with it (canary.py)."""
+
     def drop_older(self, name: str, snapshot_id: str, *, kind: str = SNAPSHOT_KIND) -> None:
         """Remove those that are older than this one and free what only they used, quarantined ones too, but not those
         that are pinned. Newer ones stay: this call may come late."""

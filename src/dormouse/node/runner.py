@@ -19,6 +19,7 @@ from typing import Any
 from dormouse.config import ModelConfig
 from dormouse.engine.messages import Delta, Finished, Load, Prompt, Sampling
 from dormouse.errors import DeadlineError, DormouseError, EngineError
+from dormouse.node import canary
 from dormouse.node import replica as machine
 from dormouse.node.link import WorkerLink
 from dormouse.node.memory import estimate, resident_bytes
@@ -99,6 +100,7 @@ class Runner:
         key: dict[str, str],
         template_key: dict[str, str],
         snapshot_id: str | None,
+        canary_of: Callable[[str], Awaitable[str | None]],
         log_path: Path,
     ) -> None:
         self.model = model
@@ -106,6 +108,8 @@ class Runner:
         self._around = around
         self._key = key
         self._template_key = template_key
+        self._canary_of = canary_of
+        self._canary: str | None = None
         self._log_path = log_path
         self._loop = asyncio.get_running_loop()
         self._load = Load(
@@ -338,7 +342,15 @@ class Runner:
         link = await self._connect(self._handle, fresh=False)
         with phases.time("resume"):
             resumed = await link.resume(str(self._log_path))
+        with phases.time("canary"):
+            await self._judge(link, snapshot_id)
         phases |= _details("host", self._handle.phases) | _details("resume", resumed.phases)
+
+    async def _judge(self, link: WorkerLink, snapshot_id: str) -> None:
+        """The canary's verdict on a restored worker, before anyone is served."""
+        expected = await self._canary_of(snapshot_id)
+        if expected is not None:
+            await canary.judge(link, expected, f"snapshot {snapshot_id} of {self.model.name}")
 
     async def _start_from_template(self, template_id: str, phases: Phases) -> None:
         with phases.time("host"):
@@ -363,6 +375,7 @@ class Runner:
     async def _quiesce(self) -> machine.Done:
         assert self._link is not None
         async with asyncio.timeout(self._around.step_timeout):
+            self._canary = await canary.ask(self._link)
             quiesced = await self._link.quiesce()
         return machine.Done(phases=quiesced.phases)
 
@@ -372,7 +385,7 @@ class Runner:
         try:
             async with asyncio.timeout(self._around.step_timeout):
                 with phases.time("host"):
-                    result = await self._around.host.capture(self._handle, model=self.model.name, key=self._key)
+                    result = await self._around.host.capture(self._handle, model=self.model.name, key=self._full_key())
         except TimeoutError:
             await self._end_worker()  # the capture may yet go on: its worker must never serve again
             raise
@@ -381,6 +394,10 @@ class Runner:
         await self._end_worker()
         self._tell_captured(result, phases)
         return machine.Done(snapshot_id=result.snapshot_id, phases=phases)
+
+    def _full_key(self) -> dict[str, str]:
+        """The key as it is stored with a snapshot."""
+        return self._key | ({canary.FIELD: self._canary} if self._canary is not None else {})
 
     def _tell_captured(self, result: CaptureResult, phases: Phases) -> None:
         name = self.model.name

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dormouse.config import ModelConfig
 from dormouse.engine.messages import Prepare
@@ -181,7 +182,17 @@ class Templates:
             finally:
                 await link.close()
         finally:
-            await self._host.stop_worker(handle)
+            await _to_the_end(self._host.stop_worker(handle))
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await it even if this task is cancelled meanwhile: a worker must not be left over."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def _is_told(_error: DormouseError) -> None:

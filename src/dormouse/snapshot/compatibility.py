@@ -45,6 +45,10 @@ def _equal(then: str, now: str) -> str | None:
     return None if then == now else f"captured with {then or 'nothing'}, here is {now or 'nothing'}"
 
 
+def _ignore(_then: str, _now: str) -> None:
+    return None
+
+
 def _superset(then: str, now: str) -> str | None:
     missing = set(then.split()) - set(now.split())
     return f"captured on a CPU with {' '.join(sorted(missing))}, which this CPU lacks" if missing else None
@@ -77,6 +81,8 @@ RULES: Mapping[str, Rule] = {
     "model": Rule(_equal, "would answer with other weights than those imported"),
     "gpu": Rule(_equal, "needs the GPU its kernels were built for"),
     "gpu_driver": Rule(_equal, "needs the driver that made the GPU's image"),
+    # Not a property of a host: what the worker answered before its capture (node/canary.py).
+    "canary": Rule(_ignore, "does not depend on it"),
 }
 """By field; `option NAME` and `package NAME` have the two rules below, everything else must be equal."""
 
@@ -125,7 +131,8 @@ def first_mismatch(snapshot: Mapping[str, str], host: Mapping[str, str]) -> Mism
     here = snapshot.keys() | host.keys()
     for field in (*(field for field in RULES if field in here), *sorted(here - RULES.keys())):
         rule = rule_of(field)
-        lacking = rule.lacking if field in snapshot and field in host else _equal
+        both = field in snapshot and field in host
+        lacking = rule.lacking if both or rule.lacking is _ignore else _equal
         finding = lacking(snapshot.get(field, ""), host.get(field, ""))
         if finding is not None:
             return Mismatch(field, finding, rule.follows)
