@@ -26,9 +26,11 @@ from dormouse import catalogue, doctor
 from dormouse.admin_client import ask_node
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import open_model, remove_model
+from dormouse.checkpoint.writer import sweep
 from dormouse.config import DataDir, default_data_dir, load_config
 from dormouse.errors import DormouseError, NotFoundError
 from dormouse.progress import Reporter
+from dormouse.snapshot.capture import SNAPSHOT_KIND
 from dormouse.snapshot.criu_setup import setup_criu
 from dormouse.store.key import Key, parse_key, read_key
 from dormouse.store.key_import import export_key, host_key, import_key
@@ -106,7 +108,7 @@ def import_(source: str, name: str, replace: bool, data_dir: DataDir, as_json: b
     """Import a model: a Hugging Face folder, safetensors files, a GGUF file, or `smollm2-135m`."""
     data_dir.create()
     with reporter:
-        model = import_model(source, name, data_dir.models, progress=reporter.progress, replace=replace)
+        model = import_model(source, name, data_dir, progress=reporter.progress, replace=replace)
     if as_json:
         emit(catalogue.model_json(model))
     else:
@@ -148,7 +150,7 @@ def rm(
             for name in targets:
                 catalogue.refuse_if_served(data_dir, name)
                 open_model(data_dir.models, name)
-            snapshots = [row.id for name in targets for row in store.manifests(name=name)]
+            snapshots = [row.id for name in targets for row in store.manifests(kind=SNAPSHOT_KIND, name=name)]
         else:
             snapshots = list(dict.fromkeys(catalogue.resolve(store, target) for target in targets))
         if not force:
@@ -156,6 +158,8 @@ def rm(
         # All targets are known to be there by now: either everything goes or nothing does.
         for name in targets if is_model else ():
             remove_model(data_dir.models, name)
+        if is_model:
+            sweep(store, data_dir.models)
         for snapshot in snapshots:
             store.remove(snapshot)
         report = store.collect_garbage()

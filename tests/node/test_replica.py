@@ -195,6 +195,14 @@ def test_what_becomes_of_a_snapshot_depends_on_whose_fault_it_was(error: Dormous
     assert replica.snapshot_id == ("s" if kept else None)
 
 
+def test_snapshot_is_not_blamed_for_what_came_after_its_restore() -> None:
+    replica = new_replica(snapshot_id="s")
+    replica.handle(r.Request(1), 0.0)
+    error = DamagedError("the weights are damaged")
+    assert replica.handle(r.Failed(error, restored=True), 1.0) == [r.Fallback("snapshot", "s", error), r.StartCold()]
+    assert replica.snapshot_id == "s"
+
+
 def test_without_a_snapshot_a_template_is_the_start_path() -> None:
     replica = new_replica()
     replica.handle(r.OfferTemplate("t"), 0.0)
@@ -467,9 +475,9 @@ class AnyOrder(RuleBasedStateMachine):
     def fail(self, error: DormouseError, restored: bool) -> None:
         operation = self.operation
         self.word_due = isinstance(operation, r.Restore | r.RestoreTemplate)
-        if isinstance(operation, r.Restore) and r.judge(error) is r.Verdict.SUSPECT:
+        if isinstance(operation, r.Restore) and r.judge(error) is r.Verdict.SUSPECT and not restored:
             self.suspect(operation.snapshot_id)
-        self.send(r.Failed(error, restored=restored and isinstance(operation, r.RestoreTemplate)))
+        self.send(r.Failed(error, restored=restored))
         assert not self.word_due
 
     def suspect(self, snapshot_id: str) -> None:

@@ -43,9 +43,9 @@ class Host:
         self.workers: list[AttachedWorker] = []
 
     def start(self, model: Path) -> tuple[messages.Started, AttachedWorker]:
-        started, control = self.service.answer(messages.StartWorker(call=1, log_path=str(self.log)))
-        assert isinstance(started, messages.Started) and control is not None
-        worker = self._attach(started, control, fresh=True)
+        started, fds = self.service.answer(messages.StartWorker(call=1, log_path=str(self.log)))
+        assert isinstance(started, messages.Started)
+        worker = self._attach(started, fds, fresh=True)
         worker.load(model, engine="null")
         return started, worker
 
@@ -57,15 +57,16 @@ class Host:
 
     def restore(self, snapshot_id: str, key: dict[str, str] = KEY) -> tuple[messages.Started, AttachedWorker]:
         request = messages.RestoreSnapshot(call=3, snapshot_id=snapshot_id, key=key)
-        started, control = self.service.answer(request)
-        assert isinstance(started, messages.Started) and control is not None
-        worker = self._attach(started, control, fresh=False)
+        started, fds = self.service.answer(request)
+        assert isinstance(started, messages.Started)
+        worker = self._attach(started, fds, fresh=False)
         worker.resume()
         return started, worker
 
-    def _attach(self, started: messages.Started, control: socket.socket, *, fresh: bool) -> AttachedWorker:
+    def _attach(self, started: messages.Started, fds: list[int], *, fresh: bool) -> AttachedWorker:
         self.cells.append(started.cell_id)
-        worker = AttachedWorker(control, self.log, fresh=fresh)
+        (control,) = fds
+        worker = AttachedWorker(socket.socket(fileno=control), self.log, fresh=fresh)
         self.workers.append(worker)
         return worker
 

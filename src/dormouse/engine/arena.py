@@ -57,7 +57,8 @@ class Weights:
 class Arena:
     """The segments of one process, in slots. Used by the worker's main thread alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: int = BASE) -> None:
+        self._base = base
         self._slots: list[Weights] = []
         self._mapped = False
         self._reports: list[int] = []
@@ -116,7 +117,7 @@ class Arena:
 
     def _end(self) -> int:
         last = self._slots[-1] if self._slots else None
-        return BASE if last is None else last.address + _rounded(last.size) + _ALIGNMENT
+        return self._base if last is None else last.address + _rounded(last.size) + _ALIGNMENT
 
 
 def _reserve(address: int, size: int) -> int:

@@ -68,6 +68,10 @@ class TransformersEngine:
         phases = Phases()
         with phases.time("import"):
             _import_parts(spec.threads)
+        from dormouse.engine.rehearsal import rehearse
+
+        with phases.time("rehearsal"):
+            rehearse()
         return phases
 
     def load(self, spec: Load, arena: Arena, emit: Emit) -> Loaded:
@@ -79,7 +83,7 @@ class TransformersEngine:
 
         with phases.time("model"):
             device = _device(spec.device)
-            model = transformers_model.load_model(folder, device, transformers_batch.ATTENTION)
+            model = transformers_model.load_model(folder, device, transformers_batch.ATTENTION, arena)
         with phases.time("tokenizer"):
             self._tokenizer = chat_tokenizer.ChatTokenizer(folder)
         with phases.time("cache"):

@@ -18,13 +18,15 @@ from dormouse.snapshot.service import CaptureResult, WorkerHandle
 class Host(Protocol):
     """`dormouse.snapshot.service.HostService`: see there for what each call promises."""
 
-    async def start_worker(self, *, log_path: Path) -> WorkerHandle: ...
+    async def start_worker(self, *, log_path: Path, checkpoint: str | None = None) -> WorkerHandle: ...
 
     async def capture(
         self, worker: WorkerHandle, *, model: str, key: dict[str, str], kind: str = SNAPSHOT_KIND
     ) -> CaptureResult: ...
 
-    async def restore(self, snapshot_id: str, *, key: dict[str, str]) -> WorkerHandle: ...
+    async def restore(
+        self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None
+    ) -> WorkerHandle: ...
 
     async def stop_worker(self, worker: WorkerHandle) -> None: ...
 
@@ -48,6 +50,9 @@ class Model(Protocol):
 
     @property
     def context(self) -> int: ...
+
+    @property
+    def checkpoint(self) -> str | None: ...
 
 
 class Catalog(Protocol):

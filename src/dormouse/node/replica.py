@@ -518,7 +518,7 @@ class Replica:
         attempt = self._attempt
         assert not isinstance(attempt, StartCold)
         if isinstance(attempt, Restore):
-            again = self._snapshot_failed(attempt.snapshot_id, event.error)
+            again = self._snapshot_failed(attempt.snapshot_id, event)
             following: Starting = RestoreTemplate(self.template_id) if self.template_id else StartCold()
         else:
             again, following = False, StartCold()
@@ -528,9 +528,10 @@ class Replica:
         else:
             self._start(attempt if again else following, now)
 
-    def _snapshot_failed(self, snapshot_id: str, error: DormouseError) -> bool:
+    def _snapshot_failed(self, snapshot_id: str, event: Failed) -> bool:
         """Whether to try it again at once."""
-        match judge(error):
+        error = event.error
+        match Verdict.INNOCENT if event.restored else judge(error):
             case Verdict.SUSPECT:
                 hopeful = self._suspect(snapshot_id, error)
                 if hopeful and not isinstance(error, DeadlineError):  # who waits has waited long enough

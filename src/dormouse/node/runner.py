@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dormouse.config import ModelConfig
-from dormouse.engine.messages import Delta, Finished, Load, Prompt, Sampling
-from dormouse.errors import DeadlineError, DormouseError, EngineError
+from dormouse.engine.messages import Delta, Finished, Load, Prompt, Resumed, Sampling
+from dormouse.errors import DeadlineError, DormouseError, EngineError, StoreError
 from dormouse.node import canary
 from dormouse.node import replica as machine
 from dormouse.node.link import WorkerLink
@@ -330,7 +330,9 @@ class Runner:
 
     async def _start_cold(self, phases: Phases) -> None:
         with phases.time("host"):
-            self._handle = await self._around.host.start_worker(log_path=self._log_path)
+            self._handle = await self._around.host.start_worker(
+                log_path=self._log_path, checkpoint=self.model.checkpoint
+            )
         link = await self._connect(self._handle, fresh=True)
         with phases.time("load"):
             loaded = await link.load(self._load)
@@ -338,13 +340,20 @@ class Runner:
 
     async def _restore(self, snapshot_id: str, phases: Phases) -> None:
         with phases.time("host"):
-            self._handle = await self._around.host.restore(snapshot_id, key=self._key)
+            self._handle = await self._around.host.restore(snapshot_id, key=self._key, checkpoint=self.model.checkpoint)
         link = await self._connect(self._handle, fresh=False)
         with phases.time("resume"):
-            resumed = await link.resume(str(self._log_path))
+            resumed = await self._resume_restored(link)
         with phases.time("canary"):
             await self._judge(link, snapshot_id)
         phases |= _details("host", self._handle.phases) | _details("resume", resumed.phases)
+
+    async def _resume_restored(self, link: WorkerLink) -> Resumed:
+        try:
+            return await link.resume(str(self._log_path))
+        except StoreError:
+            self._restored = True  # the process is back: it is the model's weights that can't be read
+            raise
 
     async def _judge(self, link: WorkerLink, snapshot_id: str) -> None:
         """The canary's verdict on a restored worker, before anyone is served."""
@@ -354,7 +363,9 @@ class Runner:
 
     async def _start_from_template(self, template_id: str, phases: Phases) -> None:
         with phases.time("host"):
-            self._handle = await self._around.host.restore(template_id, key=self._template_key)
+            self._handle = await self._around.host.restore(
+                template_id, key=self._template_key, checkpoint=self.model.checkpoint
+            )
         link = await self._connect(self._handle, fresh=False)
         with phases.time("resume"):
             await link.resume(str(self._log_path))
@@ -364,7 +375,9 @@ class Runner:
         phases |= _details("host", self._handle.phases) | _details("load", loaded.phases)
 
     async def _connect(self, handle: WorkerHandle, *, fresh: bool) -> WorkerLink:
-        self._link = await WorkerLink.open(self.model.name, handle.control, fresh=fresh, on_lost=self._lost)
+        self._link = await WorkerLink.open(
+            self.model.name, handle.control, fresh=fresh, on_lost=self._lost, segments=handle.segments
+        )
         return self._link
 
     def _lost(self, error: DormouseError) -> None:

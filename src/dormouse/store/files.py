@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import stat
@@ -20,6 +21,8 @@ from pathlib import Path
 import xxhash
 
 from dormouse.errors import BusyError, DamagedError, DiskFullError, StoreError, UntrustedError
+
+log = logging.getLogger(__name__)
 
 _PREAMBLE = struct.Struct("<8sII8s")
 PREAMBLE_SIZE = _PREAMBLE.size + 8
@@ -70,9 +73,25 @@ def system_errors(path: Path, doing: str, needed: int = 0) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Like `system_errors`, but what the disk can't give back is damaged, and what is not there stays not found."""
+    try:
+        with system_errors(path, "reading"):
+            yield
+    except StoreError as error:
+        cause = error.__cause__
+        if isinstance(cause, FileNotFoundError):
+            raise cause from None
+        if isinstance(cause, OSError) and cause.errno == errno.EIO:
+            raise DamagedError(f"{path} is damaged: the disk can't read it", remedy=VERIFY_REMEDY) from cause
+        raise
+
+
 def disk_full(path: Path, doing: str, needed: int = 0) -> DiskFullError:
     """The error for a full disk, with how much was wanted and how much there is."""
-    free = shutil.disk_usage(path.parent).free
+    folder = next(each for each in path.absolute().parents if each.is_dir())
+    free = shutil.disk_usage(folder).free
     wanted = f"{needed} bytes were needed, " if needed else ""
     return DiskFullError(
         f"the disk is full: {doing} {path} failed, {wanted}{free} are free",
@@ -91,6 +110,17 @@ def private_folder(path: Path, *, may_be_link: bool = False) -> None:
     refuse_open_to_others(path, status, _OTHERS_WRITE)
 
 
+def discard(path: Path) -> bool:
+    """Remove what was not committed; whether it is gone. A failure is only logged: this tidies up after a success or
+    another failure, which is what the caller has to tell, and the next start tidies up again."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s could not be removed, which is left to the next start: %s", path, error)
+        return False
+    return True
+
+
 def open_ours(path: Path, flags: int = os.O_RDONLY) -> int:
     """Open a file that exists. Raises UntrustedError for links, what is no file, and what others may write to."""
     try:
@@ -106,6 +136,15 @@ def open_ours(path: Path, flags: int = os.O_RDONLY) -> int:
         os.close(fd)
         raise
     return fd
+
+
+@contextlib.contextmanager
+def closing_fd(fd: int) -> Iterator[int]:
+    """Closes the descriptor at the end of the block."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def check_ours(path: Path, status: os.stat_result, forbidden: int = _OTHERS_WRITE) -> None:
@@ -151,11 +190,8 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
 
 def read_file(path: Path) -> bytes:
     """All of a file of ours."""
-    fd = open_ours(path)
-    try:
+    with closing_fd(open_ours(path)) as fd:
         return read_all(fd, os.fstat(fd).st_size, 0)
-    finally:
-        os.close(fd)
 
 
 def create_file(path: Path) -> int:
@@ -174,11 +210,8 @@ def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> Non
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with closing_fd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def replace_file(path: Path, data: bytes, written: Callable[[], None] = lambda: None) -> None:
@@ -192,10 +225,26 @@ def replace_file(path: Path, data: bytes, written: Callable[[], None] = lambda: 
         os.fsync(fd)
         written()
         temporary.rename(path)
+    except BaseException:
+        discard(temporary)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
         os.close(fd)
     sync_folder(path.parent)
+
+
+_NOT_OURS_TO_SYNC = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP)
+
+
+def sync_path(path: Path) -> None:
+    """Make the name of a file or folder durable, and those of all folders above it: we may have made them, or another
+    process of ours that died before it synced them. Those that we may not sync, we can't have made anything in."""
+    for folder in path.absolute().parents:
+        try:
+            sync_folder(folder)
+        except OSError as error:
+            if error.errno not in _NOT_OURS_TO_SYNC:
+                raise
 
 
 class FileLock:

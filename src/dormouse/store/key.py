@@ -22,13 +22,13 @@ from blake3 import blake3
 
 from dormouse.errors import DamagedError, StoreError, UntrustedError
 from dormouse.store.chunk import Buffer
-from dormouse.store.files import check_ours, open_ours, read_all, replace_file, sync_folder, system_errors
+from dormouse.store.files import check_ours, open_ours, read_all, replace_file, system_errors
 
 SIZE = 32
 ID_SIZE = 8
 VERSION = 1
 
-_TEXT = re.compile(rb"dormouse-key ([0-9]{1,9})\nsecret ([0-9a-f]{64})\nid ([0-9a-f]{16})\n")
+_TEXT = re.compile(rb"dormouse-key ([1-9][0-9]{0,8})\nsecret ([0-9a-f]{64})\nid ([0-9a-f]{16})\n")
 _MAX_TEXT = 1024
 _ANY_RIGHT_OF_OTHERS = 0o077
 
@@ -93,7 +93,7 @@ def parse_key(text: bytes, what: str) -> Key:
             f"{what} has format version {int(match[1])}; this program reads up to {VERSION}", remedy="Update dormouse"
         )
     key = Key(bytes.fromhex(match[2].decode()))
-    if key.id.hex().encode() != match[3] or int(match[1]) != VERSION:
+    if key.id.hex().encode() != match[3]:
         raise _malformed(what)
     return key
 
@@ -127,8 +127,6 @@ def open_key(path: Path, *, needed: bool) -> Key:
         if needed:
             raise missing_key(path)
         return _create_key(path)
-    with system_errors(path, "opening the key"):
-        sync_folder(path.parent)  # its maker may have died just before; what we sign must not outlive the key
     return key
 
 

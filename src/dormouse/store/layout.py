@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dormouse.errors import NotFoundError
-from dormouse.store.files import FileLock, private_folder, read_file, sync_folder, system_errors
+from dormouse.store.files import FileLock, private_folder, read_file, reading, sync_folder, sync_path, system_errors
 from dormouse.store.index import Index
 from dormouse.store.key import Key, open_key
 from dormouse.store.manifest import Manifest, decode_manifest, is_manifest_id, manifest_name
@@ -86,11 +86,11 @@ class Layout:
     def read_manifest(self, manifest_id: str) -> tuple[Manifest, int]:
         """A manifest and the plain bytes of its refs. Raises NotFoundError, DamagedError, UntrustedError."""
         path = self.manifest(manifest_id)
-        with system_errors(path, "reading"):
-            try:
+        try:
+            with reading(path):
                 data = read_file(path)
-            except FileNotFoundError:
-                raise no_manifest(manifest_id) from None
+        except FileNotFoundError:
+            raise no_manifest(manifest_id) from None
         return decode_manifest(data, manifest_id, self.key)
 
     def new_writer(self) -> PackWriter:
@@ -103,7 +103,7 @@ class Layout:
         number = max((0, *self.pack_numbers(), *self.index.packs())) + 1
         target = self.pack(number)
         with system_errors(target, "committing"):
-            writer.path.rename(target)
+            writer.install(target)
             sync_folder(self.packs)
         return number
 
@@ -113,7 +113,12 @@ def open_layout(root: Path, key_file: Path, checkpoint: Checkpoint) -> Layout:
     private_folder(root, may_be_link=True)
     for folder in (root / "packs", root / "manifests"):
         private_folder(folder)
-    key = open_key(key_file, needed=any((root / "manifests").glob("*.manifest")))
+    fresh = not any((root / "manifests").glob("*.manifest"))
+    key = open_key(key_file, needed=not fresh)
+    if fresh:  # whoever commits first has opened the store before: nothing is committed below names that may vanish
+        for path in (key_file, root / "packs", root / "manifests"):
+            with system_errors(path, "syncing the folders above"):
+                sync_path(path)
     return Layout(root, key, checkpoint)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from dormouse.errors import UntrustedError
-from dormouse.store.files import read_file, replace_file, sync_folder, system_errors
+from dormouse.errors import DamagedError, UntrustedError
+from dormouse.store.files import read_file, reading, replace_file, sync_folder, system_errors
 from dormouse.store.manifest import is_manifest_id
 
 log = logging.getLogger(__name__)
@@ -68,14 +68,14 @@ def decode_marks(data: bytes) -> Marks:
 def read_marks(path: Path) -> Marks:
     """The marks in a file that may be missing. What can't be read is logged and quarantines the manifest: it may have
     been quarantined for a reason."""
-    with system_errors(path, "reading"):
-        try:
+    try:
+        with reading(path):
             return decode_marks(read_file(path))
-        except FileNotFoundError:
-            return NO_MARKS
-        except (ValueError, UntrustedError) as error:
-            log.warning("the marks %s can't be used: %s", path, error)
-            return Marks(quarantine=f"its marks can't be used: {error}")
+    except FileNotFoundError:
+        return NO_MARKS
+    except (ValueError, DamagedError, UntrustedError) as error:
+        log.warning("the marks %s can't be used: %s", path, error)
+        return Marks(quarantine=f"its marks can't be used: {error}")
 
 
 def write_marks(path: Path, marks: Marks, written: Callable[[], None]) -> None:

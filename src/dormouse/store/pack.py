@@ -21,10 +21,13 @@ from dormouse.store.files import (
     PREAMBLE_SIZE,
     VERIFY_REMEDY,
     check_preamble,
+    closing_fd,
     create_file,
+    discard,
     open_ours,
     preamble,
     read_all,
+    reading,
     system_errors,
     write_all,
 )
@@ -81,6 +84,7 @@ class PackWriter:
 
     def __init__(self, path: Path, key: Key) -> None:
         self.path = path
+        self.installed = False
         self._key = key
         self.entries: dict[Digest, StoredChunk] = {}
         self._lock = threading.Lock()
@@ -112,12 +116,18 @@ class PackWriter:
             write_all(self._fd, table + _trailer(self._key, self._end, table), self._end)
             os.fsync(self._fd)
 
+    def install(self, target: Path) -> None:
+        """Give the finished pack its name; the caller syncs the folder."""
+        self.path.rename(target)
+        self.installed = True
+
     def close(self) -> None:
-        """Let go of the file; what was not renamed before is removed. Idempotent."""
+        """Let go of the file; what was not installed before is removed. Idempotent."""
         with self._lock:
             fd, self._fd = self._fd, -1
         if fd >= 0:
-            self.path.unlink(missing_ok=True)
+            if not self.installed:
+                discard(self.path)
             os.close(fd)
 
 
@@ -137,15 +147,12 @@ def _table_mac(key: Key, offset: int, count: int, table: bytes) -> bytes:
 def read_table(path: Path, number: int, key: Key) -> list[StoredChunk]:
     """The table of a committed pack. Raises DamagedError, UntrustedError, StoreError for a newer version,
     FileNotFoundError."""
-    fd = open_ours(path)
-    try:
+    what = f"the pack {path.name}"
+    with reading(path), closing_fd(open_ours(path)) as fd:
         size = os.fstat(fd).st_size
-        what = f"the pack {path.name}"
         check_preamble(read_all(fd, PREAMBLE_SIZE, 0), MAGIC, VERSION, key.id, what)
         offset, count = _read_trailer(fd, size, what)
         body = read_all(fd, size - offset, offset)
-    finally:
-        os.close(fd)
     table, trailer = body[: -_TRAILER.size], body[-_TRAILER.size :]
     if len(body) != size - offset or not same(_TRAILER.unpack(trailer)[2], _table_mac(key, offset, count, table)):
         raise _damaged(what, "its table of chunks does not match its signature")

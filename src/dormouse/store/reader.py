@@ -13,7 +13,7 @@ from typing import Self
 from dormouse.errors import BusyError, DamagedError, StoreError
 from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.codec import Codec, decode
-from dormouse.store.files import VERIFY_REMEDY, FileLock, open_ours, read_all, read_into, system_errors
+from dormouse.store.files import VERIFY_REMEDY, FileLock, open_ours, read_all, read_into, reading
 from dormouse.store.index import Index
 from dormouse.store.key import Key, same
 from dormouse.store.pack import StoredChunk, chunk_mac, makes_sense, pack_name
@@ -85,12 +85,17 @@ class Reader:
         self.close()
 
     def _read(self, chunk: StoredChunk) -> Buffer:
-        with system_errors(self._packs / pack_name(chunk.pack), "reading"):
-            fd = self._file(chunk)
-            if chunk.codec == Codec.RAW:  # handed on as it is, so it needs memory of its own
-                return read_all(fd, chunk.stored_length, chunk.offset)
-            buffer = self._scratch(chunk.stored_length)
-            return buffer[: read_into(fd, buffer, chunk.offset)]
+        try:
+            with reading(self._packs / pack_name(chunk.pack)):
+                fd = self._file(chunk)
+                if chunk.codec == Codec.RAW:  # handed on as it is, so it needs memory of its own
+                    return read_all(fd, chunk.stored_length, chunk.offset)
+                buffer = self._scratch(chunk.stored_length)
+                return buffer[: read_into(fd, buffer, chunk.offset)]
+        except FileNotFoundError:
+            raise self._damaged(chunk, "the pack is missing") from None
+        except DamagedError as error:
+            raise self._damaged(chunk, "the disk can't read it") from error
 
     def _scratch(self, length: int) -> memoryview:
         """This thread's own memory for coded bytes, used again and again: fresh memory costs a page fault per 4 KiB."""
@@ -103,11 +108,7 @@ class Reader:
         with self._lock:
             fd = self._files.get(chunk.pack)
             if fd is None:
-                try:
-                    fd = open_ours(self._packs / pack_name(chunk.pack))
-                except FileNotFoundError:
-                    raise self._damaged(chunk, "the pack is missing") from None
-                self._files[chunk.pack] = fd
+                fd = self._files[chunk.pack] = open_ours(self._packs / pack_name(chunk.pack))
             return fd
 
     def _damaged(self, chunk: StoredChunk, why: str) -> DamagedError:
