@@ -103,15 +103,16 @@ def render(listing: dict[str, Any]) -> Group:
             model["last_error"] or "",
         )
     snapshots = Table(title="snapshots", title_justify="left")
-    for column in ("id", "kind", "of", "created", "raw", "stored", "own", "shared", ""):
-        snapshots.add_column(column, justify="right" if column in ("raw", "stored", "own", "shared") else "left")
+    for column in ("id", "kind", "of", "created", "raw", "own", "shared", ""):
+        right = column in ("raw", "own", "shared")
+        snapshots.add_column(column, justify="right" if right else "left", no_wrap=right or column in ("id", "kind"))
     for row in listing["snapshots"]:
         snapshots.add_row(
             row["id"],
             row["kind"],
             row["model"],
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created"])),
-            *(human(row[f"{part}_bytes"]) for part in ("raw", "stored", "own", "shared")),
+            time.strftime("%m-%d %H:%M", time.localtime(row["created"])),
+            *(human(row[f"{part}_bytes"]) for part in ("raw", "own", "shared")),
             "[red]quarantined[/]" if row["quarantine"] is not None else "pinned" if row["pinned"] else "",
         )
     return Group(models, snapshots, *_reasons(listing["snapshots"]))
