@@ -47,6 +47,11 @@ libc.mprotect(read_only, 600 * PAGE, 1)
 libc.mprotect(hidden, 300 * PAGE, 0)
 shared = area(400, 0x21)
 stack_like = area(64, 0x122)
+with open(sys.argv[1] + ".data", "w+b") as file:
+    file.write(b"from the file".ljust(PAGE, b".") * 600)
+    file.flush()
+    of_file = libc.mmap(None, 600 * PAGE, 3, 2, file.fileno(), 0)
+ctypes.memset(of_file, 0, 300 * PAGE)  # written, all zero, and not what the file has
 if sys.argv[2] == "fork":
     common = area(1000)
     if os.fork() == 0:

@@ -11,11 +11,11 @@ from typing import Any
 
 from dormouse.errors import ConfigError, NotFoundError
 from dormouse.node import canary
-from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
+from dormouse.snapshot.capture import PROCESS_KIND, SNAPSHOT_KIND, TEMPLATE_KIND
 from dormouse.snapshot.images import decode_body
 from dormouse.store.store import ManifestRow, Store
 
-KINDS = (SNAPSHOT_KIND, TEMPLATE_KIND)
+KINDS = (SNAPSHOT_KIND, TEMPLATE_KIND, PROCESS_KIND)
 """The manifests that are snapshots; a store holds others, too."""
 
 

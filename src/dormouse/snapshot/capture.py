@@ -33,9 +33,11 @@ from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest
 
 SNAPSHOT_KIND = "snapshot"
-"""Manifests of workers with a model, by the model's name."""
+"""Of a worker with a model, by the model's name."""
 TEMPLATE_KIND = "template"
-"""Manifests of workers that have an engine and no model, by engine and options."""
+"""Of a worker that has an engine and no model, by engine and options."""
+PROCESS_KIND = "process"
+"""Of a job: any other process tree."""
 
 _INVENTORY = "inventory.img"
 

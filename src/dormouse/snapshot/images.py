@@ -7,15 +7,15 @@ and then only page chunks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from dormouse.errors import DamagedError, IncompatibleError
+from dormouse.errors import DamagedError, IncompatibleError, SnapshotError
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.memory_map import AddressSpace, check
 from dormouse.snapshot.tree import External
-from dormouse.store.chunk import DIGEST_SIZE, Digest
+from dormouse.store.chunk import DIGEST_SIZE, Buffer, Digest
 
 BODY_VERSION = 1
 INLINE_LIMIT = 64 << 10
@@ -106,3 +106,13 @@ def decode_body(data: bytes, snapshot_id: str) -> SnapshotBody:
     for space in body.memory:
         check(space, f"the manifest of snapshot {snapshot_id}")
     return body
+
+
+def image_bytes(body: SnapshotBody, name: str, plain: Callable[[Digest], Buffer]) -> bytes:
+    """All of one image; `plain` gives a chunk's bytes. Raises SnapshotError when there is none, DamagedError."""
+    image = body.image(name)
+    if image is None:
+        raise SnapshotError(f"the snapshot has no image {name}")
+    if image.inline is not None:
+        return image.inline
+    return b"".join(plain(digest) for digest in image.chunk_list())

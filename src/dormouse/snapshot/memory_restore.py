@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
-from dormouse.errors import DamagedError, StoreError
-from dormouse.snapshot.criu_images import PAGE, Task, encode_pagemap
 from dormouse.snapshot.criu_images import Mapping as ProcessMapping
+from dormouse.snapshot.criu_images import Task, encode_pagemap
 from dormouse.snapshot.memory_map import (
     WINDOW,
     AddressSpace,
     Window,
     assemble,
+    check_length,
     held_mask,
     plain_windows,
     runs_of,
@@ -37,8 +36,6 @@ from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.store import Reader
 from dormouse.transfer.budget import default_threads
 from dormouse.transfer.readahead import ReadAhead
-
-log = logging.getLogger(__name__)
 
 AHEAD_BYTES = 96 << 20
 """What is decoded before the processes are there to take it."""
@@ -98,7 +95,7 @@ def page_parts(plan: MemoryPlan, chunks: ReadAhead) -> Iterator[Buffer]:
         for window in plan.piped:
             parts = {piece.chunk: next(stream) for piece in window.pieces}
             for piece in window.pieces:
-                _check_length(len(parts[piece.chunk]), held_mask(piece), digests[piece.chunk])
+                check_length(len(parts[piece.chunk]), held_mask(piece), digests[piece.chunk])
             yield assemble(window, parts.__getitem__)
     finally:
         stream.close()
@@ -148,24 +145,22 @@ class Fill:
         """Fill the processes, whose pids in this namespace are `host_pids`. Raises DamagedError, SnapshotError."""
         with self._lock:
             self._running = True
-        with contextlib.ExitStack() as exits:
+        with contextlib.ExitStack() as memories:
             jobs = []
-            for plan in self._plans:
-                memory = exits.enter_context(ProcessMemory(host_pids[plan.space.pid]))
-                jobs += [self._pool.submit(self._fill, memory, plan.space.pid, window) for window in plan.filled]
-            exits.callback(lambda: self._pool.shutdown(cancel_futures=True))
-            for job in jobs:
-                job.result()
+            try:
+                for plan in self._plans:
+                    memory = memories.enter_context(ProcessMemory(host_pids[plan.space.pid]))
+                    jobs += [self._pool.submit(self._fill, memory, plan.space.pid, window) for window in plan.filled]
+                for job in jobs:
+                    job.result()
+            finally:  # before the memories close: no thread may use a closed descriptor
+                self._pool.shutdown(cancel_futures=True)
 
     def _advise(self) -> None:
         for chunk in sorted(self._chunks.values(), key=lambda chunk: (chunk.pack, chunk.offset)):
             if self._ended:
                 return
-            try:
-                self._reader.advise(chunk)
-            except StoreError as error:  # whoever reads the chunk meets the same, and that error counts
-                log.warning("no read-ahead of chunks: %s", error)
-                return
+            self._reader.advise(chunk)
 
     def _fill(self, memory: ProcessMemory, pid: int, window: Window) -> None:
         # The futures of `begin` were in the pool's queue before this one, so what is waited for is running or done.
@@ -177,18 +172,10 @@ class Fill:
         digests = self._lists[pid]
         for piece in window.pieces:
             digest = digests[piece.chunk]
-            _check_length(self._chunks[digest].plain_length, held_mask(piece), digest)
+            check_length(self._chunks[digest].plain_length, held_mask(piece), digest)
         return assemble(window, lambda number: self._reader.plain(self._chunks[digests[number]]))
 
 
 def _digests(plan: MemoryPlan) -> Iterator[Digest]:
     digests = plan.space.chunk_list()
     return (digests[piece.chunk] for window in plan.filled for piece in window.pieces)
-
-
-def _check_length(length: int, held: int, digest: Digest) -> None:
-    if length != held.bit_count() * PAGE:
-        raise DamagedError(
-            f"chunk {digest.hex()} has {length} bytes where {held.bit_count()} pages are expected",
-            remedy="Remove the snapshot with `dormouse rm`; it is then captured anew",
-        )

@@ -3,6 +3,7 @@ so whatever it has located stays readable until it is closed."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -67,8 +68,9 @@ class Reader:
         return stored
 
     def advise(self, chunk: StoredChunk) -> None:
-        """Tell the kernel that a chunk's stored bytes will soon be read. Raises DamagedError when its pack is gone."""
-        with system_errors(self._packs / pack_name(chunk.pack), "reading"):
+        """Tell the kernel that a chunk's stored bytes will soon be read. A hint: a pack that is gone or unreadable is
+        an error of the read itself."""
+        with contextlib.suppress(OSError):
             os.posix_fadvise(self._file(chunk), chunk.offset, chunk.stored_length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
