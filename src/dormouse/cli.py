@@ -363,7 +363,10 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False, prog_name="dormouse")
     except click.ClickException as error:
-        error.show()
+        if _wants_json():
+            _emit_error("usage", error.format_message(), "See `dormouse --help`")
+        else:
+            error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         err.print("interrupted")
@@ -377,21 +380,33 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("DORMOUSE_DEBUG"):
             raise
-        err.print(
-            f"[red]error:[/] unexpected {type(error).__name__}: {escape(str(error))}\n"
-            f"[cyan]hint:[/] This is a bug in dormouse; run again with DORMOUSE_DEBUG=1 for the details "
-            f"(after {time.monotonic() - started:.1f} s)"
-        )
+        after = f"(after {time.monotonic() - started:.1f} s)"
+        remedy = f"This is a bug in dormouse; run again with DORMOUSE_DEBUG=1 for the details {after}"
+        _show_words("internal_error", f"unexpected {type(error).__name__}: {error}", remedy)
         sys.exit(INTERNAL_ERROR)
 
 
+def _wants_json() -> bool:
+    """Whether the command line asks for JSON, however much else is wrong with it."""
+    options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    return "--json" in options
+
+
+def _emit_error(code: str, message: str, remedy: str) -> None:
+    emit({"error": {"code": code, "message": message, "remedy": remedy}})
+
+
 def _show(error: DormouseError) -> None:
-    if "--json" in sys.argv:
-        emit({"error": {"code": error.code, "message": error.message, "remedy": error.remedy}})
+    _show_words(error.code, error.message, error.remedy)
+
+
+def _show_words(code: str, message: str, remedy: str) -> None:
+    if _wants_json():
+        _emit_error(code, message, remedy)
         return
-    err.print(f"[red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
-    if error.remedy:
-        err.print(f"[cyan]hint:[/] {escape(error.remedy)}", highlight=False, soft_wrap=True)
+    err.print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    if remedy:
+        err.print(f"[cyan]hint:[/] {escape(remedy)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

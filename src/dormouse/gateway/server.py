@@ -85,6 +85,7 @@ async def serve_app(gate: Gate, listener: socket.socket, *, grace: float, announ
         gate.draining = True
         waits = {asyncio.create_task(gate.idle.wait()), asyncio.create_task(hurry.wait())}
         await asyncio.wait(waits, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        gate.cut_off.set()
         server.should_exit = True
         for task in (stopping, *waits):
             task.cancel()
