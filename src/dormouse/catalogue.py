@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Group
@@ -18,15 +19,17 @@ from rich.text import Text
 
 from dormouse.admin_client import ask_node
 from dormouse.checkpoint.models import ImportedModel, list_models
+from dormouse.checkpoint.writer import CHECKPOINT_KIND
 from dormouse.config import DataDir
 from dormouse.errors import ConfigError, NotFoundError, StoreError
 from dormouse.node.catalog import StoreCatalog, refuse_if_pinned, snapshot_rows, snapshots_of
 from dormouse.node.presence import read_node
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.images import SnapshotBody, decode_body
-from dormouse.store.chunk import Digest
+from dormouse.snapshot.pages import extents, permissions, process_map, read, usage
+from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.pack import StoredChunk
-from dormouse.store.store import Store
+from dormouse.store.store import Store, VerifyReport
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +197,76 @@ def _image(name: str, raw_bytes: int, chunks: list[Digest], stored: dict[Digest,
     return {"name": name, "raw_bytes": raw_bytes, "stored_bytes": size, "chunks": len(chunks)}
 
 
+def memory(data_dir: DataDir, snapshot_id: str, pid: int | None, address: int, length: int) -> Iterator[bytes]:
+    """Bytes of the memory of a process in a snapshot, part after part; errors come before the first, but for damage.
+    Raises NotFoundError, RequestError, DamagedError."""
+    with _body(data_dir, snapshot_id) as (body, store), store.reader() as reader:
+
+        def plain(digest: Digest) -> Buffer:
+            return reader.plain(reader.locate([digest])[0])
+
+        process = process_map(body, pid, plain)
+        yield from read(process, extents(process, address, length), plain)
+
+
+def mappings(data_dir: DataDir, snapshot_id: str, pid: int | None) -> list[dict[str, Any]]:
+    """The mappings of the processes of a snapshot, or of one, and how much of each is stored."""
+    rows = []
+    with _body(data_dir, snapshot_id) as (body, store):
+        stored = {chunk.digest: chunk.stored_length for chunk in store.locate(body.references())}
+        for space in body.memory if pid is None else (None,):
+            process = process_map(body, space.pid if space is not None else pid, store.read)
+            rows += [
+                {
+                    "pid": process.space.pid,
+                    "start": use.mapping.start,
+                    "end": use.mapping.end,
+                    "permissions": permissions(use.mapping),
+                    "what": use.what,
+                    "offset": use.mapping.offset if use.mapping.file is not None else 0,
+                    "pages": use.pages,
+                    "stored_pages": use.stored_pages,
+                    "zero_pages": use.pages - use.stored_pages if use.mapping.sparse else 0,
+                    "stored_bytes": use.stored_bytes,
+                }
+                for use in usage(process, stored.__getitem__)
+            ]
+    return rows
+
+
+@contextmanager
+def _body(data_dir: DataDir, snapshot_id: str) -> Iterator[tuple[SnapshotBody, Store]]:
+    if not data_dir.store.is_dir():
+        raise NotFoundError(f"no snapshot is called {snapshot_id!r}", remedy="Nothing has been captured here yet")
+    with Store.open(data_dir.store) as store:
+        identity = resolve(store, snapshot_id)
+        yield decode_body(store.manifest(identity).body, identity), store
+
+
+def render_mappings(rows: list[dict[str, Any]]) -> Table:
+    """The mappings as a table, as /proc/PID/maps orders them."""
+    table = Table(title="mappings", title_justify="left")
+    for column in ("pid", "from", "to", "", "pages", "stored", "zero", "bytes", "what"):
+        table.add_column(column, justify="left" if column in ("", "what") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(
+            str(row["pid"]),
+            f"{row['start']:x}",
+            f"{row['end']:x}",
+            row["permissions"],
+            str(row["pages"]),
+            str(row["stored_pages"]),
+            str(row["zero_pages"]),
+            human(row["stored_bytes"]),
+            escape(row["what"]),
+        )
+    stored = ("pages", "stored_pages", "zero_pages")
+    table.add_section()
+    table.add_row("all", "", "", "", *(str(sum(row[field] for row in rows)) for field in stored),
+                  human(sum(row["stored_bytes"] for row in rows)), "")  # fmt: skip
+    return table
+
+
 def render_details(details: dict[str, Any]) -> Group:
     """The details as tables."""
     images = Table(title=f"snapshot {details['id']} of {details['model']}", title_justify="left")
@@ -256,6 +329,12 @@ def _resolved(data_dir: DataDir, prefix: str) -> str:
         raise NotFoundError(f"no snapshot is called {prefix!r}", remedy="Nothing has been captured here yet")
     with Store.open(data_dir.store) as store:
         return resolve(store, prefix)
+
+
+def models_with_damaged_weights(store: Store, report: VerifyReport) -> list[str]:
+    """The models that can't start because of what a verification has found."""
+    hit = {identity for damage in report.damages for identity in damage.manifests}
+    return sorted({row.name for row in store.manifests(kind=CHECKPOINT_KIND) if row.id in hit})
 
 
 def refuse_if_served(data_dir: DataDir, model: str) -> None:
