@@ -8,12 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dormouse.config import DataDir
 from dormouse.errors import DamagedError
 from dormouse.snapshot.capture import CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
@@ -68,12 +66,6 @@ signal.signal(signal.SIGUSR1, change)
 open(sys.argv[1], "w").write("ready")
 while True: time.sleep(3600)
 """
-
-
-@pytest.fixture
-def store(data_dir: DataDir) -> Iterator[Store]:
-    with Store.open(data_dir.store) as opened:
-        yield opened
 
 
 def start(folder: Path, how: str) -> ProcessTree:
@@ -166,11 +158,12 @@ def test_a_second_capture_stores_what_has_changed(store: Store, criu: Criu, tmp_
     made = restored(first.snapshot_id, store, criu, fill=True)
     tree = made.tree
     continue_tree(tree.home)
-    os.kill(tree.home.outer_pid(tree.pid), signal.SIGUSR1)
     deadline = time.monotonic() + 20
     while not (tmp_path / "ready.changed").exists():
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        # Again and again: Python sleeps on when a signal comes just before its sleep begins (anew, as it does here).
+        os.kill(tree.home.outer_pid(tree.pid), signal.SIGUSR1)
+        time.sleep(0.1)
     second = captured(tree, store, criu)
     expected = memory(tree.home)
     tree.home.close()

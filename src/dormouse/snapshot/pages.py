@@ -12,7 +12,7 @@ error that says so; nothing is read before it is known that every byte asked for
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,6 +62,12 @@ class ProcessMap:
         if mapping.sparse:
             return "private memory"
         return "shared memory" if mapping.shared else "kernel"
+
+
+def permissions(mapping: Mapping) -> str:
+    """As /proc/PID/maps shows them."""
+    letters = "".join(letter if mapping.protection >> bit & 1 else "-" for bit, letter in enumerate("rwx"))
+    return letters + ("s" if mapping.shared else "p")
 
 
 class MappingUse(NamedTuple):
@@ -152,7 +158,7 @@ def _pages_between(start: int, end: int) -> int:
 def _refuse_gaps(memory: ProcessMap, start: int, end: int) -> None:
     """Raises NotFoundError when not all of a range is mapped. (A range may be huge, so this comes before the rest.)"""
     at = start
-    for mapping in sorted(memory.mappings):
+    for mapping in sorted(memory.mappings, key=lambda found: found.start):
         if mapping.start <= at < mapping.end:
             at = mapping.end
     if at < end:
@@ -200,10 +206,20 @@ def usage(memory: ProcessMap, stored_length: Callable[[Digest], int]) -> list[Ma
     return rows
 
 
-def hex_lines(address: int, data: bytes) -> Iterator[str]:
-    """A hex dump with the printable characters beside it, 16 bytes a line."""
-    for at in range(0, len(data), 16):
-        line = data[at : at + 16]
-        pairs = " ".join(line[i : i + 2].hex() for i in range(0, len(line), 2))
-        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in line)
-        yield f"{address + at:016x}: {pairs:<39}  {text}"
+def hex_lines(address: int, parts: Iterable[bytes]) -> Iterator[str]:
+    """A hex dump of bytes that come in parts, with the printable characters beside them, 16 a line."""
+    rest = b""
+    for part in parts:
+        rest += part
+        whole = len(rest) - len(rest) % 16
+        for at in range(0, whole, 16):
+            yield _hex_line(address + at, rest[at : at + 16])
+        address, rest = address + whole, rest[whole:]
+    if rest:
+        yield _hex_line(address, rest)
+
+
+def _hex_line(address: int, line: bytes) -> str:
+    pairs = " ".join(line[i : i + 2].hex() for i in range(0, len(line), 2))
+    text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in line)
+    return f"{address:016x}: {pairs:<39}  {text}"
