@@ -71,7 +71,9 @@ def test_detached_jobs_are_listed_log_and_stop(dormouse: Dormouse) -> None:
     log = dormouse.data_dir.logs / "web.log"
     eventually(lambda: "\n5\n" in log.read_text(), "output in the log")
     assert log.stat().st_mode & 0o777 == 0o600
-    assert "runs already" in dormouse.refused("run", "--name", "web", "-d", "--", "true", expect=2)
+    second = dormouse.start("run", "--name", "web", "-d", "--", "true")
+    assert second.code() == 2
+    assert "a job called web runs already" in second.err.decode()
     snapshot = dormouse.checkpoint("web", "--leave-running")
     # A name is free again once its job is over; until then a restore takes another.
     assert dormouse.start("restore", "-d", snapshot).code() == 0
@@ -403,3 +405,26 @@ def test_snapshots_of_jobs_are_listed_inspected_and_removed(dormouse: Dormouse, 
     dormouse.do("rm", snapshot)
     assert "no snapshot" in dormouse.refused("restore", snapshot, expect=3)
     assert running_jobs(data_dir) == []
+
+
+def test_images_that_criu_made_without_us_can_be_imported_and_restored(dormouse: Dormouse, tmp_path: Path) -> None:
+    """The way out and in again: a job's snapshot, exported, is an ordinary folder of images."""
+    log = tmp_path / "log"
+    program = (
+        "import itertools, time\n"
+        f"for n in itertools.count():\n  time.sleep(0.05); open({str(log)!r}, 'a').write(f'{{n}}\\n')"
+    )
+    job = dormouse.python(program)
+    eventually(lambda: log.exists() and len(log.read_text().splitlines()) > 5, "a log")
+    exported = tmp_path / "exported"
+    dormouse.do("export", dormouse.checkpoint(), str(exported))
+    assert job.code() == 0
+    seen = len(log.read_text().splitlines())
+    dormouse.do("rm", str(dormouse.do("ls")["snapshots"][0]["id"]))
+    for own in exported.glob("dormouse-*"):
+        own.unlink()
+    imported = dormouse.do("import-images", str(exported), "--name", "From elsewhere!")
+    again = dormouse.start("restore", str(imported["id"]))
+    again.until("runs", "err")
+    eventually(lambda: len(log.read_text().splitlines()) > seen + 5, "more of the log")
+    assert log.read_text().splitlines() == [str(n) for n in range(len(log.read_text().splitlines()))]

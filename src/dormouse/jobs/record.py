@@ -59,13 +59,10 @@ def encode_record(record: JobRecord) -> ImageFile:
 
 
 def record_of(body: SnapshotBody, snapshot_id: str) -> JobRecord:
-    """The record in a snapshot. Raises SnapshotError when it is none of a job, DamagedError, IncompatibleError."""
-    image = next((image for image in body.images if image.name == RECORD_IMAGE), None)
+    """The record in a snapshot. Raises DamagedError, IncompatibleError, SnapshotError."""
+    image = body.image(RECORD_IMAGE)
     if image is None or image.inline is None:
-        raise SnapshotError(
-            f"snapshot {snapshot_id} is not one of a job",
-            remedy="Snapshots of models are restored by `dormouse serve`; `dormouse ls` tells them apart",
-        )
+        return _record_of_import(body, snapshot_id)
     try:
         version = msgspec.json.decode(image.inline, type=dict[str, object]).get("version")
         if isinstance(version, int) and version > RECORD_VERSION:
@@ -79,6 +76,19 @@ def record_of(body: SnapshotBody, snapshot_id: str) -> JobRecord:
         raise DamagedError(
             f"the job record of snapshot {snapshot_id} is malformed: {error}", remedy="Remove it with `dormouse rm`"
         ) from error
+
+
+def _record_of_import(body: SnapshotBody, snapshot_id: str) -> JobRecord:
+    """For images that CRIU made without us: their pipes are taken for the standard streams, in order."""
+    names: tuple[Stream, ...] = ("stdin", "stdout", "stderr")
+    if len(body.externals) > len(names) or any(external.kind != "pipe" for external in body.externals):
+        raise SnapshotError(
+            f"snapshot {snapshot_id} was imported with other ties to the outside than pipes for its standard streams",
+            remedy="`dormouse export` it and restore it with criu itself",
+        )
+    name = re.sub(r"[^a-z0-9._-]+", "-", body.name.lower()).strip("-._")[:60]
+    streams = [[stream] for stream in names[: len(body.externals)]]
+    return JobRecord(name=f"{name}-x" if name.isdigit() or not name else name, argv=[], network="own", streams=streams)
 
 
 def check_name(name: str) -> str:

@@ -30,7 +30,7 @@ from dormouse.jobs.streams import Input, Pipes, inode_of, inode_of_path, standar
 from dormouse.jobs.survey import Survey, refusal, survey
 from dormouse.snapshot.capture import PROCESS_KIND, CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
-from dormouse.snapshot.compatibility import cpu_flags
+from dormouse.snapshot.compatibility import system_key
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.images import ImageFile, SnapshotBody, decode_body
 from dormouse.snapshot.restore import restore
@@ -88,12 +88,7 @@ class Replica:
 
 def job_key(criu: Criu) -> dict[str, str]:
     """What must fit for a job's snapshot to be restored here."""
-    return {
-        "machine": platform.machine(),
-        "cpu_flags": cpu_flags(),
-        "kernel": platform.release(),
-        "criu": criu.version_text,
-    }
+    return system_key(gpu=False) | {"criu": criu.version_text}
 
 
 def start(record: JobRecord, environment: dict[str, str], cwd: Path) -> Replica:
@@ -131,7 +126,12 @@ class StoredJob:
     @classmethod
     def read(cls, snapshot_id: str, store: Store) -> StoredJob:
         """Raises NotFoundError, DamagedError, SnapshotError when it is none of a job."""
-        body = decode_body(store.manifest(snapshot_id).body, snapshot_id)
+        manifest = store.manifest(snapshot_id)
+        if manifest.kind != PROCESS_KIND:
+            raise SnapshotError(
+                f"snapshot {snapshot_id} is one of a model", remedy="`dormouse serve` restores it when it is needed"
+            )
+        body = decode_body(manifest.body, snapshot_id)
         return cls(snapshot_id, body, record_of(body, snapshot_id))
 
     def restore(self, number: int, record: JobRecord, store: Store, criu: Criu, timeout: float) -> Replica:
@@ -140,12 +140,14 @@ class StoredJob:
         inherit = [pipes.theirs[streams[0]] for streams in record.streams]
         inodes = [inode_of(descriptor) for descriptor in inherit]
         options = [*_ALWAYS[:1], *restore_options(record)]
+        # Of images that were imported it is not known which CRIU made them.
+        key = {field: value for field, value in job_key(criu).items() if field != "criu" or field in self.body.key}
         try:
             restored = restore(
                 self.snapshot_id,
                 store,
                 criu,
-                key=job_key(criu),
+                key=key,
                 take_home=lambda: self._cell(record, store),
                 timeout=timeout,
                 inherit=inherit,
