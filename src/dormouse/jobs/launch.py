@@ -15,12 +15,14 @@ from dormouse.config import DataDir
 from dormouse.errors import ConfigError, NotFoundError, SnapshotError
 from dormouse.jobs.control import Request, ask, free_name
 from dormouse.jobs.foreign import find_tree
+from dormouse.jobs.guard import Guard
 from dormouse.jobs.keeper import Keeper, in_background, require_root
 from dormouse.jobs.private_files import DEFAULT_FOLDERS
 from dormouse.jobs.record import JobRecord, Network, check_name, made_up_name, parse_publish
 from dormouse.jobs.replica import CaptureOptions, StoredJob, capture_replica
 from dormouse.jobs.survey import addresses_in_use
 from dormouse.snapshot.criu_setup import find_criu
+from dormouse.snapshot.tree import stopped_processes
 from dormouse.store.store import Store
 
 Tell = Callable[[str], None]
@@ -89,7 +91,7 @@ def checkpoint(data_dir: DataDir, target: str, request: Request) -> dict[str, An
         hook_timeout=request.hook_timeout,
         timeout=request.timeout,
     )
-    with Store.open(data_dir.create().store) as store:
+    with Store.open(data_dir.create().store) as store, Guard(tree.pid, stopped_processes(tree.home)):
         result = capture_replica(tree, store, criu, options)
     return {
         "id": result.snapshot_id,
