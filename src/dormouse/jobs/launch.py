@@ -66,8 +66,10 @@ def restore_job(
         stored = StoredJob.read(catalogue.resolve(store, snapshot), store)
     record = stored.record
     name = check_name(place.name) if place.name is not None else free_name(data_dir, record.name)
-    publish = record.publish if place.publish is None else [parse_publish(text) for text in place.publish]
-    record = msgspec.structs.replace(record, name=name, network=place.network or record.network, publish=publish)
+    network = place.network or record.network
+    kept = record.publish if network == "own" else []
+    publish = kept if place.publish is None else [parse_publish(text) for text in place.publish]
+    record = msgspec.structs.replace(record, name=name, network=network, publish=publish)
     _refuse_taken_addresses(record, replicas)
     return _keep(
         data_dir,
@@ -119,7 +121,7 @@ def _keep(data_dir: DataDir, record: JobRecord, detach: bool, tell: Tell, begin:
     log_path = data_dir.create().logs / f"{record.name}.log" if detach else None
 
     def work(report: Callable[[dict[str, Any]], None]) -> int:
-        with Keeper(data_dir, record, log_path=log_path, tell=print if detach else tell) as keeper:
+        with Keeper(data_dir, record, log_path=log_path, tell=_log if detach else tell) as keeper:
             keeper.catch_signals()
             begin(keeper)
             report({"name": record.name, "pids": keeper.pids, "published": keeper.addresses})
@@ -135,6 +137,10 @@ def _keep(data_dir: DataDir, record: JobRecord, detach: bool, tell: Tell, begin:
     report(in_background(log_path, work))
     tell(f"its output goes to {log_path}; `dormouse stop {record.name}` ends it")
     return 0
+
+
+def _log(text: str) -> None:
+    print(text, flush=True)
 
 
 def _checked(record: JobRecord) -> JobRecord:

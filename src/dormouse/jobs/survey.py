@@ -328,6 +328,7 @@ def _address(text: str) -> str:
     groups = [bytes.fromhex(digits[at : at + 8]) for at in range(0, len(digits), 8)]
     packed = b"".join(group[::-1] if sys.byteorder == "little" else group for group in groups)
     address = ipaddress.ip_address(packed)
+    address = getattr(address, "ipv4_mapped", None) or address
     return f"[{address}]:{int(port, 16)}" if address.version == 6 else f"{address}:{int(port, 16)}"
 
 
