@@ -183,6 +183,7 @@ def test_a_full_disk_leaves_the_job_running(dormouse: Dormouse, tmp_path: Path) 
         job.code()
 
 
+@pytest.mark.usefixtures("tcp")
 def test_refusals_name_the_descriptor_and_leave_the_job_alone(dormouse: Dormouse, tmp_path: Path) -> None:
     path = tmp_path / "outside.sock"
     with socket.socket(socket.AF_UNIX) as outside:
@@ -316,6 +317,7 @@ def process(*argv: str, **options: object) -> Iterator[subprocess.Popen[bytes]]:
                 pipe.close()
 
 
+@pytest.mark.usefixtures("tcp")
 def test_any_process_can_be_captured_by_its_pid(dormouse: Dormouse, tmp_path: Path) -> None:
     port = free_port()
     program = (
