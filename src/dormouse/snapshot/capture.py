@@ -30,7 +30,7 @@ from dormouse.snapshot.memory_capture import ParentMemory, capture_memory
 from dormouse.snapshot.memory_map import AddressSpace
 from dormouse.snapshot.prefetch import MappedRanges, mapped_ranges, merge
 from dormouse.snapshot.streamer import CaptureStream
-from dormouse.snapshot.tree import ProcessTree, continue_tree
+from dormouse.snapshot.tree import ProcessTree, continue_tree, stopped_processes
 from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest
 
@@ -75,18 +75,21 @@ def capture(
     digests: DigestCache,
     like: str | None = None,
     criu_options: Sequence[str] = (),
+    attach: Callable[[Ingest], Sequence[ImageFile]] = lambda _ingest: (),
 ) -> CaptureResult:
     """Dump and commit a tree as a manifest of `kind` and `name`; it is then stopped and the caller's to kill or to
     continue (`continue_tree`). `timeout` is CRIU's, in seconds; `still_wanted` is asked last before the commit;
-    `digests` remembers those of mapped files. A tree
-    that was restored from a snapshot shares with it all pages that have not changed; another tree shares those that
-    are the same at the same addresses in the snapshot `like`.
+    `digests` remembers those of mapped files. A tree that was restored from a snapshot shares with it all pages that
+    have not changed; another tree shares those that are the same at the same addresses in the snapshot `like`.
+    `attach` is called while the tree is stopped and makes further images, which are stored with CRIU's. What was
+    stopped before stays so.
 
     Raises SnapshotError, DiskFullError or StoreError; nothing was stored then, and the tree runs on, unless CRIU was
     killed or hung within it: then its home is closed, for what CRIU leaves half done can't be trusted.
     """
     phases = Phases()
     snapshot_id = new_snapshot_id()
+    stopped_before = stopped_processes(tree.home)
     try:
         with store.begin() as transaction:
             files = mapped_ranges(tree.home.processes())
@@ -98,6 +101,7 @@ def capture(
             ):
                 noted = beside.submit(note_mapped, files, digests)
                 images, memory = _dump(tree, ingest, parent, criu, timeout, criu_options)
+                images += attach(ingest)
             with phases.time("mapped files"):
                 mapped = noted.result()
             body = SnapshotBody(
@@ -125,7 +129,7 @@ def capture(
                     )
                 )
     except BaseException:
-        continue_tree(tree.home)
+        continue_tree(tree.home, but=stopped_before)
         raise
     return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, dict(phases))
 

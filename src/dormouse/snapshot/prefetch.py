@@ -9,6 +9,7 @@ snapshot's chunks are more urgent, and behind a deep queue they would wait for a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -40,13 +41,12 @@ class MappedRanges:
 
 
 def mapped_ranges(pids: Iterable[int]) -> dict[str, MappedRanges]:
-    """The files that host processes have mapped, by path, in the order of their address spaces.
-
-    Raises OSError when a process has ended or may not be inspected.
-    """
+    """The files that host processes have mapped, by path, in the order of their address spaces. Processes that have
+    ended, zombies too, have none. Raises OSError when one may not be inspected."""
     files: dict[str, MappedRanges] = {}
     for pid in pids:
-        _add_files(pid, files)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            _add_files(pid, files)
     return files
 
 
