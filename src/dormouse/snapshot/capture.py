@@ -33,7 +33,9 @@ from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest
 
 SNAPSHOT_KIND = "snapshot"
-"""Of a model's worker."""
+"""Of a worker with a model, by the model's name."""
+TEMPLATE_KIND = "template"
+"""Of a worker that has an engine and no model, by engine and options."""
 PROCESS_KIND = "process"
 """Of a job: any other process tree."""
 

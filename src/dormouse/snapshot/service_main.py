@@ -27,7 +27,7 @@ from dormouse.checkpoint.pool import SegmentPool
 from dormouse.errors import DamagedError, DormouseError, HostError, SnapshotError
 from dormouse.phases import Phases
 from dormouse.snapshot import service_messages as messages
-from dormouse.snapshot.capture import SNAPSHOT_KIND, capture
+from dormouse.snapshot.capture import capture
 from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.snapshot.restore import note_damage, restore
@@ -238,7 +238,7 @@ class Service:
             worker,
             self._store,
             self._criu,
-            kind=SNAPSHOT_KIND,
+            kind=request.kind,
             name=request.model,
             key=self._full_key(request.key),
             now=time.time,
