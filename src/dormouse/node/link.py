@@ -227,7 +227,8 @@ class WorkerLink:
         """Let a parked or restored worker go on. Raises EngineError, or what reading the weights failed with."""
         self._segments.send()
         resumed = await self._command(Resume(log_path=log_path), Resumed)
-        self._segments.filled()
+        if "weights" in resumed.phases:  # it has a model and so has waited for them; a template waits at its load
+            self._segments.filled()
         return resumed
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Delta | Finished]:
