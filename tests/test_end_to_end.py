@@ -271,9 +271,11 @@ def test_kill_9_of_a_worker_is_an_error_for_its_requests_and_the_next_one_starts
         (["rm", "nothing"], 3, "nothing"),
         (["rm", ""], 3, "no snapshot"),
         (["import", "/no/such/folder", "--name", "x"], 3, "/no/such/folder"),
+        (["import", "~nosuchuser/x", "--name", "x"], 3, "~nosuchuser"),
         (["import", "smollm2-135m", "--name", "Not A Name"], 2, "Not A Name"),
         (["bench", "start", "no-such-model"], 3, "no-such-model"),
         (["frobnicate"], 2, "frobnicate"),
+        (["sleep", "smollm2-135m"], 4, "no node runs"),
     ],
 )
 def test_bad_command_lines_give_one_sentence_and_a_status(

@@ -34,7 +34,7 @@ from dormouse.engine.messages import ChatPrompt, Delta, Sampling
 from dormouse.errors import DormouseError, EngineError, HostError
 from dormouse.node.assemble import assemble_node
 from dormouse.node.node import Node
-from dormouse.node.replica import Start
+from dormouse.node.replica import Start, StartPath
 from dormouse.node.runner import Lease
 from dormouse.snapshot.service import CaptureResult
 from dormouse.store.store import Store
@@ -82,7 +82,13 @@ class _Watch:
     def start_failed(self, model: str, error: DormouseError) -> None:
         self.error = error
 
-    def fell_back(self, model: str, error: DormouseError) -> None:
+    def fell_back(self, model: str, path: StartPath, error: DormouseError) -> None:
+        self.error = error
+
+    def retried(self, model: str, error: DormouseError) -> None:
+        self.error = error
+
+    def quarantined(self, model: str, error: DormouseError) -> None:
         self.error = error
 
     def captured(self, model: str, result: CaptureResult, phases: Mapping[str, float]) -> None:
@@ -134,7 +140,7 @@ def _scratch(data_dir: DataDir, checkpoint: str | None) -> Iterator[Path]:
 
 async def _node(folder: Path, name: str, *, snapshot: bool) -> Node:
     settings = ModelConfig(keep_alive=float("inf"), snapshot=snapshot)
-    return await assemble_node(ServeConfig(data_dir=folder, models={name: settings}))
+    return await assemble_node(ServeConfig(data_dir=folder, templates=False, models={name: settings}))
 
 
 async def _run(node: Node, name: str, prompt: str, *, expected: str) -> Run:

@@ -25,6 +25,7 @@ from rich.markup import escape
 
 import dormouse
 from dormouse import catalogue, doctor
+from dormouse.admin_client import ask_node
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import open_model, remove_model
 from dormouse.checkpoint.writer import sweep
@@ -237,8 +238,11 @@ def import_images_(
 @cli.command()
 @click.argument("targets", metavar="ID...", nargs=-1, required=True)
 @click.option("--model", "is_model", is_flag=True, help="The arguments are model names; their snapshots go too.")
+@click.option("--force", is_flag=True, help="Remove pinned snapshots, too.")
 @common
-def rm(targets: tuple[str, ...], is_model: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+def rm(
+    targets: tuple[str, ...], is_model: bool, force: bool, data_dir: DataDir, as_json: bool, reporter: Reporter
+) -> None:
     """Remove snapshots, or with --model whole models, and free their disk space."""
     targets = tuple(dict.fromkeys(targets))
     with Store.open(data_dir.create().store) as store:
@@ -249,6 +253,8 @@ def rm(targets: tuple[str, ...], is_model: bool, data_dir: DataDir, as_json: boo
             snapshots = [row.id for name in targets for row in store.manifests(kind=SNAPSHOT_KIND, name=name)]
         else:
             snapshots = list(dict.fromkeys(catalogue.resolve(store, target) for target in targets))
+        if not force:
+            catalogue.refuse_pinned(store, snapshots)
         # All targets are known to be there by now: either everything goes or nothing does.
         for name in targets if is_model else ():
             remove_model(data_dir.models, name)
@@ -265,24 +271,88 @@ def rm(targets: tuple[str, ...], is_model: bool, data_dir: DataDir, as_json: boo
 
 
 @cli.command()
-@click.option("--quick", is_flag=True, help="Check stored checksums only; do not decode every chunk.")
+@click.argument("model")
+@common
+def snapshot(model: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Have the running node capture a model as soon as it is idle. The model then sleeps."""
+    with reporter:
+        reporter.step(f"waiting until {model} is captured")
+        status = ask_node(data_dir.run, "POST", "models", model, "snapshot")
+    emit(status) if as_json else out.print(f"Model {escape(model)} is captured as {status['snapshot_id']}")
+
+
+@cli.command()
+@click.argument("model")
+@common
+def sleep(model: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Have the running node put a model to sleep as soon as it is idle."""
+    with reporter:
+        reporter.step(f"waiting until {model} is asleep")
+        status = ask_node(data_dir.run, "POST", "models", model, "sleep")
+    emit(status) if as_json else out.print(f"Model {escape(model)} is {status['state']}")
+
+
+@cli.command()
+@click.argument("model")
+@common
+def wake(model: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Have the running node start a model, which then stays for its keep-alive."""
+    with reporter:
+        reporter.step(f"waiting until {model} is ready")
+        status = ask_node(data_dir.run, "POST", "models", model, "wake")
+    emit(status) if as_json else out.print(f"Model {escape(model)} is {status['state']} ({status['start']} s)")
+
+
+@cli.command()
+@click.argument("snapshot_id", metavar="ID")
+@common
+def pin(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Keep a snapshot when newer ones come; `rm` then needs --force."""
+    identity = catalogue.pin(data_dir, snapshot_id, True)
+    emit({"id": identity, "pinned": True}) if as_json else out.print(f"Snapshot {identity} is pinned")
+
+
+@cli.command()
+@click.argument("snapshot_id", metavar="ID")
+@common
+def unpin(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Let a pinned snapshot go when a newer one comes."""
+    identity = catalogue.pin(data_dir, snapshot_id, False)
+    emit({"id": identity, "pinned": False}) if as_json else out.print(f"Snapshot {identity} is no longer pinned")
+
+
+@cli.command()
+@click.argument("snapshot_id", metavar="ID")
+@common
+def release(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Lift a snapshot's quarantine: it may be used again."""
+    identity = catalogue.release(data_dir, snapshot_id)
+    emit({"id": identity, "quarantine": None}) if as_json else out.print(f"Snapshot {identity} may be used again")
+
+
+@cli.command()
+@click.option("--quick", is_flag=True, help="Check signatures only; do not decode every chunk.")
 @common
 def verify(quick: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Check every stored byte. Exit status 5 when anything is damaged."""
     with Store.open(data_dir.create().store) as store, reporter:
         report = store.verify(deep=not quick, progress=reporter.amount("verify"))
+        hit = catalogue.models_with_damaged_weights(store, report)
     if as_json:
         emit(
             {
                 "ok": report.ok,
                 "chunks": report.chunks,
                 "damages": [str(damage) for damage in report.damages],
+                "weights_hit": hit,
                 "notes": report.notes,
             }
         )
     else:
         for damage in report.damages:
             out.print(f"[red]damaged[/] {escape(str(damage))}")
+        for name in hit:
+            out.print(f"[red]damaged[/] the weights of model {escape(name)}: import it again with --replace")
         for note in report.notes:
             out.print(f"note: {escape(note)}")
         out.print(f"{report.chunks} chunks checked, {len(report.damages)} damaged")
@@ -397,7 +467,10 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False, prog_name="dormouse")
     except click.ClickException as error:
-        error.show()
+        if _wants_json():
+            _emit_error("usage", error.format_message(), "See `dormouse --help`")
+        else:
+            error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         err.print("interrupted")
@@ -411,21 +484,33 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("DORMOUSE_DEBUG"):
             raise
-        err.print(
-            f"[red]error:[/] unexpected {type(error).__name__}: {escape(str(error))}\n"
-            f"[cyan]hint:[/] This is a bug in dormouse; run again with DORMOUSE_DEBUG=1 for the details "
-            f"(after {time.monotonic() - started:.1f} s)"
-        )
+        after = f"(after {time.monotonic() - started:.1f} s)"
+        remedy = f"This is a bug in dormouse; run again with DORMOUSE_DEBUG=1 for the details {after}"
+        _show_words("internal_error", f"unexpected {type(error).__name__}: {error}", remedy)
         sys.exit(INTERNAL_ERROR)
 
 
+def _wants_json() -> bool:
+    """Whether the command line asks for JSON, however much else is wrong with it."""
+    options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    return "--json" in options
+
+
+def _emit_error(code: str, message: str, remedy: str) -> None:
+    emit({"error": {"code": code, "message": message, "remedy": remedy}})
+
+
 def _show(error: DormouseError) -> None:
-    if "--json" in sys.argv:
-        emit({"error": {"code": error.code, "message": error.message, "remedy": error.remedy}})
+    _show_words(error.code, error.message, error.remedy)
+
+
+def _show_words(code: str, message: str, remedy: str) -> None:
+    if _wants_json():
+        _emit_error(code, message, remedy)
         return
-    err.print(f"[red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
-    if error.remedy:
-        err.print(f"[cyan]hint:[/] {escape(error.remedy)}", highlight=False, soft_wrap=True)
+    err.print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    if remedy:
+        err.print(f"[cyan]hint:[/] {escape(remedy)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -77,11 +77,13 @@ Names = dict[str, Entry]
 
 
 class FaultyDisk:
-    """The folder `root` must be empty. `rate` is the share of calls that go wrong while armed."""
+    """The folder `root` must be empty. `errors` is the share of calls that fail while armed, `shorts`
+    that of reads and writes that do less than asked."""
 
-    def __init__(self, root: Path, seed: int, rate: float = 0.0) -> None:
+    def __init__(self, root: Path, seed: int, *, errors: float = 0.0, shorts: float = 0.0) -> None:
         self.root = root
-        self.rate = rate
+        self.errors = errors
+        self.shorts = shorts
         self.faults: list[str] = []
         self._chance = random.Random(seed)
         self._tree = Folder()
@@ -115,6 +117,10 @@ class FaultyDisk:
             yield
         finally:
             self._armed, self._calls_left = False, -1
+
+    def revive(self) -> None:
+        """Not the power went, but only the process died: what it has written without syncing is there, for now."""
+        self._dead = False
 
     def restart(self) -> None:
         """What the disk holds after a power cut."""
@@ -159,14 +165,14 @@ class FaultyDisk:
             raise PowerCut
 
     def _fail(self, call: str, what: object, *codes: int) -> None:
-        if self._armed and self._chance.random() < self.rate:
+        if self._armed and self._chance.random() < self.errors:
             code = self._chance.choice(codes)
             self.faults.append(f"{errno.errorcode[code]} in {call} of {what}")
             raise OSError(code, os.strerror(code), os.fspath(what) if isinstance(what, Path) else None)
 
     def _part(self, length: int) -> int:
         """How much of a read or write of `length` is done: all of it, mostly."""
-        if self._armed and length > 1 and self._chance.random() < self.rate * 2:
+        if self._armed and length > 1 and self._chance.random() < self.shorts:
             return self._chance.randrange(1, length)
         return length
 

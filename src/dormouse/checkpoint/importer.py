@@ -120,7 +120,10 @@ def _read_source(source: str, folder: Path, progress: Progress) -> Description:
     if source == smollm2.NAME:
         with smollm2.fetched(folder.parent, progress) as gguf:
             return _read_path(gguf, source, folder, progress)
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:  # a home folder of nobody
+        path = Path(source)
     if not path.exists():
         raise NotFoundError(
             f"there is no {source}",

@@ -257,9 +257,11 @@ class WorkerLink:
         """Close the socket; a worker that is still there ends. Idempotent."""
         self._on_lost = None
         self._task.cancel()
-        await asyncio.wait([self._task])
-        self._segments.close()
-        self._lose(EngineError(f"the worker of {self._model} was stopped"))
+        try:
+            await asyncio.wait([self._task])
+        finally:
+            self._segments.close()
+            self._lose(EngineError(f"the worker of {self._model} was stopped"))
 
     def _abandon(self, number: str) -> None:
         if self._generations.pop(number, None) is not None and self._lost is None:

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
-from dormouse.errors import StoreError
 from dormouse.snapshot.criu_images import Mapping as ProcessMapping
 from dormouse.snapshot.criu_images import Task, encode_pagemap
 from dormouse.snapshot.memory_map import (
@@ -38,8 +36,6 @@ from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.store import Reader
 from dormouse.transfer.budget import default_threads
 from dormouse.transfer.readahead import ReadAhead
-
-log = logging.getLogger(__name__)
 
 AHEAD_BYTES = 96 << 20
 """What is decoded before the processes are there to take it."""
@@ -158,18 +154,14 @@ class Fill:
                     jobs += [self._pool.submit(self._fill, memory, plan.space.pid, window) for window in plan.filled]
                 for job in jobs:
                     job.result()
-            finally:
-                self._pool.shutdown(cancel_futures=True)  # before the memories close: no thread may use a closed one
+            finally:  # before the memories close: no thread may use a closed descriptor
+                self._pool.shutdown(cancel_futures=True)
 
     def _advise(self) -> None:
         for chunk in sorted(self._chunks.values(), key=lambda chunk: (chunk.pack, chunk.offset)):
             if self._ended:
                 return
-            try:
-                self._reader.advise(chunk)
-            except StoreError as error:  # whoever reads the chunk meets the same, and that error counts
-                log.warning("no read-ahead of chunks: %s", error)
-                return
+            self._reader.advise(chunk)
 
     def _fill(self, memory: ProcessMemory, pid: int, window: Window) -> None:
         # The futures of `begin` were in the pool's queue before this one, so what is waited for is running or done.

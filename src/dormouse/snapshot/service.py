@@ -21,7 +21,7 @@ from typing import Self
 
 from dormouse.errors import SnapshotError
 from dormouse.snapshot import service_messages as messages
-from dormouse.snapshot.capture import CaptureResult
+from dormouse.snapshot.capture import SNAPSHOT_KIND, CaptureResult
 from dormouse.transfer.handles import SegmentHandle, adopt
 
 __all__ = ["CaptureResult", "HostService", "WorkerHandle"]
@@ -74,15 +74,20 @@ class HostService:
         request = messages.StartWorker(call=process.new_call(), log_path=str(log_path), checkpoint=checkpoint)
         return _handle(*await process.ask(request))
 
-    async def capture(self, worker: WorkerHandle, *, model: str, key: dict[str, str]) -> CaptureResult:
-        """Snapshot a quiesced worker, commit, then kill it. `key` is the compatibility key.
+    async def capture(
+        self, worker: WorkerHandle, *, model: str, key: dict[str, str], kind: str = SNAPSHOT_KIND
+    ) -> CaptureResult:
+        """Snapshot a quiesced worker, commit, then kill it. `key` is the compatibility key; `kind` and `model` are the
+        manifest's kind and name.
 
         On any error (SnapshotError, DiskFullError, StoreError) the worker is alive and as it was: send it Resume.
         """
         process = self._process
         if process is None or process.ended is not None:
             raise SnapshotError(f"the worker of {model} is gone, and the service that made it")
-        request = messages.CaptureWorker(call=process.new_call(), cell_id=worker.cell_id, model=model, key=key)
+        request = messages.CaptureWorker(
+            call=process.new_call(), cell_id=worker.cell_id, kind=kind, model=model, key=key
+        )
         reply, _none = await process.ask(request)
         assert isinstance(reply, messages.Captured)
         return CaptureResult(reply.snapshot_id, reply.raw_bytes, reply.stored_bytes, reply.phases)

@@ -13,6 +13,7 @@ import argparse
 import logging
 import os
 import secrets
+import shutil
 import socket
 import sys
 import threading
@@ -26,7 +27,7 @@ from dormouse.checkpoint.pool import SegmentPool
 from dormouse.errors import DamagedError, DormouseError, HostError, SnapshotError
 from dormouse.phases import Phases
 from dormouse.snapshot import service_messages as messages
-from dormouse.snapshot.capture import SNAPSHOT_KIND, capture
+from dormouse.snapshot.capture import capture
 from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.snapshot.restore import note_damage, restore
@@ -54,12 +55,29 @@ _PASSED_ON = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHON
 _PASSED_ON_PREFIXES = ("LC_", "OMP_", "MKL_", "CUDA_", "NVIDIA_", "TORCH_")
 
 
-def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a new worker."""
+def worker_command() -> list[str]:
+    """How a worker is started. Without address randomisation two workers of one engine have the same pages at the same
+    places, and their snapshots share them; a snapshot keeps its addresses for its whole life anyway.
+
+    Raises HostError.
+    """
+    setarch = shutil.which("setarch")
+    if setarch is None:
+        raise HostError("setarch is not installed", remedy="Install the package util-linux")
+    worker = [sys.executable, "-m", "dormouse.engine.worker", "--control-fd", str(CONTROL_FD)]
+    return [setarch, "--addr-no-randomize", *worker]
+
+
+def worker_environment(environment: Mapping[str, str], hash_seed: int) -> dict[str, str]:
+    """The environment of a new worker. One seed of Python's string hashes per host makes dictionaries equal too."""
     passed = {
         name: value for name, value in environment.items() if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)
     }
-    return passed | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    return (
+        passed
+        | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        | {"PYTHONHASHSEED": str(hash_seed)}
+    )
 
 
 def rotate_log(path: Path) -> None:
@@ -111,6 +129,7 @@ class Service:
         self._workers: dict[str, ProcessTree] = {}
         self._damaged: set[str] = set()
         self._segments = SegmentPool(store)
+        self._latest: dict[str, str] = {}  # by engine, the snapshot that was captured or restored last
 
     def close(self) -> None:
         """End what no worker uses. Workers are the caller's to stop."""
@@ -168,8 +187,8 @@ class Service:
             log_fd = os.open(request.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
                 spawned = cell.spawn(
-                    [sys.executable, "-m", "dormouse.engine.worker", "--control-fd", str(CONTROL_FD)],
-                    env=worker_environment(os.environ),
+                    worker_command(),
+                    env=worker_environment(os.environ, self._store.key.number("worker hash seed")),
                     fds={1: log_fd, 2: log_fd},
                     control=CONTROL_FD,
                     pid_floor=worker_pid_floor(),
@@ -200,6 +219,7 @@ class Service:
             with self._lock:
                 self._damaged.add(request.snapshot_id)
             raise
+        self._latest[request.key.get("engine", "")] = request.snapshot_id
         try:
             assert restored.control is not None
             return self._started(cell_id, restored.tree), restored.control, restored.phases
@@ -218,13 +238,15 @@ class Service:
             worker,
             self._store,
             self._criu,
-            kind=SNAPSHOT_KIND,
+            kind=request.kind,
             name=request.model,
             key=self._full_key(request.key),
             now=time.time,
             still_wanted=lambda: request.cell_id in self._workers,
             timeout=_CRIU_TIMEOUT,
+            like=self._latest.get(request.key.get("engine", "")),
         )
+        self._latest[request.key.get("engine", "")] = result.snapshot_id
         self._stop(request.cell_id)
         return messages.Captured(
             call=request.call,

@@ -30,6 +30,7 @@ class CaptureWorker(_Message, frozen=True, tag="capture"):
     """Snapshot the quiesced worker of a cell, then kill it."""
 
     cell_id: str
+    kind: str
     model: str
     key: dict[str, str]
 

@@ -110,22 +110,20 @@ def private_folder(path: Path, *, may_be_link: bool = False) -> None:
     refuse_open_to_others(path, status, _OTHERS_WRITE)
 
 
-def discard(path: Path) -> bool:
-    """Remove what was not committed; whether it is gone. A failure is only logged: this tidies up after a success or
+def discard(path: Path) -> None:
+    """Remove what was not committed. A failure is only logged: this tidies up after a success or
     another failure, which is what the caller has to tell, and the next start tidies up again."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
         log.warning("%s could not be removed, which is left to the next start: %s", path, error)
-        return False
-    return True
 
 
-def open_ours(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a file that exists. Raises UntrustedError for links, what is no file, and what others may write to."""
+def open_ours(path: Path) -> int:
+    """Open a file for reading. Raises UntrustedError for links, what is no file, and what others may write to."""
     try:
         # O_NONBLOCK: opening somebody's pipe would wait for ever. It means nothing to a regular file.
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise _link(path) from error

@@ -71,6 +71,10 @@ class Key:
         """The key as a file."""
         return b"dormouse-key %d\nsecret %s\nid %s\n" % (VERSION, self.secret.hex().encode(), self.id.hex().encode())
 
+    def number(self, purpose: str) -> int:
+        """A number of 32 bits that is the same on this host every time and that nobody else can guess."""
+        return int.from_bytes(self._derived(f"number {purpose}")[:4], "little")
+
     def __repr__(self) -> str:
         return f"Key({self.id.hex()})"
 

@@ -126,9 +126,11 @@ class PackWriter:
         with self._lock:
             fd, self._fd = self._fd, -1
         if fd >= 0:
-            if not self.installed:
-                discard(self.path)
-            os.close(fd)
+            try:
+                if not self.installed:
+                    discard(self.path)
+            finally:
+                os.close(fd)
 
 
 def _packed(entry: StoredChunk) -> bytes:

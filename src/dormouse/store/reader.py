@@ -3,10 +3,11 @@ so whatever it has located stays readable until it is closed."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -67,12 +68,11 @@ class Reader:
         return stored
 
     def advise(self, chunk: StoredChunk) -> None:
-        """Tell the kernel that a chunk's stored bytes will soon be read. Raises DamagedError when its pack is gone."""
-        try:
-            with reading(self._packs / pack_name(chunk.pack)):
-                os.posix_fadvise(self._file(chunk), chunk.offset, chunk.stored_length, os.POSIX_FADV_WILLNEED)
-        except FileNotFoundError:
-            raise self._damaged(chunk, "the pack is missing") from None
+        """Tell the kernel that a chunk's stored bytes will soon be read. A hint: a pack that is gone or unreadable is
+        an error of the read itself."""
+        if chunk.stored_length and makes_sense(chunk):  # no length would mean the rest of the pack
+            with contextlib.suppress(StoreError), self._pack(chunk) as fd:
+                os.posix_fadvise(fd, chunk.offset, chunk.stored_length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close the packs and let garbage be collected. No call may be under way. Idempotent."""
@@ -88,13 +88,18 @@ class Reader:
         self.close()
 
     def _read(self, chunk: StoredChunk) -> Buffer:
+        with self._pack(chunk) as fd:
+            if chunk.codec == Codec.RAW:  # handed on as it is, so it needs memory of its own
+                return read_all(fd, chunk.stored_length, chunk.offset)
+            buffer = self._scratch(chunk.stored_length)
+            return buffer[: read_into(fd, buffer, chunk.offset)]
+
+    @contextlib.contextmanager
+    def _pack(self, chunk: StoredChunk) -> Iterator[int]:
+        """A chunk's pack, open; whatever fails with it in the block is damage of the chunk."""
         try:
             with reading(self._packs / pack_name(chunk.pack)):
-                fd = self._file(chunk)
-                if chunk.codec == Codec.RAW:  # handed on as it is, so it needs memory of its own
-                    return read_all(fd, chunk.stored_length, chunk.offset)
-                buffer = self._scratch(chunk.stored_length)
-                return buffer[: read_into(fd, buffer, chunk.offset)]
+                yield self._file(chunk.pack)
         except FileNotFoundError:
             raise self._damaged(chunk, "the pack is missing") from None
         except DamagedError as error:
@@ -107,11 +112,11 @@ class Reader:
             scratch = self._local.scratch = memoryview(bytearray(length))
         return scratch[:length]
 
-    def _file(self, chunk: StoredChunk) -> int:
+    def _file(self, number: int) -> int:
         with self._lock:
-            fd = self._files.get(chunk.pack)
+            fd = self._files.get(number)
             if fd is None:
-                fd = self._files[chunk.pack] = open_ours(self._packs / pack_name(chunk.pack))
+                fd = self._files[number] = open_ours(self._packs / pack_name(number))
             return fd
 
     def _damaged(self, chunk: StoredChunk, why: str) -> DamagedError:

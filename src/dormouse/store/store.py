@@ -49,6 +49,7 @@ class Store:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self.key = layout.key
 
     @classmethod
     def open(cls, path: Path, *, key_file: Path | None = None, checkpoint: Checkpoint = lambda _step: None) -> Self:
@@ -109,6 +110,10 @@ class Store:
         """All manifests, or those of a kind or name, oldest first. Raises DamagedError when the index was altered."""
         rows = self._layout.index.manifests(kind, name)
         return [replace(row, marks=read_marks(self._layout.marks(row.id))) for row in rows]
+
+    def unreadable(self) -> set[str]:
+        """The ids of manifests that have no row in `manifests`, because they are damaged or another key signed them."""
+        return self._layout.manifest_ids() - self._layout.index.manifest_ids()
 
     def marks(self, manifest_id: str) -> Marks:
         """What was noted about a manifest. Raises NotFoundError."""

@@ -143,5 +143,7 @@ class Transaction:
     def _end(self) -> None:
         if not self._ended:
             self._ended = True
-            self._writer.close()
-            self._in_use.release()
+            try:
+                self._writer.close()
+            finally:
+                self._in_use.release()
