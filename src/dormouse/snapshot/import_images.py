@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,6 @@ import msgspec
 from dormouse.errors import ConfigError, DamagedError, SnapshotError
 from dormouse.phases import Phases
 from dormouse.snapshot.capture import PROCESS_KIND, CaptureResult, new_snapshot_id
-from dormouse.snapshot.compatibility import cpu_flags
 from dormouse.snapshot.criu_images import (
     PAGE,
     Run,
@@ -122,15 +120,6 @@ def import_images(
                 )
             )
     return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, dict(phases))
-
-
-def host_key_of_imports() -> dict[str, str]:
-    """The compatibility key of images that come from elsewhere: this host's, for nothing is known of their origin."""
-    return {
-        "machine": platform.machine(),
-        "cpu_flags": cpu_flags(),
-        "kernel": platform.release(),
-    }
 
 
 def parse_external(text: str) -> External:
