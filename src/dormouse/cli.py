@@ -40,6 +40,7 @@ from dormouse.store.key_import import export_key, host_key, import_key
 from dormouse.store.store import Store
 
 INTERNAL_ERROR = 70
+LONGEST_JSON = 64 << 20
 
 out = Console()
 err = Console(stderr=True)
@@ -156,6 +157,8 @@ def inspect(
     """Show what is in a snapshot: its images, sizes, phases and compatibility key; or its memory."""
     if (address is None and raw) or (address is not None and maps):
         raise click.UsageError("--raw goes with --address, and --maps without")
+    if as_json and not raw and length > LONGEST_JSON:
+        raise click.UsageError(f"--json shows at most {LONGEST_JSON} bytes; --raw has no limit")
     if address is not None:
         show_memory(catalogue.memory(data_dir, snapshot_id, pid, address, length), address, raw, as_json)
     elif maps:

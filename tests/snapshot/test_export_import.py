@@ -217,7 +217,8 @@ BAD = {
         "lazy",
     ),
     "a torn page map": (lambda folder: os.truncate(folder / "pagemap-7.img", 15), "ends in the middle"),
-    "a huge page map": (lambda folder: os.truncate(folder / "pagemap-7.img", 1 << 40), "at most"),
+    "a huge page map": (lambda folder: os.truncate(folder / "pagemap-7.img", 1 << 40), "lacks field 1"),
+    "a huge list of mappings": (lambda folder: os.truncate(folder / "mm-7.img", 1 << 40), "at most"),
 }
 
 
