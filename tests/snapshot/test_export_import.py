@@ -16,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from fake_dump import MACHINE, fake_dump
 from test_memory_paths import assert_same, captured, memory, restored, start
 
+from dormouse.cli import cli
 from dormouse.errors import ConfigError, DamagedError, SnapshotError
 from dormouse.snapshot.cell import Cell
 from dormouse.snapshot.criu_images import PAGE, encode_pagemap, parse_pagemap
@@ -216,7 +218,8 @@ BAD = {
         "lazy",
     ),
     "a torn page map": (lambda folder: os.truncate(folder / "pagemap-7.img", 15), "ends in the middle"),
-    "a huge page map": (lambda folder: os.truncate(folder / "pagemap-7.img", 1 << 40), "at most"),
+    "a huge page map": (lambda folder: os.truncate(folder / "pagemap-7.img", 1 << 40), "lacks field 1"),
+    "a huge list of mappings": (lambda folder: os.truncate(folder / "mm-7.img", 1 << 40), "at most"),
 }
 
 
@@ -325,3 +328,25 @@ def ask(control: socket.socket) -> bytes:
         control.settimeout(20)
         control.sendall(b"hello")
         return control.recv(99)
+
+
+def test_both_verbs_at_the_command_line(store: Store, tmp_path: Path) -> None:
+    folder = fake_dump(tmp_path / "dump")
+
+    def dormouse(*words: str) -> dict[str, object]:
+        done = CliRunner().invoke(cli, [*words, "--json", "--data-dir", str(tmp_path / "data")], catch_exceptions=False)
+        found = json.loads(done.stdout)
+        assert isinstance(found, dict)
+        return found
+
+    taken = dormouse("import-images", str(folder), "--external", "pipe:5")
+    done = dormouse("export", str(taken["id"])[:5], str(tmp_path / "out"))
+    assert (done["pid"], done["externals"]) == (7, ["pipe:5"])
+    assert str(tmp_path / "out") in str(done["command"]) and "fd[3]:pipe:[5]" in str(done["command"])
+    (row,) = store.manifests()
+    assert (row.kind, row.name) == ("process", "dump")
+    assert dormouse("inspect", row.id)["key"].keys() == {"machine", "cpu_flags", "kernel", "criu"}
+    note = json.loads((tmp_path / "out" / "dormouse-import.json").read_text())
+    assert note["imported_from"] == str(folder)
+    again = dormouse("import-images", str(tmp_path / "out"), "--name", "twice")
+    assert dormouse("inspect", str(again["id"]))["model"] == "twice"

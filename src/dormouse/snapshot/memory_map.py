@@ -287,7 +287,7 @@ def plain_windows(windows: Iterable[Window], mappings: Sequence[Mapping]) -> set
 def check(space: AddressSpace, what: str) -> None:
     """Raises DamagedError when an address space from a stored record contradicts itself."""
     chunks = len(space.digests) // DIGEST_SIZE
-    sound = len(space.digests) % DIGEST_SIZE == 0 and space.pid > 0 and space.pages_id >= 0
+    sound = len(space.digests) % DIGEST_SIZE == 0 and space.pid > 0 and space.pages_id >= 0 <= space.pages
     number = -1
     for window in space.windows:
         sound = sound and number < window.number < _MOST_WINDOWS and _is_sound(window.pieces, chunks)
@@ -308,4 +308,4 @@ def _is_sound(pieces: Sequence[Piece], chunks: int) -> bool:
         if not used or used & ~held_mask(piece) or used & seen:
             return False
         seen |= used
-    return bool(pieces)
+    return 0 < len(pieces) <= _MOST_PIECES

@@ -93,8 +93,9 @@ def page_parts(plan: MemoryPlan, chunks: ReadAhead) -> Iterator[Buffer]:
     stream = chunks.stream(wanted)
     try:
         for window in plan.piped:
-            parts = {piece.chunk: next(stream) for piece in window.pieces}
+            parts = {}
             for piece in window.pieces:
+                parts[piece.chunk] = next(stream)
                 check_length(len(parts[piece.chunk]), held_mask(piece), digests[piece.chunk])
             yield assemble(window, parts.__getitem__)
     finally:
