@@ -29,8 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dormouse.bench_start import host_facts
+from dormouse.checkpoint.models import open_model
+from dormouse.checkpoint.writer import copy_checkpoint
 from dormouse.config import DataDir, default_data_dir
 from dormouse.node.presence import read_node
+from dormouse.store.store import Store
 
 TIMEOUT = 300.0
 # Made once: making one reads certificates for 0.1 s of CPU, which would show as a gap of the other stream.
@@ -47,6 +50,9 @@ def served(model: str) -> Iterator[tuple[str, DataDir]]:
             scratch.criu.symlink_to(real.criu)
         for name in ("hot", "sleepy"):
             (scratch.models / name).symlink_to(real.models / model)
+        if (checkpoint := open_model(real.models, model).checkpoint) is not None:
+            with Store.open(real.store) as source, Store.open(scratch.store) as target:
+                copy_checkpoint(checkpoint, source, target)
         config = Path(folder) / "serve.yaml"
         config.write_text(
             "port: 0\nlog_level: warning\nmodels:\n  hot: {keep_alive: forever}\n  sleepy: {keep_alive: 1s}\n"

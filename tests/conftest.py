@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from dormouse.checkpoint import ImportedModel, import_model, open_model
-from dormouse.errors import NotFoundError
+from dormouse.checkpoint.importer import import_model
+from dormouse.checkpoint.models import ImportedModel, open_model
+from dormouse.config import DataDir
+from dormouse.errors import DormouseError
+from dormouse.store.store import Store
+from tests.models import quiet
 
 SMOLLM2 = "smollm2-135m"
 
@@ -17,11 +22,21 @@ SMOLLM2 = "smollm2-135m"
 @pytest.fixture(scope="session")
 def smollm2() -> ImportedModel:
     """SmolLM2-135M-Instruct as `dormouse import smollm2-135m` makes it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dormouse-tests" / "models"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dormouse-tests"
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once import it once
+        folder = DataDir(cache / "home").create()
         try:
-            return open_model(cache, SMOLLM2)
-        except NotFoundError:
-            return import_model(SMOLLM2, SMOLLM2, cache, progress=lambda step, done, total: None)
+            return _imported(folder)
+        except DormouseError:  # not there yet, or made by another version
+            shutil.rmtree(folder.root)
+            return import_model(SMOLLM2, SMOLLM2, folder.create(), progress=quiet)
+
+
+def _imported(folder: DataDir) -> ImportedModel:
+    model = open_model(folder.models, SMOLLM2)
+    assert model.checkpoint is not None
+    with Store.open(folder.store) as store:
+        store.manifest(model.checkpoint)
+    return model

@@ -89,6 +89,10 @@ def test_any_text_is_a_duration_or_a_value_error(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        (
+            "data_dir: ~nosuchuser/x",
+            "line 1: data_dir: '~nosuchuser/x' names the home folder of ~nosuchuser",
+        ),
         ("prot: 1", "dormouse.yaml, line 1: prot: no such setting. Did you mean port? Allowed here: api_keys_file"),
         ("host: a\nport: 70000", "line 2: port: Input should be less than or equal to 65535, not 70000. TCP port"),
         ("models:\n  m:\n    keep_alive: soon", "line 3: models.m.keep_alive: 'soon' is not a duration"),
@@ -146,6 +150,7 @@ def test_keys_come_from_file_and_environment(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# ours\none\n\n two \n")
     config = load(tmp_path, f"api_keys_file: {keys}")
+    keys.write_bytes(b"\xef\xbb\xbf" + keys.read_bytes())  # what some editors put in front
     assert load_api_keys(config, {"DORMOUSE_API_KEYS": "three, four,"}) == ["three", "four", "one", "two"]
     assert load_api_keys(load(tmp_path, ""), {}) == []
     keys.write_text("# none\n")

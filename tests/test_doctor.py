@@ -18,6 +18,7 @@ from rich.console import Console
 from dormouse import disk_speed, doctor
 from dormouse.config import default_data_dir
 from dormouse.doctor import Check
+from dormouse.store.key import open_key
 
 ALL_CAPABILITIES = "Name:\tx\nCapEff:\t000001ffffffffff\nSeccomp:\t0\n"
 NO_NET_ADMIN = "CapEff:\t000001ffffffefff\n"
@@ -70,20 +71,35 @@ def test_huge_pages_and_seccomp_are_information() -> None:
         doctor.huge_pages("always [madvise] never"),
         doctor.huge_pages("[always] madvise never"),
         doctor.huge_pages(None),
+        doctor.shared_huge_pages("always within_size advise [never] deny force"),
+        doctor.shared_huge_pages("always within_size [advise] never deny force"),
         doctor.seccomp("Seccomp:\t2\n"),
     ]
     assert [(check.value, bool(check.remedy)) for check in checks] == [
         ("madvise", True),
         ("always", False),
         ("not supported", False),
+        ("never", True),
+        ("advise", False),
         ("a filter is active", True),
     ]
     assert doctor.main_job_possible(checks) and all(check.ok is None for check in checks)
 
 
+def test_the_signing_key_is_named_missing_or_wrong_but_never_made(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    assert (doctor.signing_key(path).ok, path.exists()) == (None, False)
+    key = open_key(path, needed=False)
+    assert doctor.signing_key(path).value.startswith(key.id.hex())
+    assert key.secret.hex() not in doctor.signing_key(path).value
+    path.chmod(0o644)
+    check = doctor.signing_key(path)
+    assert check.ok is False and check.remedy and str(path) in check.value
+
+
 def test_start_paths_follow_from_the_checks() -> None:
     fine = [Check(name, True, "", True) for name in ("cell", "criu", "criu check", "process snapshot")]
-    assert doctor.start_paths(fine).value == "hot, cold, snapshot"
+    assert doctor.start_paths(fine).value == "hot, cold, snapshot, template"
     unrestorable = [*fine[:3], replace(fine[3], ok=False)]
     assert doctor.start_paths(unrestorable).value == "hot, cold"
     assert doctor.start_paths([replace(fine[0], ok=False)]).value == "none"

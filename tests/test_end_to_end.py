@@ -26,6 +26,7 @@ from dormouse.config import DataDir, default_data_dir
 from dormouse.errors import HostError
 from dormouse.snapshot.criu_setup import find_criu
 from dormouse.store.store import Store
+from tests.models import lend
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
 
@@ -48,7 +49,7 @@ def data_dir(tmp_path: Path) -> DataDir:
     source.mkdir()
     settings = {"memory_mb": 12, "answer_tokens": 20}
     (source / "config.json").write_text(json.dumps({"model_type": "dormouse-null", "null": settings}))
-    import_model(str(source), "null", folder.models, progress=lambda _step, _done, _total: None)
+    import_model(str(source), "null", folder, progress=lambda _step, _done, _total: None)
     return folder
 
 
@@ -130,7 +131,7 @@ def serve(data_dir: DataDir, *models: str, keep_alive: str, exit_status: int = 0
 
 @pytest.mark.model
 def test_the_main_job_through_the_official_client(data_dir: DataDir, smollm2: ImportedModel) -> None:
-    (data_dir.models / "smollm2-135m").symlink_to(smollm2.path)
+    lend(smollm2, data_dir)
     with serve(data_dir, "smollm2-135m", keep_alive="1s") as server:
         client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", timeout=PATIENCE)
         assert [model.id for model in client.models.list()] == ["smollm2-135m"]
@@ -270,9 +271,11 @@ def test_kill_9_of_a_worker_is_an_error_for_its_requests_and_the_next_one_starts
         (["rm", "nothing"], 3, "nothing"),
         (["rm", ""], 3, "no snapshot"),
         (["import", "/no/such/folder", "--name", "x"], 3, "/no/such/folder"),
+        (["import", "~nosuchuser/x", "--name", "x"], 3, "~nosuchuser"),
         (["import", "smollm2-135m", "--name", "Not A Name"], 2, "Not A Name"),
         (["bench", "start", "no-such-model"], 3, "no-such-model"),
         (["frobnicate"], 2, "frobnicate"),
+        (["sleep", "smollm2-135m"], 4, "no node runs"),
     ],
 )
 def test_bad_command_lines_give_one_sentence_and_a_status(

@@ -28,14 +28,16 @@ from rich.table import Table
 
 from dormouse.catalogue import human
 from dormouse.checkpoint.models import open_model
+from dormouse.checkpoint.writer import copy_checkpoint
 from dormouse.config import DataDir, ModelConfig, ServeConfig
 from dormouse.engine.messages import ChatPrompt, Delta, Sampling
 from dormouse.errors import DormouseError, EngineError, HostError
 from dormouse.node.assemble import assemble_node
 from dormouse.node.node import Node
-from dormouse.node.replica import Start
+from dormouse.node.replica import Start, StartPath
 from dormouse.node.runner import Lease
 from dormouse.snapshot.service import CaptureResult
+from dormouse.store.store import Store
 
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _TOKENS = 24
@@ -80,7 +82,13 @@ class _Watch:
     def start_failed(self, model: str, error: DormouseError) -> None:
         self.error = error
 
-    def fell_back(self, model: str, error: DormouseError) -> None:
+    def fell_back(self, model: str, path: StartPath, error: DormouseError) -> None:
+        self.error = error
+
+    def retried(self, model: str, error: DormouseError) -> None:
+        self.error = error
+
+    def quarantined(self, model: str, error: DormouseError) -> None:
         self.error = error
 
     def captured(self, model: str, result: CaptureResult, phases: Mapping[str, float]) -> None:
@@ -92,11 +100,11 @@ class _Watch:
 
 async def measure(data_dir: DataDir, name: str, *, runs: int, prompt: str, step: Callable[[str], None]) -> Result:
     """Run the benchmark. Raises NotFoundError, HostError, and EngineError when a start was not what it should be."""
-    open_model(data_dir.models, name)
+    model = open_model(data_dir.models, name)
     if not os.access(_DROP_CACHES, os.W_OK):
         raise HostError("the page cache can't be dropped by this user", remedy="Run the benchmark as root")
     result = Result(name)
-    with _scratch(data_dir) as folder:
+    with _scratch(data_dir, model.checkpoint) as folder:
         async with await _node(folder, name, snapshot=False) as node:
             for number in range(runs):
                 step(f"cold start {number + 1} of {runs}")
@@ -114,13 +122,17 @@ async def measure(data_dir: DataDir, name: str, *, runs: int, prompt: str, step:
 
 
 @contextmanager
-def _scratch(data_dir: DataDir) -> Iterator[Path]:
-    """A data folder beside the real one that shares its models and CRIU, and leaves no snapshot behind."""
+def _scratch(data_dir: DataDir, checkpoint: str | None) -> Iterator[Path]:
+    """A data folder beside the real one that shares its models and CRIU, has a copy of the model's weights, and leaves
+    no snapshot behind."""
     data_dir.create()
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=data_dir.run))
     try:
         for shared in (data_dir.models, data_dir.criu):
             (folder / shared.name).symlink_to(shared.resolve())
+        if checkpoint is not None:
+            with Store.open(data_dir.store) as source, Store.open(DataDir(folder).store) as target:
+                copy_checkpoint(checkpoint, source, target)
         yield folder
     finally:
         shutil.rmtree(folder)
@@ -128,7 +140,7 @@ def _scratch(data_dir: DataDir) -> Iterator[Path]:
 
 async def _node(folder: Path, name: str, *, snapshot: bool) -> Node:
     settings = ModelConfig(keep_alive=float("inf"), snapshot=snapshot)
-    return await assemble_node(ServeConfig(data_dir=folder, models={name: settings}))
+    return await assemble_node(ServeConfig(data_dir=folder, templates=False, models={name: settings}))
 
 
 async def _run(node: Node, name: str, prompt: str, *, expected: str) -> Run:

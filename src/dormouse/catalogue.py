@@ -6,19 +6,32 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from dormouse.admin_client import ask_node
 from dormouse.checkpoint.models import ImportedModel, list_models
+from dormouse.checkpoint.writer import CHECKPOINT_KIND
 from dormouse.config import DataDir
-from dormouse.errors import ConfigError, NotFoundError
+from dormouse.errors import ConfigError, NotFoundError, StoreError
+from dormouse.node.catalog import StoreCatalog, refuse_if_pinned, snapshot_rows, snapshots_of
 from dormouse.node.presence import read_node
-from dormouse.snapshot.capture import SNAPSHOT_KIND
+from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.images import SnapshotBody, decode_body
-from dormouse.store.store import Store
+from dormouse.snapshot.pages import extents, permissions, process_map, read, usage
+from dormouse.store.chunk import Buffer, Digest
+from dormouse.store.pack import StoredChunk
+from dormouse.store.store import Store, VerifyReport
+
+log = logging.getLogger(__name__)
 
 NOT_SERVED = "not served"
 
@@ -74,17 +87,7 @@ def _snapshots(data_dir: DataDir) -> list[dict[str, Any]]:
     if not data_dir.store.is_dir():
         return []
     with Store.open(data_dir.store) as store:
-        return [
-            {
-                "id": row.id,
-                "model": row.name,
-                "created": row.created,
-                "raw_bytes": row.raw_bytes,
-                "stored_bytes": row.stored_bytes,
-                "shared_bytes": row.shared_bytes,
-            }
-            for row in store.manifests(kind=SNAPSHOT_KIND)
-        ]
+        return snapshot_rows(store)
 
 
 def render(listing: dict[str, Any]) -> Group:
@@ -103,24 +106,31 @@ def render(listing: dict[str, Any]) -> Group:
             model["last_error"] or "",
         )
     snapshots = Table(title="snapshots", title_justify="left")
-    for column in ("id", "model", "created", "raw", "stored", "ratio", "shared"):
-        snapshots.add_column(column, justify="left" if column in ("id", "model", "created") else "right")
+    for column in ("id", "kind", "of", "created", "raw", "own", "shared", ""):
+        right = column in ("raw", "own", "shared")
+        snapshots.add_column(column, justify="right" if right else "left", no_wrap=right or column in ("id", "kind"))
     for row in listing["snapshots"]:
         snapshots.add_row(
             row["id"],
+            row["kind"],
             row["model"],
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created"])),
-            human(row["raw_bytes"]),
-            human(row["stored_bytes"]),
-            f"{row['stored_bytes'] / row['raw_bytes']:.2f}" if row["raw_bytes"] else "",
-            human(row["shared_bytes"]),
+            time.strftime("%m-%d %H:%M", time.localtime(row["created"])),
+            *(human(row[f"{part}_bytes"]) for part in ("raw", "own", "shared")),
+            "[red]quarantined[/]" if row["quarantine"] is not None else "pinned" if row["pinned"] else "",
         )
-    return Group(models, snapshots)
+    return Group(models, snapshots, *_reasons(listing["snapshots"]))
+
+
+def _reasons(rows: Sequence[dict[str, Any]]) -> list[Text]:
+    """Why snapshots are quarantined; too long for a column."""
+    return [Text(f"{row['id']} is quarantined: {row['quarantine']}") for row in rows if row["quarantine"] is not None]
 
 
 def resolve(store: Store, prefix: str) -> str:
     """The one snapshot id that begins with `prefix`. Raises NotFoundError, also when there are several."""
-    found = [row.id for row in store.manifests(kind=SNAPSHOT_KIND) if prefix and row.id.startswith(prefix)]
+    found = [row.id for row in snapshots_of(store) if prefix and row.id.startswith(prefix)]
+    if not found and prefix in store.unreadable():
+        return prefix  # it can still be named, to be told why and to be removed
     if len(found) != 1:
         what = f"{len(found)} snapshots begin with" if found else "no snapshot is called"
         raise NotFoundError(f"{what} {prefix!r}", remedy="`dormouse ls` shows all ids")
@@ -133,17 +143,15 @@ def details(data_dir: DataDir, snapshot_id: str) -> dict[str, Any]:
         raise NotFoundError(f"no snapshot is called {snapshot_id!r}", remedy="Nothing has been captured here yet")
     with Store.open(data_dir.store) as store:
         identity = resolve(store, snapshot_id)
-        row = next(row for row in store.manifests(kind=SNAPSHOT_KIND) if row.id == identity)
         body = decode_body(store.manifest(identity).body, identity)
-        stored = {chunk.digest: chunk.stored_length for chunk in store.locate(body.references())}
-    return {
-        "id": identity,
-        "model": body.name,
-        "created": row.created,
+        row = next(row for row in snapshot_rows(store) if row["id"] == identity)
+        chunks = {chunk.digest: chunk for chunk in store.locate(body.references())}
+        places = _places(store, identity, chunks)
+    stored = {digest: chunk.stored_length for digest, chunk in chunks.items()}
+    return row | {
         "raw_bytes": body.raw_bytes(),
-        "stored_bytes": row.stored_bytes,
-        "shared_bytes": row.shared_bytes,
         "key": body.key,
+        "places": places,
         "capture_phases": body.phases,
         "images": _images(body, stored),
         "mapped_files": [
@@ -152,20 +160,103 @@ def details(data_dir: DataDir, snapshot_id: str) -> dict[str, Any]:
     }
 
 
-def _images(body: SnapshotBody, stored: dict[Any, int]) -> list[dict[str, Any]]:
+def _places(store: Store, identity: str, chunks: dict[Digest, StoredChunk]) -> dict[str, Any]:
+    """Where the stored bytes of a snapshot are: with whom it shares them, and in which packs."""
+    sharing = []
+    for row in store.manifests():
+        if row.id == identity:
+            continue
+        try:
+            refs = set(store.manifest(row.id).refs)
+        except StoreError as error:
+            log.warning("manifest %s can't be read, it is left out: %s", row.id, error)
+            continue
+        if common := refs & chunks.keys():
+            size = sum(chunks[digest].stored_length for digest in common)
+            sharing.append({"id": row.id, "kind": row.kind, "name": row.name, "bytes": size, "chunks": len(common)})
+    packs: dict[int, list[int]] = {}
+    for chunk in chunks.values():
+        packs.setdefault(chunk.pack, []).append(chunk.stored_length)
+    return {
+        "shared_with": sorted(sharing, key=lambda share: -share["bytes"]),
+        "packs": [{"pack": pack, "bytes": sum(found), "chunks": len(found)} for pack, found in sorted(packs.items())],
+    }
+
+
+def _images(body: SnapshotBody, stored: dict[Digest, int]) -> list[dict[str, Any]]:
     rows = []
     for image in body.images:
-        chunks = image.chunk_list()
-        inline = len(image.inline or b"")
-        rows.append(
-            {
-                "name": image.name,
-                "raw_bytes": image.size,
-                "stored_bytes": inline + sum(stored[digest] for digest in set(chunks)),
-                "chunks": len(chunks),
-            }
-        )
+        row = _image(image.name, image.size, image.chunk_list(), stored)
+        rows.append(row | {"stored_bytes": row["stored_bytes"] + len(image.inline or b"")})
+    return rows + [
+        _image(f"memory of process {space.pid}", PAGE * space.pages, space.chunk_list(), stored)
+        for space in body.memory
+    ]
+
+
+def _image(name: str, raw_bytes: int, chunks: list[Digest], stored: dict[Digest, int]) -> dict[str, Any]:
+    size = sum(stored[digest] for digest in set(chunks))
+    return {"name": name, "raw_bytes": raw_bytes, "stored_bytes": size, "chunks": len(chunks)}
+
+
+def memory(data_dir: DataDir, snapshot_id: str, pid: int | None, address: int, length: int) -> Iterator[bytes]:
+    """Bytes of the memory of a process in a snapshot, part after part; errors come before the first, but for damage.
+    Raises NotFoundError, RequestError, DamagedError."""
+    with _body(data_dir, snapshot_id) as (body, store), store.reader() as reader:
+
+        def plain(digest: Digest) -> Buffer:
+            return reader.plain(reader.locate([digest])[0])
+
+        process = process_map(body, pid, plain)
+        yield from read(process, extents(process, address, length), plain)
+
+
+def mappings(data_dir: DataDir, snapshot_id: str, pid: int | None) -> list[dict[str, Any]]:
+    """The mappings of the processes of a snapshot, or of one, and how much of each is stored."""
+    rows = []
+    with _body(data_dir, snapshot_id) as (body, store):
+        stored = {chunk.digest: chunk.stored_length for chunk in store.locate(body.references())}
+        for space in body.memory if pid is None else (None,):
+            process = process_map(body, space.pid if space is not None else pid, store.read)
+            rows += [
+                {
+                    "pid": process.space.pid,
+                    "start": use.mapping.start,
+                    "end": use.mapping.end,
+                    "permissions": permissions(use.mapping),
+                    "what": use.what,
+                    "offset": use.mapping.offset if use.mapping.file is not None else 0,
+                    "pages": use.pages,
+                    "stored_pages": use.stored_pages,
+                    "zero_pages": use.pages - use.stored_pages if use.mapping.sparse else 0,
+                    "stored_bytes": use.stored_bytes,
+                }
+                for use in usage(process, stored.__getitem__)
+            ]
     return rows
+
+
+@contextmanager
+def _body(data_dir: DataDir, snapshot_id: str) -> Iterator[tuple[SnapshotBody, Store]]:
+    if not data_dir.store.is_dir():
+        raise NotFoundError(f"no snapshot is called {snapshot_id!r}", remedy="Nothing has been captured here yet")
+    with Store.open(data_dir.store) as store:
+        identity = resolve(store, snapshot_id)
+        yield decode_body(store.manifest(identity).body, identity), store
+
+
+def render_mappings(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The mappings as lines (paths are long, and lines can be searched), in the order of /proc/PID/maps."""
+    line = "{:>7} {:>25} {:4} {:>9} {:>9} {:>9} {:>9}  {}"
+    yield line.format("pid", "addresses", "", "pages", "stored", "zero", "bytes", "what")
+    counted = ("pages", "stored_pages", "zero_pages")
+    for row in rows:
+        addresses = f"{row['start']:x}-{row['end']:x}"
+        counts = (row[field] for field in counted)
+        yield line.format(row["pid"], addresses, row["permissions"], *counts, human(row["stored_bytes"]), row["what"])
+    sums = (sum(row[field] for row in rows) for field in (*counted, "stored_bytes"))
+    pages, stored, zero, size = sums
+    yield line.format("all", "", "", pages, stored, zero, human(size), "").rstrip()
 
 
 def render_details(details: dict[str, Any]) -> Group:
@@ -178,6 +269,16 @@ def render_details(details: dict[str, Any]) -> Group:
         images.add_row(image["name"], raw, stored, str(image["chunks"]))
     images.add_section()
     images.add_row("all", human(details["raw_bytes"]), human(details["stored_bytes"]), "")
+    places = Table(title="where its stored bytes are", title_justify="left")
+    for column in ("place", "bytes", "chunks"):
+        places.add_column(column, justify="left" if column == "place" else "right")
+    places.add_row("its own", human(details["own_bytes"]), "")
+    for share in details["places"]["shared_with"]:
+        name = f"shared with {share['kind']} {share['id']} of {share['name']}"
+        places.add_row(escape(name), human(share["bytes"]), str(share["chunks"]))
+    places.add_section()
+    for pack in details["places"]["packs"]:
+        places.add_row(f"in pack {pack['pack']:08}", human(pack["bytes"]), str(pack["chunks"]))
     mapped = Table(title="read ahead from files at restore", title_justify="left")
     mapped.add_column("file")
     mapped.add_column("bytes", justify="right")
@@ -188,7 +289,44 @@ def render_details(details: dict[str, Any]) -> Group:
     key.add_column("value", overflow="fold")
     for field, value in details["key"].items():
         key.add_row(field, value)
-    return Group(images, mapped, key)
+    return Group(*_reasons([details]), images, places, mapped, key)
+
+
+def pin(data_dir: DataDir, snapshot_id: str, pinned: bool) -> str:
+    """Pin a snapshot or not any more, whether a node runs or not; returns its whole id. Raises NotFoundError."""
+    identity = _resolved(data_dir, snapshot_id)
+    StoreCatalog(data_dir.store).pin(identity, pinned)
+    return identity
+
+
+def release(data_dir: DataDir, snapshot_id: str) -> str:
+    """Lift a quarantine, through the node if one runs: it then uses the snapshot again. Raises NotFoundError."""
+    identity = _resolved(data_dir, snapshot_id)
+    if read_node(data_dir.run) is not None:
+        ask_node(data_dir.run, "POST", "snapshots", identity, "release")
+    else:
+        StoreCatalog(data_dir.store).release(identity)
+    return identity
+
+
+def refuse_pinned(store: Store, snapshot_ids: Sequence[str]) -> None:
+    """Raises ConfigError when one of the snapshots is pinned."""
+    for row in snapshots_of(store):
+        if row.id in snapshot_ids:
+            refuse_if_pinned(row)
+
+
+def _resolved(data_dir: DataDir, prefix: str) -> str:
+    if not data_dir.store.is_dir():
+        raise NotFoundError(f"no snapshot is called {prefix!r}", remedy="Nothing has been captured here yet")
+    with Store.open(data_dir.store) as store:
+        return resolve(store, prefix)
+
+
+def models_with_damaged_weights(store: Store, report: VerifyReport) -> list[str]:
+    """The models that can't start because of what a verification has found."""
+    hit = {identity for damage in report.damages for identity in damage.manifests}
+    return sorted({row.name for row in store.manifests(kind=CHECKPOINT_KIND) if row.id in hit})
 
 
 def refuse_if_served(data_dir: DataDir, model: str) -> None:

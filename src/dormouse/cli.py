@@ -6,13 +6,16 @@ Results go to stdout, progress and errors to stderr. Every verb takes `--data-di
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import functools
 import json
 import logging
 import os
+import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,18 @@ from rich.markup import escape
 
 import dormouse
 from dormouse import catalogue, doctor
+from dormouse.admin_client import ask_node
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import open_model, remove_model
+from dormouse.checkpoint.writer import sweep
 from dormouse.config import DataDir, default_data_dir, load_config
-from dormouse.errors import DormouseError
+from dormouse.errors import DormouseError, NotFoundError
 from dormouse.progress import Reporter
+from dormouse.snapshot.capture import SNAPSHOT_KIND
 from dormouse.snapshot.criu_setup import setup_criu
+from dormouse.snapshot.pages import hex_lines
+from dormouse.store.key import Key, parse_key, read_key
+from dormouse.store.key_import import export_key, host_key, import_key
 from dormouse.store.store import Store
 
 INTERNAL_ERROR = 70
@@ -102,7 +111,7 @@ def import_(source: str, name: str, replace: bool, data_dir: DataDir, as_json: b
     """Import a model: a Hugging Face folder, safetensors files, a GGUF file, or `smollm2-135m`."""
     data_dir.create()
     with reporter:
-        model = import_model(source, name, data_dir.models, progress=reporter.progress, replace=replace)
+        model = import_model(source, name, data_dir, progress=reporter.progress, replace=replace)
     if as_json:
         emit(catalogue.model_json(model))
     else:
@@ -120,20 +129,120 @@ def list_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     emit(listing) if as_json else out.print(catalogue.render(listing))
 
 
+class Number(click.ParamType):  # type: ignore[type-arg]
+    """A whole number as Python writes it: 4096, 0x1000."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else int(value, 0)
+        except ValueError:
+            self.fail(f"{value!r} is not a number such as 4096 or 0x1000", param, ctx)
+
+
 @cli.command()
 @click.argument("snapshot_id", metavar="ID")
+@click.option("--address", type=Number(), help="Show the memory from here on, such as 0x7f0000001000.")
+@click.option("--length", type=Number(), default=256, show_default=True, help="How many bytes of it.")
+@click.option("--raw", is_flag=True, help="Write these bytes to stdout as they are.")
+@click.option("--maps", is_flag=True, help="Show the mappings of each process, and how much of them is stored.")
+@click.option("--pid", type=int, help="Of this process alone; needed for --address when there are several.")
 @common
-def inspect(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
-    """Show what is in a snapshot: its images, sizes, phases and compatibility key."""
-    details = catalogue.details(data_dir, snapshot_id)
-    emit(details) if as_json else out.print(catalogue.render_details(details))
+def inspect(
+    snapshot_id: str, address: int | None, length: int, raw: bool, maps: bool, pid: int | None,
+    data_dir: DataDir, as_json: bool, reporter: Reporter,
+) -> None:  # fmt: skip
+    """Show what is in a snapshot: its images, sizes, phases and compatibility key; or its memory."""
+    if (address is None and raw) or (address is not None and maps):
+        raise click.UsageError("--raw goes with --address, and --maps without")
+    if address is not None:
+        show_memory(catalogue.memory(data_dir, snapshot_id, pid, address, length), address, raw, as_json)
+    elif maps:
+        mappings = catalogue.mappings(data_dir, snapshot_id, pid)
+        emit(mappings) if as_json else click.echo("\n".join(catalogue.render_mappings(mappings)))
+    else:
+        details = catalogue.details(data_dir, snapshot_id)
+        emit(details) if as_json else out.print(catalogue.render_details(details))
+
+
+def show_memory(parts: Iterator[bytes], address: int, raw: bool, as_json: bool) -> None:
+    """Bytes of a snapshot's memory: as they are, as JSON in base64, or as a hex dump."""
+    if raw:
+        for part in parts:
+            sys.stdout.buffer.write(part)
+        sys.stdout.buffer.flush()
+    elif as_json:
+        emit({"address": address, "base64": base64.b64encode(b"".join(parts)).decode()})
+    else:
+        for line in hex_lines(address, parts):
+            click.echo(line)
+
+
+@cli.command()
+@click.argument("snapshot_id", metavar="ID")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@common
+def export(snapshot_id: str, folder: Path, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Write a snapshot as ordinary CRIU images into a new folder, for `criu restore` and `crit`."""
+    from dormouse.snapshot.export import export as export_snapshot
+
+    with Store.open(data_dir.create().store) as store, reporter:
+        identity = catalogue.resolve(store, snapshot_id)
+        done = export_snapshot(identity, store, folder, progress=reporter.amount("export"))
+    if as_json:
+        ties = [f"{tie.kind}:{tie.inode}" for tie in done.externals]
+        emit({"id": identity, "folder": str(done.folder), "images": done.images, "bytes": done.size, "pid": done.pid,
+              "externals": ties, "command": done.command()})  # fmt: skip
+        return
+    out.print(
+        f"Wrote {done.images} images, {catalogue.human(done.size)}. Restore them as root where pid {done.pid} is free:"
+    )
+    click.echo(f"  {done.command()}")
+    if done.externals:
+        out.print("Before, open the descriptors it names: they take the place of what was outside the snapshot.")
+
+
+@cli.command("import-images")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--name", help="A name for it.  [default: that of the folder]")
+@click.option(
+    "--external", "externals", multiple=True, metavar="socket:INODE|pipe:INODE", help="A descriptor it gets at restore."
+)
+@common
+def import_images_(
+    folder: Path, name: str | None, externals: tuple[str, ...], data_dir: DataDir, as_json: bool, reporter: Reporter
+) -> None:
+    """Take a folder of ordinary CRIU images (of `criu dump`) in as a snapshot."""
+    from dormouse.snapshot.import_images import host_key_of_imports, import_images, parse_external
+
+    ties = [parse_external(text) for text in externals]
+    with Store.open(data_dir.create().store) as store, reporter:
+        result = import_images(
+            folder,
+            store,
+            name=name or folder.absolute().name,
+            key=host_key_of_imports(),
+            machine=platform.machine(),
+            externals=ties,
+            now=time.time,
+            progress=reporter.amount("import"),
+        )
+    if as_json:
+        emit({"id": result.snapshot_id, "raw_bytes": result.raw_bytes, "stored_bytes": result.stored_bytes})
+    else:
+        sizes = f"{catalogue.human(result.raw_bytes)}, {catalogue.human(result.stored_bytes)} stored"
+        out.print(f"Imported as {result.snapshot_id}: {sizes}. Nothing is known of the machine it was made on.")
 
 
 @cli.command()
 @click.argument("targets", metavar="ID...", nargs=-1, required=True)
 @click.option("--model", "is_model", is_flag=True, help="The arguments are model names; their snapshots go too.")
+@click.option("--force", is_flag=True, help="Remove pinned snapshots, too.")
 @common
-def rm(targets: tuple[str, ...], is_model: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+def rm(
+    targets: tuple[str, ...], is_model: bool, force: bool, data_dir: DataDir, as_json: bool, reporter: Reporter
+) -> None:
     """Remove snapshots, or with --model whole models, and free their disk space."""
     targets = tuple(dict.fromkeys(targets))
     with Store.open(data_dir.create().store) as store:
@@ -141,12 +250,16 @@ def rm(targets: tuple[str, ...], is_model: bool, data_dir: DataDir, as_json: boo
             for name in targets:
                 catalogue.refuse_if_served(data_dir, name)
                 open_model(data_dir.models, name)
-            snapshots = [row.id for name in targets for row in store.manifests(name=name)]
+            snapshots = [row.id for name in targets for row in store.manifests(kind=SNAPSHOT_KIND, name=name)]
         else:
             snapshots = list(dict.fromkeys(catalogue.resolve(store, target) for target in targets))
+        if not force:
+            catalogue.refuse_pinned(store, snapshots)
         # All targets are known to be there by now: either everything goes or nothing does.
         for name in targets if is_model else ():
             remove_model(data_dir.models, name)
+        if is_model:
+            sweep(store, data_dir.models)
         for snapshot in snapshots:
             store.remove(snapshot)
         report = store.collect_garbage()
@@ -158,29 +271,143 @@ def rm(targets: tuple[str, ...], is_model: bool, data_dir: DataDir, as_json: boo
 
 
 @cli.command()
-@click.option("--quick", is_flag=True, help="Check stored checksums only; do not decode every chunk.")
+@click.argument("model")
+@common
+def snapshot(model: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Have the running node capture a model as soon as it is idle. The model then sleeps."""
+    with reporter:
+        reporter.step(f"waiting until {model} is captured")
+        status = ask_node(data_dir.run, "POST", "models", model, "snapshot")
+    emit(status) if as_json else out.print(f"Model {escape(model)} is captured as {status['snapshot_id']}")
+
+
+@cli.command()
+@click.argument("model")
+@common
+def sleep(model: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Have the running node put a model to sleep as soon as it is idle."""
+    with reporter:
+        reporter.step(f"waiting until {model} is asleep")
+        status = ask_node(data_dir.run, "POST", "models", model, "sleep")
+    emit(status) if as_json else out.print(f"Model {escape(model)} is {status['state']}")
+
+
+@cli.command()
+@click.argument("model")
+@common
+def wake(model: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Have the running node start a model, which then stays for its keep-alive."""
+    with reporter:
+        reporter.step(f"waiting until {model} is ready")
+        status = ask_node(data_dir.run, "POST", "models", model, "wake")
+    emit(status) if as_json else out.print(f"Model {escape(model)} is {status['state']} ({status['start']} s)")
+
+
+@cli.command()
+@click.argument("snapshot_id", metavar="ID")
+@common
+def pin(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Keep a snapshot when newer ones come; `rm` then needs --force."""
+    identity = catalogue.pin(data_dir, snapshot_id, True)
+    emit({"id": identity, "pinned": True}) if as_json else out.print(f"Snapshot {identity} is pinned")
+
+
+@cli.command()
+@click.argument("snapshot_id", metavar="ID")
+@common
+def unpin(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Let a pinned snapshot go when a newer one comes."""
+    identity = catalogue.pin(data_dir, snapshot_id, False)
+    emit({"id": identity, "pinned": False}) if as_json else out.print(f"Snapshot {identity} is no longer pinned")
+
+
+@cli.command()
+@click.argument("snapshot_id", metavar="ID")
+@common
+def release(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Lift a snapshot's quarantine: it may be used again."""
+    identity = catalogue.release(data_dir, snapshot_id)
+    emit({"id": identity, "quarantine": None}) if as_json else out.print(f"Snapshot {identity} may be used again")
+
+
+@cli.command()
+@click.option("--quick", is_flag=True, help="Check signatures only; do not decode every chunk.")
 @common
 def verify(quick: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Check every stored byte. Exit status 5 when anything is damaged."""
     with Store.open(data_dir.create().store) as store, reporter:
         report = store.verify(deep=not quick, progress=reporter.amount("verify"))
+        hit = catalogue.models_with_damaged_weights(store, report)
     if as_json:
         emit(
             {
                 "ok": report.ok,
                 "chunks": report.chunks,
                 "damages": [str(damage) for damage in report.damages],
+                "weights_hit": hit,
                 "notes": report.notes,
             }
         )
     else:
         for damage in report.damages:
             out.print(f"[red]damaged[/] {escape(str(damage))}")
+        for name in hit:
+            out.print(f"[red]damaged[/] the weights of model {escape(name)}: import it again with --replace")
         for note in report.notes:
             out.print(f"note: {escape(note)}")
         out.print(f"{report.chunks} chunks checked, {len(report.damages)} damaged")
     if not report.ok:
         sys.exit(5)
+
+
+@cli.group()
+def key() -> None:
+    """The key that signs this host's snapshots: who has it can make snapshots that this host trusts."""
+
+
+@key.command("show")
+@common
+def key_show(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Show the key's id, never the key."""
+    key_id = host_key(data_dir.key, data_dir.store).id.hex()
+    emit({"key_id": key_id}) if as_json else out.print(key_id)
+
+
+@key.command("export")
+@click.argument("target", metavar="FILE | -", type=click.Path(path_type=Path, allow_dash=True))
+@common
+def key_export(target: Path, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Write the key to a new file of mode 0600, or to stdout, for a host that is to read this store's snapshots."""
+    found = host_key(data_dir.key, data_dir.store)
+    if str(target) == "-":
+        click.echo(found.text(), nl=False)
+        return
+    export_key(found, target)
+    if as_json:
+        emit({"key_id": found.id.hex(), "file": str(target)})
+    else:
+        out.print(f"Key {found.id.hex()} written to {escape(str(target))}; keep it secret")
+
+
+@key.command("import")
+@click.argument("source", metavar="FILE | -", type=click.Path(path_type=Path, allow_dash=True))
+@click.option("--force", is_flag=True, help="Replace another key; what it signed becomes unreadable.")
+@common
+def key_import(source: Path, force: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Make a key, exported by another host, this host's. Stop `dormouse serve` before."""
+    if str(source) == "-":
+        taken: Key | None = parse_key(sys.stdin.buffer.read(4096), "the key on stdin")
+    else:
+        taken = read_key(source)
+    if taken is None:
+        raise NotFoundError(f"there is no file {source}", remedy="`dormouse key export FILE` makes one")
+    result = import_key(taken, data_dir.create().key, data_dir.store, force=force)
+    Store.open(data_dir.store).close()
+    if as_json:
+        emit(dataclasses.asdict(result))
+    else:
+        state = "is now this host's" if result.changed else "was this host's already"
+        out.print(f"Key {result.key_id} {state}; {result.readable} manifests readable, {result.unreadable} not")
 
 
 @cli.group()
@@ -240,7 +467,10 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False, prog_name="dormouse")
     except click.ClickException as error:
-        error.show()
+        if _wants_json():
+            _emit_error("usage", error.format_message(), "See `dormouse --help`")
+        else:
+            error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         err.print("interrupted")
@@ -254,21 +484,33 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("DORMOUSE_DEBUG"):
             raise
-        err.print(
-            f"[red]error:[/] unexpected {type(error).__name__}: {escape(str(error))}\n"
-            f"[cyan]hint:[/] This is a bug in dormouse; run again with DORMOUSE_DEBUG=1 for the details "
-            f"(after {time.monotonic() - started:.1f} s)"
-        )
+        after = f"(after {time.monotonic() - started:.1f} s)"
+        remedy = f"This is a bug in dormouse; run again with DORMOUSE_DEBUG=1 for the details {after}"
+        _show_words("internal_error", f"unexpected {type(error).__name__}: {error}", remedy)
         sys.exit(INTERNAL_ERROR)
 
 
+def _wants_json() -> bool:
+    """Whether the command line asks for JSON, however much else is wrong with it."""
+    options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    return "--json" in options
+
+
+def _emit_error(code: str, message: str, remedy: str) -> None:
+    emit({"error": {"code": code, "message": message, "remedy": remedy}})
+
+
 def _show(error: DormouseError) -> None:
-    if "--json" in sys.argv:
-        emit({"error": {"code": error.code, "message": error.message, "remedy": error.remedy}})
+    _show_words(error.code, error.message, error.remedy)
+
+
+def _show_words(code: str, message: str, remedy: str) -> None:
+    if _wants_json():
+        _emit_error(code, message, remedy)
         return
-    err.print(f"[red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
-    if error.remedy:
-        err.print(f"[cyan]hint:[/] {escape(error.remedy)}", highlight=False, soft_wrap=True)
+    err.print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    if remedy:
+        err.print(f"[cyan]hint:[/] {escape(remedy)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

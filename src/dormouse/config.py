@@ -62,6 +62,13 @@ def parse_size(value: object) -> object:
     return value
 
 
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"names the home folder of {path.parts[0]}, whom this machine does not know") from error
+
+
 def _finite(value: float) -> float:
     if math.isinf(value):
         raise ValueError("must end some day: only keep_alive may be forever")
@@ -91,7 +98,7 @@ _SIZE_SCHEMA = WithJsonSchema(
 KeepAlive = Annotated[float, BeforeValidator(parse_duration), Field(ge=0), _KEEP_ALIVE_SCHEMA]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0), AfterValidator(_finite), _DURATION_SCHEMA]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), _SIZE_SCHEMA]
-UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+UserPath = Annotated[Path, AfterValidator(_expanded)]
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
@@ -147,6 +154,8 @@ class ServeConfig(_Settings):
     """On SIGTERM, time that running requests get to finish."""
     memory: Size | None = None
     """Memory that all workers together may take: bytes or a size such as 8GiB. Left out: 80 % of the machine's."""
+    templates: bool = True
+    """true: a started engine without a model is captured, too; models without a snapshot of their own start from it."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least important log messages shown: debug, info, warning or error."""
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
@@ -163,9 +172,10 @@ class DataDir:
     logs: Path = field(init=False)
     run: Path = field(init=False)
     criu: Path = field(init=False)
+    key: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("models", "store", "logs", "run", "criu"):
+        for name in ("models", "store", "logs", "run", "criu", "key"):
             object.__setattr__(self, name, self.root / name)
 
     def create(self) -> Self:
@@ -230,7 +240,7 @@ def load_api_keys(config: ServeConfig, environ: Mapping[str, str] = os.environ) 
     if config.api_keys_file is None:
         return keys
     try:
-        lines = config.api_keys_file.read_text(encoding="utf-8").splitlines()
+        lines = config.api_keys_file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"the API key file {config.api_keys_file} cannot be read: {error}",

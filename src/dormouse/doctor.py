@@ -26,13 +26,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from dormouse import disk_speed, host_memory
-from dormouse.errors import DormouseError, HostError, SnapshotError
+from dormouse.config import DataDir
+from dormouse.errors import DormouseError, HostError, SnapshotError, StoreError
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.compatibility import cpu_flags
 from dormouse.snapshot.criu import failure_reason
 from dormouse.snapshot.criu_setup import Criu, find_criu
+from dormouse.store.key import read_key
 
 _GIB = 1 << 30
+_HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage"
 _MIN_MEMORY = 2 * _GIB
 _MIN_DISK = 4 * _GIB
 _TRIAL_TIMEOUT = 30.0
@@ -61,6 +64,7 @@ _START_PATHS = {
     "hot": (*_HOST, "engine packages"),
     "cold": (*_HOST, "engine packages"),
     "snapshot": (*_HOST, "engine packages", "criu check", "process snapshot"),
+    "template": (*_HOST, "engine packages", "criu check", "process snapshot"),
 }
 
 
@@ -92,7 +96,9 @@ def examine(data_dir: Path) -> list[Check]:
         _gpu(),
         ptrace_scope(_read("/proc/sys/kernel/yama/ptrace_scope")),
         seccomp(Path("/proc/self/status").read_text()),
-        huge_pages(_read("/sys/kernel/mm/transparent_hugepage/enabled")),
+        huge_pages(_read(f"{_HUGE_PAGES}/enabled")),
+        shared_huge_pages(_read(f"{_HUGE_PAGES}/shmem_enabled")),
+        signing_key(DataDir(data_dir).key),
     ]
     return [*checks, start_paths(checks)]
 
@@ -177,10 +183,35 @@ def seccomp(status: str) -> Check:
 
 def huge_pages(value: str | None) -> Check:
     """The kernel's policy. A recommendation only: the setting concerns every program of the machine."""
-    match = re.search(r"\[(\w+)\]", value or "")
-    policy = match[1] if match else "not supported"
-    remedy = "" if policy in ("always", "not supported") else "Consider `always`: large GPU checkpoints become faster"
+    policy = _chosen(value)
+    remedy = ""
+    if policy not in ("always", "not supported"):
+        remedy = f"Consider `echo always > {_HUGE_PAGES}/enabled`: filling memory at a restore becomes faster"
     return Check("transparent huge pages", None, policy, False, remedy)
+
+
+def shared_huge_pages(value: str | None) -> Check:
+    """The policy for memory that workers share: the weights."""
+    policy = _chosen(value)
+    remedy = ""
+    if policy in ("never", "deny"):
+        remedy = f"Consider `echo always > {_HUGE_PAGES}/shmem_enabled`: weights are filled and read faster"
+    return Check("huge pages of shared memory", None, policy, False, remedy)
+
+
+def _chosen(value: str | None) -> str:
+    """The word in brackets of a kernel setting."""
+    match = re.search(r"\[(\w+)\]", value or "")
+    return match[1] if match else "not supported"
+
+
+def signing_key(path: Path) -> Check:
+    """The key that signs this data folder's snapshots. It is only looked at, never made here."""
+    try:
+        key = read_key(path)
+    except StoreError as error:
+        return Check("signing key", False, error.message, True, error.remedy or "Put the key's file right")
+    return Check("signing key", None, f"{key.id.hex()} in {path}" if key else "none yet; the first use makes one")
 
 
 def start_paths(checks: Sequence[Check]) -> Check:

@@ -7,6 +7,7 @@ DormouseError
   HostError            this machine lacks something (root, criu, memory, disk)  exit 4, HTTP 503
   StoreError           the store refused or could not do it                     exit 5, HTTP 500
     DamagedError       stored bytes are not what was written                    exit 5, HTTP 500
+    UntrustedError     stored bytes may be somebody else's                      exit 5, HTTP 500
     DiskFullError      no room for what was to be written                       exit 5, HTTP 507
   SnapshotError        a capture or a restore failed                            exit 6, HTTP 500
     IncompatibleError  a snapshot does not fit this host                        exit 6, HTTP 500
@@ -90,6 +91,12 @@ class DamagedError(StoreError):
     code = "store_damaged"
 
 
+class UntrustedError(StoreError):
+    """Stored bytes may be somebody else's: signed with another key, or open to other users."""
+
+    code = "store_untrusted"
+
+
 class DiskFullError(StoreError):
     """The disk has no room for what was to be written."""
 
@@ -143,3 +150,12 @@ class DeadlineError(DormouseError):
     exit_code = 10
     http_status = 504
     code = "deadline_exceeded"
+
+
+def of_kind(kind: str, message: str, remedy: str) -> DormouseError:
+    """The error of a class of this module, as it was raised in another process; EngineError for an unknown class or
+    one that needs more than a message."""
+    found = globals().get(kind)
+    if isinstance(found, type) and issubclass(found, DormouseError) and found not in (RequestError, BusyError):
+        return found(message, remedy=remedy)
+    return EngineError(message, remedy=remedy)

@@ -14,22 +14,41 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
-from dormouse.checkpoint import ImportedModel, import_model, list_models, open_model, remove_model
+from dormouse.checkpoint.importer import import_model
+from dormouse.checkpoint.models import ImportedModel, list_models, open_model, read_table, remove_model
 from dormouse.checkpoint.smollm2 import unpack_gguf
+from dormouse.config import DataDir
 from dormouse.errors import ConfigError, DamagedError, DormouseError, HostError, NotFoundError
+from dormouse.store.store import Store
+from tests.models import home_of, quiet
 
 from .conftest import save_tokenizer, tiny_llama
 
 
-def quiet(step: str, done: int, total: int) -> None:
-    assert 0 <= done <= total
-
-
 def do_import(source: Path | str, name: str, models: Path, *, replace: bool = False) -> ImportedModel:
-    return import_model(str(source), name, models, progress=quiet, replace=replace)
+    return import_model(str(source), name, DataDir(models.parent), progress=quiet, replace=replace)
+
+
+def weights_of(model: ImportedModel) -> dict[str, torch.Tensor]:
+    """The tensors of a model as an engine finds them: through its table, in the chunks put side by side."""
+    assert model.checkpoint is not None
+    with Store.open(home_of(model).store) as store:
+        data = bytearray().join(store.read(digest) for digest in store.manifest(model.checkpoint).refs)
+    table = read_table(model.path, len(data))
+    assert len(data) == model.weight_bytes
+    return {
+        tensor.name: torch.frombuffer(data, dtype=torch.uint8)[tensor.offset : tensor.offset + tensor.length]
+        .view(torch.bfloat16)
+        .view(tensor.shape)
+        for tensor in table.tensors
+    }
+
+
+def checkpoints(models: Path) -> list[str]:
+    with Store.open(models.parent / "store") as store:
+        return [row.id for row in store.manifests(kind="checkpoint")]
 
 
 def refusal(source: Path | str, models: Path, name: str = "x") -> DormouseError:
@@ -37,6 +56,7 @@ def refusal(source: Path | str, models: Path, name: str = "x") -> DormouseError:
     with pytest.raises(DormouseError) as caught:
         do_import(source, name, models)
     assert not models.exists() or list(models.iterdir()) == []
+    assert list((models.parent / "store").glob("manifests/*")) == []
     assert caught.value.remedy
     assert "\n" not in str(caught.value)
     return caught.value
@@ -49,13 +69,13 @@ def models(tmp_path: Path) -> Path:
 
 def test_a_hub_folder(hub_folder: Path, models: Path) -> None:
     model = do_import(hub_folder, "tiny", models)
-    weights = load_file(model.path / "model.safetensors")
+    weights = weights_of(model)
     expected = tiny_llama().bfloat16().state_dict()
     assert set(weights) == set(expected) - {"lm_head.weight"}  # tied: stored once
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
     assert model.parameters == sum(tensor.numel() for tensor in weights.values())
     assert (model.name, model.engine, model.context) == ("tiny", "transformers", 128)
-    assert model.digest == blake3((model.path / "model.safetensors").read_bytes()).hexdigest()
+    assert checkpoints(models) == [model.checkpoint]
     assert json.loads((model.path / "config.json").read_text())["dtype"] == "bfloat16"
     assert (model.path / "tokenizer.json").exists()
     assert (model.path / "generation_config.json").exists()
@@ -125,9 +145,10 @@ def test_a_failed_replace_leaves_the_old_model(null_folder: Path, models: Path, 
 
 def test_a_killed_import_leaves_nothing_that_the_next_does_not_clear(hub_folder: Path, models: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from dormouse.checkpoint import import_model\n"
+        "import os, signal, sys; from pathlib import Path; from dormouse.config import DataDir\n"
+        "from dormouse.checkpoint.importer import import_model\n"
         "def die(step, done, total): os.kill(os.getpid(), signal.SIGKILL) if step == 'write' and done else None\n"
-        "import_model(sys.argv[1], 'tiny', Path(sys.argv[2]), progress=die)"
+        "import_model(sys.argv[1], 'tiny', DataDir(Path(sys.argv[2]).parent), progress=die)"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(hub_folder), str(models)])
     assert killed.returncode == -signal.SIGKILL
@@ -150,7 +171,7 @@ def test_a_running_import_is_not_cleared_by_another(null_folder: Path, models: P
     hub = null_folder.parent / "hub"
     tiny_llama().save_pretrained(hub)
     save_tokenizer(hub)
-    import_model(str(hub), "slow", models, progress=another)
+    import_model(str(hub), "slow", DataDir(models.parent), progress=another)
     assert inside[0][0].startswith(".import-")
     assert {model.name for model in list_models(models)} == {"quick", "slow"}
 
@@ -296,7 +317,7 @@ def test_remove(null_folder: Path, models: Path) -> None:
     ("change", "message"),
     [
         ({"format": 2}, "newer than 1"),
-        ({"weight_bytes": 5}, "has 0 bytes where 5 were imported"),
+        ({"checkpoint": "c"}, "has no weights.json"),
         ({"engine": 7}, "can't be read"),
     ],
 )
@@ -313,12 +334,13 @@ def test_a_damaged_model_is_named_and_does_not_hide_others(
 
 
 @pytest.mark.root
-def test_a_full_disk_is_named_and_leaves_nothing(hub_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", ["16k", "64k", "150k"])
+def test_a_full_disk_is_named_and_leaves_nothing(hub_folder: Path, tmp_path: Path, room: str) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(small)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(small)], check=True)
     try:
-        error = refusal(hub_folder, small)
+        error = refusal(hub_folder, small / "models")
         assert error.code == "disk_full"
     finally:
         subprocess.run(["umount", str(small)], check=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dormouse.checkpoint import ImportedModel
+from dormouse.checkpoint.models import ImportedModel
 
 from .worker_client import WorkerClient
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dormouse.checkpoint import import_model
+from dormouse.checkpoint.importer import import_model
+from dormouse.config import DataDir
 from dormouse.engine.messages import Finished, Sampling, TokensPrompt
 from tests.checkpoint.conftest import save_tokenizer, tiny_llama
 from tests.engine.worker_client import WorkerClient
@@ -28,7 +29,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerClient]:
     folder = tmp_path_factory.mktemp("gpu")
     tiny_llama().save_pretrained(folder / "hub")
     save_tokenizer(folder / "hub")
-    model = import_model(str(folder / "hub"), "tiny", folder / "models", progress=lambda _step, _done, _total: None)
+    model = import_model(str(folder / "hub"), "tiny", DataDir(folder), progress=lambda _step, _done, _total: None)
     with WorkerClient(Path(folder) / "log") as client:
         client.load(model.path, device="cuda:0")
         yield client

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dormouse.checkpoint import ImportedModel
+from dormouse.checkpoint.models import ImportedModel
 from dormouse.engine.messages import (
     Cancel,
     ChatPrompt,
@@ -22,7 +22,7 @@ from dormouse.engine.messages import (
     WorkerError,
 )
 
-from .worker_client import Answer, WorkerClient
+from .worker_client import Answer, HeldWeights, WorkerClient
 
 pytestmark = pytest.mark.model
 
@@ -180,13 +180,30 @@ def test_sleep_drops_the_cache_and_changes_no_answer(real: WorkerClient) -> None
     assert real.ask(CAPITAL, GREEDY).text == "The capital of France is Paris."
 
 
-def test_the_weights_are_a_clean_mapping_of_the_file(real: WorkerClient, smollm2: ImportedModel) -> None:
+def test_the_weights_are_the_shared_segment_and_nothing_else(real: WorkerClient, smollm2: ImportedModel) -> None:
     real.ask(CAPITAL, GREEDY)
     smaps = Path(f"/proc/{real.process.pid}/smaps").read_text()
-    start = smaps.index(str(smollm2.path / "model.safetensors"))
+    start = smaps.index("/memfd:dormouse smollm2-135m")
+    assert re.search(r"^[0-9a-f]+-[0-9a-f]+ r--s ", smaps[smaps.rfind("\n", 0, start) + 1 :])
     fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", smaps[start : start + 2000], re.MULTILINE)[:20])
     assert int(fields["Rss"]) > smollm2.weight_bytes // 1024 * 0.9
-    assert int(fields["Private_Dirty"]) == int(fields["Anonymous"]) == 0
+    assert int(fields["Anonymous"]) == 0
+    real.quiesce()
+    assert "memfd" not in Path(f"/proc/{real.process.pid}/maps").read_text()
+    real.resume()
+    assert real.ask(CAPITAL, GREEDY).text == "The capital of France is Paris."
+
+
+def test_an_engine_prepared_without_a_model_loads_one_and_answers_the_same(
+    smollm2: ImportedModel, tmp_path: Path
+) -> None:
+    with WorkerClient(tmp_path / "log") as worker:
+        prepared = worker.prepare()
+        assert set(prepared.phases) == {"import", "rehearsal"}
+        worker.quiesce()
+        worker.resume()
+        assert worker.load(smollm2.path).phases["import"] < prepared.phases["import"] / 2
+        assert worker.ask(CAPITAL, GREEDY).text == "The capital of France is Paris."
 
 
 def test_a_model_without_a_chat_template_says_so(smollm2: ImportedModel, tmp_path: Path) -> None:
@@ -215,6 +232,8 @@ def test_a_load_that_cannot_work_says_why(
     smollm2: ImportedModel, tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
     with WorkerClient(tmp_path / "log") as worker:
+        worker.weights = HeldWeights(smollm2.path)
+        worker.weights.send(worker.socket)
         worker.send(Load(**{"engine": "transformers", "path": str(smollm2.path), **options}))  # type: ignore[arg-type]
         error = worker.expect(WorkerError)
         assert message in error.message

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,13 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.generation.continuous_batching import model_runner
 
-from dormouse.checkpoint.safetensors_file import write_file
+from dormouse.checkpoint.tensors import NewTensor, encode_table, lay_out
 from dormouse.checkpoint.transformers_source import tensors_of
 from dormouse.engine import transformers_batch
+from dormouse.engine.arena import BASE, Arena
 from dormouse.engine.transformers_model import load_model
-from dormouse.errors import EngineError
+from dormouse.errors import DamagedError, EngineError
+from dormouse.transfer.segment import Segment
 
 TINY = {
     "vocab_size": 64,
@@ -30,8 +34,8 @@ TINY = {
 }
 
 
-def tiny_model(folder: Path, *, window: int | None = None, tied: bool = True) -> torch.nn.Module:
-    """A random model, saved as an import saves it."""
+def tiny_model(folder: Path, *, window: int | None = None, tied: bool = True) -> tuple[torch.nn.Module, Arena]:
+    """A random model, saved as an import saves it, and its weights as a worker gets them."""
     torch.manual_seed(0)
     if window is None:
         model: torch.nn.Module = LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=tied))
@@ -40,8 +44,28 @@ def tiny_model(folder: Path, *, window: int | None = None, tied: bool = True) ->
     for parameter in model.parameters():  # not model.bfloat16(): the rotary frequencies stay float32
         parameter.data = parameter.data.bfloat16()
     model.eval().config.save_pretrained(folder)
-    write_file(folder / "model.safetensors", tensors_of(model), progress=lambda done, total: None)
-    return model
+    return model, weights_of(folder, tensors_of(model))
+
+
+_bases = itertools.count(BASE + (1 << 40), 1 << 30)
+
+
+def weights_of(folder: Path, tensors: list[NewTensor]) -> Arena:
+    """A table in the folder, and an arena of its own with the segment mapped."""
+    body = lay_out(tensors)
+    (folder / "weights.json").write_bytes(encode_table(body))
+    segment = Segment.create("test", body.size)
+    for placed, tensor in zip(body.tensors, tensors, strict=True):
+        segment.write(placed.offset, b"".join(tensor.chunks()))
+    segment.seal()
+    arena = Arena(next(_bases))
+    arena.map([segment.handle(None)])
+    segment.close()
+    return arena
+
+
+def load(folder: Path, arena: Arena) -> Any:
+    return load_model(folder, torch.device("cpu"), transformers_batch.ATTENTION, arena)
 
 
 def generate(model: torch.nn.Module, prompts: dict[str, list[int]], count: int) -> dict[str, list[torch.Tensor]]:
@@ -64,8 +88,8 @@ def generate(model: torch.nn.Module, prompts: dict[str, list[int]], count: int) 
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("tied", [True, False])
 def test_batched_logits_are_those_of_the_plain_model(tmp_path: Path, window: int | None, tied: bool) -> None:
-    plain = tiny_model(tmp_path, window=window, tied=tied)
-    mapped = load_model(tmp_path, torch.device("cpu"), transformers_batch.ATTENTION)
+    plain, weights = tiny_model(tmp_path, window=window, tied=tied)
+    mapped = load(tmp_path, weights)
     prompts = {str(n): [(7 * i + n) % 64 for i in range(n)] for n in (1, 5, 64, 70, 300, 200)}
     for name, rows in generate(mapped, prompts, 3).items():
         ids = [*prompts[name], *(int(row.argmax()) for row in rows)]
@@ -75,8 +99,8 @@ def test_batched_logits_are_those_of_the_plain_model(tmp_path: Path, window: int
 
 
 def test_a_request_gets_the_same_bits_alone_and_in_company(tmp_path: Path) -> None:
-    tiny_model(tmp_path)
-    model = load_model(tmp_path, torch.device("cpu"), transformers_batch.ATTENTION)
+    _plain, weights = tiny_model(tmp_path)
+    model = load(tmp_path, weights)
     prompts = {str(n): [(5 * i + n) % 64 for i in range(n)] for n in (1, 2, 33, 65, 190, 300, 301)}
     together = generate(model, prompts, 4)  # 892 tokens: some prompts are cut in pieces
     for name, prompt in prompts.items():
@@ -101,27 +125,36 @@ def test_attention_in_blocks_is_attention(keys: int, queries: int, window: int |
 
 
 def test_weights_lie_in_the_mapping_and_buffers_are_computed(tmp_path: Path) -> None:
-    plain = tiny_model(tmp_path)
-    model = load_model(tmp_path, torch.device("cpu"), transformers_batch.ATTENTION)
-    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
-    assert len(maps) == 1
-    begin, end = (int(x, 16) for x in maps[0].split()[0].split("-"))
+    plain, weights = tiny_model(tmp_path)
+    model = load(tmp_path, weights)
+    assert weights.weights is not None
+    begin, end = weights.weights.address, weights.weights.address + weights.weights.size
     assert all(begin <= parameter.data_ptr() < end for parameter in model.parameters())
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert torch.equal(model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)  # type: ignore[union-attr]
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path)
+    model, weights = tiny_model(tmp_path)
     model.config.num_hidden_layers = 3
     model.config.save_pretrained(tmp_path)
     with pytest.raises(EngineError, match=r"not those of LlamaForCausalLM: model\.layers\.2"):
-        load_model(tmp_path, torch.device("cpu"), transformers_batch.ATTENTION)
+        load(tmp_path, weights)
+
+
+def test_a_table_that_does_not_fit_the_segment_is_refused(tmp_path: Path) -> None:
+    _plain, weights = tiny_model(tmp_path)
+    other = lay_out([NewTensor("a", "U8", (5,), lambda: iter([b"12345"]))])
+    (tmp_path / "weights.json").write_bytes(encode_table(other))
+    with pytest.raises(DamagedError, match="describes 5 bytes of weights where there are"):
+        load(tmp_path, weights)
+    with pytest.raises(EngineError, match="was sent no weights"):
+        load(tmp_path, Arena())
 
 
 def test_attention_that_is_not_supported_is_refused(tmp_path: Path) -> None:
-    tiny_model(tmp_path)
-    model = load_model(tmp_path, torch.device("cpu"), transformers_batch.ATTENTION)
+    _plain, weights = tiny_model(tmp_path)
+    model = load(tmp_path, weights)
     model.config.attn_logit_softcapping = 30.0
     with pytest.raises(EngineError, match="soft-capped attention"):
         transformers_batch.Batch(model, kv_tokens=64, sample=lambda ids, logits: [])

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from dormouse.checkpoint.models import RECORD, open_model
+from dormouse.checkpoint.pool import SegmentPool
 from dormouse.engine.frames import Inbox, pack_frame
 from dormouse.engine.messages import (
     Delta,
@@ -23,13 +25,18 @@ from dormouse.engine.messages import (
     Hello,
     Load,
     Loaded,
+    Prepare,
+    Prepared,
     Prompt,
     Quiesce,
     Quiesced,
     Resume,
     Resumed,
     Sampling,
+    Segments,
 )
+from dormouse.store.store import Store
+from dormouse.transfer.handles import SegmentHandle
 
 T = TypeVar("T")
 
@@ -43,11 +50,42 @@ class Answer(msgspec.Struct):
     end: Finished | Failed | None = None
 
 
+class HeldWeights:
+    """The segment of an imported model, as a node holds it; nothing for a model without weights."""
+
+    def __init__(self, folder: Path) -> None:
+        folder = (folder / RECORD).resolve().parent  # of a folder of links, the one they lead to
+        model = open_model(folder.parent, folder.name)
+        self.handles: list[SegmentHandle] = []
+        self._store = Store.open(folder.parent.parent / "store")
+        self._pool = SegmentPool(self._store)
+        if model.checkpoint is not None:
+            self.handles.append(self._pool.take(model.checkpoint, "test"))
+
+    def send(self, control: socket.socket) -> None:
+        """Announce them, still filling or not."""
+        if self.handles:
+            frame = pack_frame(Segments(segments=[handle.info for handle in self.handles]))
+            socket.send_fds(control, [frame], [fd for handle in self.handles for fd in handle.descriptors()])
+
+    def filled(self) -> None:
+        for handle in self.handles:
+            handle.forget_report()
+
+    def close(self) -> None:
+        """Let go of them. Idempotent."""
+        for handle in self.handles:
+            handle.close()
+        self._pool.release("test")
+        self._store.close()
+
+
 class WorkerClient:
     """Speaks the protocol with a real `python -m dormouse.engine.worker`."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
+        self.weights: HeldWeights | None = None
         self.socket, child = socket.socketpair()
         self.socket.settimeout(120)
         with child, log.open("ab") as output:
@@ -69,6 +107,8 @@ class WorkerClient:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.socket.close()
         self.process.wait(timeout=30)
+        if self.weights is not None:
+            self.weights.close()
 
     def send(self, message: msgspec.Struct) -> None:
         self.socket.sendall(pack_frame(message))
@@ -86,9 +126,20 @@ class WorkerClient:
         assert isinstance(message, kind), message
         return message
 
+    def prepare(self, engine: str = "transformers", **options: Any) -> Prepared:
+        self.send(Prepare(engine=engine, **options))
+        return self.expect(Prepared)
+
     def load(self, path: Path, engine: str = "transformers", **options: Any) -> Loaded:
+        """Load a model of a folder, with its segment if it was imported."""
+        if (path / RECORD).exists():
+            self.weights = HeldWeights(path)
+            self.weights.send(self.socket)
         self.send(Load(engine=engine, path=str(path), **options))
-        return self.expect(Loaded)
+        loaded = self.expect(Loaded)
+        if self.weights is not None:
+            self.weights.filled()
+        return loaded
 
     def run(self, requests: dict[str, tuple[Prompt, Sampling]]) -> dict[str, Answer]:
         """Send all requests at once and collect the answers until each has ended."""
@@ -119,5 +170,7 @@ class WorkerClient:
         return self.expect(Quiesced)
 
     def resume(self) -> Resumed:
+        if self.weights is not None:
+            self.weights.send(self.socket)
         self.send(Resume(log_path=str(self.log)))
         return self.expect(Resumed)

@@ -185,7 +185,12 @@ async def test_bad_snapshot_is_answered_cold_and_counted(tmp_path: Path) -> None
         gateway.host.faults["restore"] = IncompatibleError("kernel: captured with 5, here is 6")
         response = await gateway.chat()
         assert response.status_code == 200 and response.headers["x-dormouse-start"].startswith("cold; ")
-        assert await gateway.metric('dormouse_fallbacks_total{model="mouse",reason="snapshot_incompatible"}') == 1
+        assert (
+            await gateway.metric(
+                'dormouse_fallbacks_total{model="mouse",path="snapshot",reason="snapshot_incompatible"}'
+            )
+            == 1
+        )
 
 
 @on_loop

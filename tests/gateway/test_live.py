@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +18,9 @@ import pytest
 
 from dormouse.config import load_config
 from dormouse.errors import ConfigError
+from dormouse.gateway import access
 from dormouse.gateway.server import address_of, check_exposure, listen, run_server
-from tests.gateway.http import events, live_rig
+from tests.gateway.http import assert_problem, assert_problem_body, events, live_rig
 from tests.node.standin import StandInHost, configure, on_loop, until
 
 
@@ -182,3 +184,57 @@ def test_nothing_to_serve_is_one_clear_sentence(tmp_path: Path) -> None:
     config = load_config(environ={"DORMOUSE_HOME": str(tmp_path)}, flags={"port": 0})
     with pytest.raises(ConfigError, match="no model to serve"):
         run_server(config, environ={})
+
+
+def stop_at_once(process: subprocess.Popen[str], url: str) -> None:
+    """Two signals, the second once the first was seen."""
+    process.send_signal(signal.SIGTERM)
+    while httpx.get(f"{url}/readyz").status_code == 200:
+        pass
+    process.send_signal(signal.SIGTERM)
+
+
+def test_stream_that_is_cut_off_ends_with_an_error(tmp_path: Path) -> None:
+    with server_process(tmp_path, 0.1) as (process, url), httpx.Client(base_url=url, timeout=30) as client:
+        body = {"model": "mouse", "prompt": "a", "max_tokens": 60, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            pieces = response.iter_text()
+            text = next(pieces)
+            stop_at_once(process, url)
+            text += "".join(pieces)
+        assert_problem_body(events(text)[-1], "shutting_down", mentions="before the answer was complete")
+        assert process.wait(20) == 0
+
+
+def test_answer_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
+    with server_process(tmp_path, 5.0) as (process, url), ThreadPoolExecutor() as pool:
+        asking = pool.submit(httpx.post, f"{url}/v1/completions", json={"model": "mouse", "prompt": "a"}, timeout=30)
+        while 'dormouse_in_flight{model="mouse"} 1.0' not in httpx.get(f"{url}/metrics").text:
+            pass
+        stop_at_once(process, url)
+        assert_problem(asking.result(), 503, "shutting_down", mentions="before the answer was complete")
+        assert process.wait(20) == 0
+
+
+@on_loop
+async def test_client_that_leaves_in_the_middle_of_a_stream_is_counted(tmp_path: Path) -> None:
+    async with live_rig(tmp_path, StandInHost(delay=0.05)) as gateway:
+        body = {"model": "mouse", "prompt": "a", "max_tokens": 60, "stream": True}
+        async with gateway.client.stream("POST", "/v1/completions", json=body) as response:
+            await anext(response.aiter_text())
+        line = 'dormouse_requests_total{model="mouse",route="/v1/completions",status="499"}'
+        async with asyncio.timeout(20):
+            while not await gateway.metric(line):  # noqa: ASYNC110 - nobody tells when a request is written down
+                await asyncio.sleep(0.01)
+
+
+@on_loop
+async def test_body_that_does_not_come_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "BODY_SECONDS", 0.1)
+    async with live_rig(tmp_path) as gateway:
+        port = gateway.client.base_url.port
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{")
+        answer = await asyncio.wait_for(reader.read(), 10)
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"request_timeout" in answer
+        writer.close()

@@ -39,7 +39,7 @@ CHAT = "/v1/chat/completions"
         ({"max_tokens": "ten"}, "max_tokens", "invalid_value"),
         ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", "invalid_value"),
         ({"temperature": 2.5}, "temperature", "invalid_value"),
-        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"top_p": -0.1}, "top_p", "invalid_value"),
         ({"n": 0}, "n", "invalid_value"),
         ({"n": 33}, "n", "invalid_value"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value"),

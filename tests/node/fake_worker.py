@@ -34,6 +34,8 @@ class FakeWorker:
 
     def handle(self, message: m.ToWorker) -> None:
         match message:
+            case m.Prepare() if not self.faulty("prepare"):
+                self.send(m.Prepared(phases={"import": 0.001}))
             case m.Load() if not self.faulty("load"):
                 self.send(m.Loaded(context=64, kv_tokens=64, phases={"weights": 0.001}))
             case m.Generate():

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from dormouse.config import ModelConfig, ServeConfig
-from dormouse.errors import DormouseError, IncompatibleError, NotFoundError
+from dormouse.errors import ConfigError, DormouseError, IncompatibleError, NotFoundError
 from dormouse.node.node import Node
 from dormouse.node.parts import Model
+from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
+from dormouse.snapshot.compatibility import first_mismatch
 from dormouse.snapshot.service import CaptureResult, WorkerHandle
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
@@ -36,29 +38,35 @@ class FakeModel:
     weight_bytes: int = 1 << 20
     context: int = 64
     digest: str = "d1"
+    checkpoint: str | None = None
 
 
 @dataclass
 class StandInHost:
-    """`faults[call]` is raised by the next such call and then forgotten; `worker_fault` goes to the next worker;
-    `gates[call]` holds a call back until the event is set. `real_worker` runs the product's own worker."""
+    """`faults[call]` is raised by the next such call and then forgotten, `lasting_faults` are not; `worker_fault` goes
+    to the next worker; `gates[call]` holds a call back until the event is set. `real_worker` runs the product's own
+    worker."""
 
     delay: float = 0.0
     real_worker: bool = False
     faults: dict[str, DormouseError] = field(default_factory=dict)
+    lasting_faults: dict[str, DormouseError] = field(default_factory=dict)
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
     worker_fault: str = ""
     snapshots: dict[str, dict[str, str]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    quarantined: dict[str, str] = field(default_factory=dict)
+    pinned: set[str] = field(default_factory=set)
     clean_up_gates: list[threading.Event] = field(default_factory=list)
 
     async def _enter(self, call: str) -> None:
         self.calls.append(call)
         if gate := self.gates.get(call):
             await gate.wait()
-        if error := self.faults.pop(call, None):
+        if error := self.faults.pop(call, None) or self.lasting_faults.get(call):
             raise error
 
     def _spawn(self, *options: str) -> WorkerHandle:
@@ -81,23 +89,29 @@ class StandInHost:
         """Worker processes that have not been ended and reaped."""
         return sum(process.returncode is None for process in self.processes.values())
 
-    async def start_worker(self, *, log_path: Path) -> WorkerHandle:
+    async def start_worker(self, *, log_path: Path, checkpoint: str | None = None) -> WorkerHandle:
         await self._enter("start_worker")
         return self._spawn()
 
-    async def capture(self, worker: WorkerHandle, *, model: str, key: dict[str, str]) -> CaptureResult:
-        await self._enter("capture")
-        snapshot_id = f"snap{len(self.models) + 1}"
+    async def capture(
+        self, worker: WorkerHandle, *, model: str, key: dict[str, str], kind: str = SNAPSHOT_KIND
+    ) -> CaptureResult:
+        await self._enter("capture" if kind == SNAPSHOT_KIND else f"capture {kind}")
+        prefix = "snap" if kind == SNAPSHOT_KIND else kind
+        snapshot_id = f"{prefix}{len(self.models) + 1}"
+        self.kinds[snapshot_id] = kind
         self.snapshots[snapshot_id] = key
         self.models[snapshot_id] = model
         await self._kill(worker)
         return CaptureResult(snapshot_id, raw_bytes=1000, stored_bytes=300, phases={"dump": 0.003})
 
-    async def restore(self, snapshot_id: str, *, key: dict[str, str]) -> WorkerHandle:
-        await self._enter("restore")
+    async def restore(self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None) -> WorkerHandle:
+        assert snapshot_id not in self.quarantined, "a quarantined snapshot was used"
+        template = self.kinds.get(snapshot_id) == TEMPLATE_KIND
+        await self._enter("restore template" if template else "restore")
         if snapshot_id not in self.snapshots:
             raise NotFoundError(f"there is no snapshot {snapshot_id}")
-        if self.snapshots[snapshot_id] != key:
+        if first_mismatch(self.snapshots[snapshot_id], key) is not None:
             raise IncompatibleError(f"snapshot {snapshot_id} does not fit this host")
         return self._spawn("--restored")
 
@@ -117,16 +131,58 @@ class StandInHost:
 
     # The node's Catalog
 
-    def latest(self, model: str) -> str | None:
-        return next((name for name in reversed(self.snapshots) if self.models[name] == model), None)
+    def latest(self, name: str, *, kind: str = SNAPSHOT_KIND) -> str | None:
+        usable = [found for found in self._own(name, kind) if found not in self.quarantined]
+        return usable[-1] if usable else None
 
-    def drop_older(self, model: str, snapshot_id: str) -> None:
+    def canary(self, snapshot_id: str) -> str | None:
+        return self.snapshots[snapshot_id].get("canary")
+
+    def drop_older(self, name: str, snapshot_id: str, *, kind: str = SNAPSHOT_KIND) -> None:
         if self.clean_up_gates:
             self.clean_up_gates.pop().wait()
-        own = [name for name in self.snapshots if self.models[name] == model]
-        for name in own[: own.index(snapshot_id)] if snapshot_id in own else []:
-            del self.snapshots[name]
+        own = self._own(name, kind)
+        for found in own[: own.index(snapshot_id)] if snapshot_id in own else []:
+            if found not in self.pinned:
+                del self.snapshots[found]
         self.calls.append("cleaned up")
+
+    def quarantine(self, snapshot_id: str, reason: str) -> None:
+        self.quarantined[snapshot_id] = reason
+
+    def release(self, snapshot_id: str) -> tuple[str, str]:
+        self._find(snapshot_id)
+        self.quarantined.pop(snapshot_id, None)
+        return self.kinds[snapshot_id], self.models[snapshot_id]
+
+    def pin(self, snapshot_id: str, pinned: bool) -> None:
+        self._find(snapshot_id)
+        (self.pinned.add if pinned else self.pinned.discard)(snapshot_id)
+
+    def remove(self, snapshot_id: str, *, force: bool) -> None:
+        self._find(snapshot_id)
+        if snapshot_id in self.pinned and not force:
+            raise ConfigError(f"snapshot {snapshot_id} is pinned")
+        del self.snapshots[snapshot_id]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": found,
+                "kind": self.kinds[found],
+                "model": self.models[found],
+                "pinned": found in self.pinned,
+                "quarantine": self.quarantined.get(found),
+            }
+            for found in self.snapshots
+        ]
+
+    def _own(self, name: str, kind: str) -> list[str]:
+        return [found for found in self.snapshots if (self.models[found], self.kinds[found]) == (name, kind)]
+
+    def _find(self, snapshot_id: str) -> None:
+        if snapshot_id not in self.snapshots:
+            raise NotFoundError(f"there is no snapshot {snapshot_id}")
 
 
 def configure(data_dir: Path, models: dict[str, ModelConfig] | None = None, **settings: object) -> ServeConfig:
@@ -148,7 +204,7 @@ async def run_node(
         return host
 
     chosen = models or {name: FakeModel(name) for name in config.models}
-    async with Node(config, start_host, chosen, host, key) as node:
+    async with Node(config, start_host, chosen, host, key, lambda spec: {"template of": spec.engine}) as node:
         yield node
     assert host.alive() == 0
 

@@ -16,6 +16,9 @@ from dormouse.config import ModelConfig
 from dormouse.engine.messages import Delta, Finished, Sampling, TextPrompt
 from dormouse.errors import (
     BusyError,
+    ConfigError,
+    DamagedError,
+    DeadlineError,
     DiskFullError,
     EngineError,
     HostError,
@@ -123,7 +126,7 @@ async def test_unknown_model_names_a_near_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [IncompatibleError("other kernel"), SnapshotError("criu failed"), NotFoundError("removed")]
+    "error", [IncompatibleError("other kernel"), DamagedError("flipped"), NotFoundError("removed")]
 )
 @on_loop
 async def test_bad_snapshot_falls_back_to_cold_and_is_replaced(tmp_path: Path, error: Any) -> None:
@@ -146,7 +149,7 @@ async def test_late_clean_up_after_one_capture_spares_the_next(tmp_path: Path) -
     async with run_node(configure(tmp_path), host) as node:
         await node.wake("mouse")
         await node.sleep("mouse")
-        host.faults["restore"] = SnapshotError("criu failed")
+        host.faults["restore"] = IncompatibleError("other kernel")
         await ask(node)
         await node.sleep("mouse")
         late.set()
@@ -156,14 +159,89 @@ async def test_late_clean_up_after_one_capture_spares_the_next(tmp_path: Path) -
 
 @pytest.mark.parametrize("fault", ["resume", "resume-exit", "resume-garbage"])
 @on_loop
-async def test_worker_that_fails_after_its_restore_falls_back_to_cold(tmp_path: Path, fault: str) -> None:
+async def test_worker_that_fails_after_its_restore_is_restored_once_more(tmp_path: Path, fault: str) -> None:
     host = StandInHost()
     async with run_node(configure(tmp_path), host) as node:
         await node.wake("mouse")
         await node.sleep("mouse")
         host.worker_fault = fault
+        assert await ask(node) == ("a b a", "snapshot")
+        assert host.calls.count("restore") == 2 and host.alive() == 1
+
+
+@on_loop
+async def test_snapshot_that_fails_twice_is_quarantined_for_good_and_captured_anew(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(configure(tmp_path), host) as node:
+        await node.wake("mouse")
+        await node.sleep("mouse")
+        host.lasting_faults["restore"] = SnapshotError("criu could not restore it")
         assert await ask(node) == ("a b a", "cold")
-        assert host.alive() == 1
+        assert host.calls.count("restore") == 2
+        await until(lambda: host.quarantined == {"snap1": "criu could not restore it"})
+    host.lasting_faults.clear()
+    async with run_node(configure(tmp_path), host) as node:  # a new node keeps away from it, too
+        assert await ask(node) == ("a b a", "cold")
+        assert (await node.sleep("mouse")).snapshot_id == "snap2"
+        await until(lambda: list(host.snapshots) == ["snap2"])
+        assert await ask(node) == ("a b a", "snapshot")
+
+
+@on_loop
+async def test_host_that_is_out_of_something_is_no_reason_for_quarantine(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(configure(tmp_path), host) as node:
+        await node.wake("mouse")
+        await node.sleep("mouse")
+        host.faults["restore"] = HostError("no memory")
+        assert await ask(node) == ("a b a", "cold")
+        await node.sleep("mouse")
+        assert await ask(node) == ("a b a", "snapshot")
+        assert host.quarantined == {} and host.calls.count("capture") == 1
+
+
+@on_loop
+async def test_pinned_snapshot_stays_when_a_newer_one_comes(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(configure(tmp_path), host) as node:
+        assert (await node.snapshot("mouse")).snapshot_id == "snap1"
+        await node.pin("snap1", True)
+        assert (await node.snapshot("mouse")).snapshot_id == "snap2"
+        await until(lambda: host.calls.count("cleaned up") == 2)
+        assert list(host.snapshots) == ["snap1", "snap2"]
+        with pytest.raises(ConfigError):
+            await node.remove("snap1", force=False)
+        await node.remove("snap1", force=True)
+        assert list(host.snapshots) == ["snap2"]
+
+
+@on_loop
+async def test_removed_snapshot_is_not_tried_and_a_released_one_is_used_again(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(configure(tmp_path), host) as node:
+        await node.snapshot("mouse")
+        host.faults["restore"] = DamagedError("flipped")
+        assert await ask(node) == ("a b a", "cold")
+        await until(lambda: "snap1" in host.quarantined)
+        await node.release("snap1")
+        await node.sleep("mouse")
+        assert await ask(node) == ("a b a", "snapshot")
+        await node.remove("snap1", force=False)
+        assert (await node.sleep("mouse")).snapshot_id == "snap2"
+        with pytest.raises(NotFoundError):
+            await node.release("snap1")
+
+
+@on_loop
+async def test_snapshot_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+    host = StandInHost(faults={"capture": DiskFullError("no room")})
+    models = {"mouse": ModelConfig(), "never": ModelConfig(snapshot=False)}
+    async with run_node(configure(tmp_path, models), host) as node:
+        with pytest.raises(DiskFullError):
+            await node.snapshot("mouse")
+        with pytest.raises(ConfigError, match="without snapshots"):
+            await node.snapshot("never")
+        assert (await node.snapshot("mouse")).snapshot_id == "snap1"
 
 
 @pytest.mark.parametrize("fault", ["hello", "hello-exit", "load", "load-exit", "load-garbage"])
@@ -190,7 +268,7 @@ async def test_failed_start_of_the_cell_is_told(tmp_path: Path) -> None:
 async def test_start_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     host = StandInHost(gates={"start_worker": asyncio.Event()})
     async with run_node(configure(tmp_path, start_timeout=0.05), host) as node:
-        with pytest.raises(EngineError, match=r"longer than 0\.05 s"):
+        with pytest.raises(DeadlineError, match=r"longer than 0\.05 s"):
             await ask(node)
 
 

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dormouse.errors import BusyError, DiskFullError, EngineError, IncompatibleError, StoppingError
+from dormouse.errors import (
+    BusyError,
+    DamagedError,
+    DeadlineError,
+    DiskFullError,
+    DormouseError,
+    EngineError,
+    HostError,
+    IncompatibleError,
+    NotFoundError,
+    SnapshotError,
+    StoppingError,
+    UntrustedError,
+)
 from dormouse.node import replica as r
 from dormouse.node.replica import Replica, Start, State
 
@@ -103,10 +117,157 @@ def test_failed_restore_falls_back_to_cold_and_says_why() -> None:
     replica = new_replica(snapshot_id="s")
     replica.handle(r.Request(1), 0.0)
     error = IncompatibleError("other kernel")
-    assert replica.handle(r.Failed(error), 0.5) == [r.Fallback("s", error), r.StartCold()]
+    assert replica.handle(r.Failed(error), 0.5) == [r.Fallback("snapshot", "s", error), r.StartCold()]
     effects = replica.handle(r.Done(), 4.0)
     assert effects[-1] == r.Serve(1, Start("cold", 4.0))
     assert replica.snapshot_id is None
+
+
+def test_suspect_snapshot_is_tried_once_more_then_never_again_and_captured_anew() -> None:
+    replica = new_replica(snapshot_id="s")
+    replica.handle(r.Request(1), 0.0)
+    error = SnapshotError("criu failed")
+    assert replica.handle(r.Failed(error), 0.5) == [r.Retry("s", error), r.Restore("s")]
+    effects = replica.handle(r.Failed(error), 1.0)
+    assert effects == [r.Quarantine("s", error), r.Fallback("snapshot", "s", error), r.StartCold()]
+    replica.handle(r.Done(), 4.0)
+    replica.handle(r.Leave(1), 5.0)
+    assert replica.handle(r.Tick(), 15.0) == [r.Quiesce()]
+    assert replica.handle(r.Done(), 15.1) == [r.Capture()]
+    replica.handle(r.Done(snapshot_id="s2"), 15.2)
+    assert replica.handle(r.Request(2), 16.0) == [r.Restore("s2")]
+
+
+def test_second_try_that_succeeds_clears_the_snapshot_once_somebody_was_answered() -> None:
+    replica = new_replica(snapshot_id="s")
+    error = SnapshotError("criu failed")
+    for waiter in range(3):
+        replica.handle(r.Request(waiter), 0.0)
+        assert replica.handle(r.Failed(error), 0.5) == [r.Retry("s", error), r.Restore("s")]
+        replica.handle(r.Done(), 1.0)
+        replica.handle(r.Leave(waiter), 2.0)
+        replica.handle(r.Sleep(), 2.0)
+        replica.handle(r.Done(), 2.1)
+    assert replica.snapshot_id == "s"
+
+
+def test_worker_that_dies_before_it_has_answered_anyone_counts_against_its_snapshot() -> None:
+    replica = new_replica(snapshot_id="s")
+    error = EngineError("killed")
+    for waiter, told in enumerate((r.Retry("s", error), r.Quarantine("s", error))):
+        assert replica.handle(r.Request(waiter), 0.0) == [r.Restore("s")]
+        replica.handle(r.Done(), 1.0)
+        assert replica.handle(r.WorkerDied(error), 1.5) == [told, r.Stop()]
+        replica.handle(r.Leave(waiter), 1.6)
+        replica.handle(r.Done(), 2.0)
+    assert replica.handle(r.Request(9), 3.0) == [r.StartCold()]
+
+
+def test_worker_that_dies_later_does_not() -> None:
+    replica = ready_replica(snapshot_id="s")
+    assert replica.handle(r.WorkerDied(EngineError("killed")), 3.0) == [r.Stop()]
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (SnapshotError("x"), r.Verdict.SUSPECT),
+        (EngineError("x"), r.Verdict.SUSPECT),
+        (DeadlineError("x"), r.Verdict.SUSPECT),
+        (DamagedError("x"), r.Verdict.BAD),
+        (IncompatibleError("x"), r.Verdict.UNFIT),
+        (NotFoundError("x"), r.Verdict.UNFIT),
+        (UntrustedError("x"), r.Verdict.UNFIT),
+        (HostError("x"), r.Verdict.INNOCENT),
+        (DiskFullError("x"), r.Verdict.INNOCENT),
+        (BusyError("x", retry_after=1), r.Verdict.INNOCENT),
+    ],
+)
+def test_what_becomes_of_a_snapshot_depends_on_whose_fault_it_was(error: DormouseError, verdict: r.Verdict) -> None:
+    assert r.judge(error) is verdict
+    replica = new_replica(snapshot_id="s")
+    replica.handle(r.Request(1), 0.0)
+    effects = replica.handle(r.Failed(error), 0.5)
+    at_once = verdict is r.Verdict.SUSPECT and not isinstance(error, DeadlineError)
+    assert isinstance(effects[-1], r.Restore if at_once else r.StartCold)
+    assert any(isinstance(effect, r.Quarantine) for effect in effects) is (verdict is r.Verdict.BAD)
+    kept = verdict in (r.Verdict.SUSPECT, r.Verdict.INNOCENT)
+    assert replica.snapshot_id == ("s" if kept else None)
+
+
+def test_snapshot_is_not_blamed_for_what_came_after_its_restore() -> None:
+    replica = new_replica(snapshot_id="s")
+    replica.handle(r.Request(1), 0.0)
+    error = DamagedError("the weights are damaged")
+    assert replica.handle(r.Failed(error, restored=True), 1.0) == [r.Fallback("snapshot", "s", error), r.StartCold()]
+    assert replica.snapshot_id == "s"
+
+
+def test_without_a_snapshot_a_template_is_the_start_path() -> None:
+    replica = new_replica()
+    replica.handle(r.OfferTemplate("t"), 0.0)
+    assert replica.handle(r.Request(1), 1.0) == [r.RestoreTemplate("t")]
+    start = Start("template", 1.0)
+    assert replica.handle(r.Done(), 2.0) == [r.Ready(start, {}), r.Serve(1, start)]
+
+
+def test_own_snapshot_comes_before_the_template_and_the_template_before_cold() -> None:
+    replica = new_replica(snapshot_id="s")
+    replica.handle(r.OfferTemplate("t"), 0.0)
+    assert replica.handle(r.Request(1), 1.0) == [r.Restore("s")]
+    error = DamagedError("flipped")
+    effects = replica.handle(r.Failed(error), 2.0)
+    assert effects == [r.Quarantine("s", error), r.Fallback("snapshot", "s", error), r.RestoreTemplate("t")]
+    effects = replica.handle(r.Failed(error), 3.0)
+    assert effects == [r.Quarantine("t", error), r.Fallback("template", "t", error), r.StartCold()]
+    assert replica.handle(r.Done(), 5.0)[-1] == r.Serve(1, Start("cold", 4.0))
+
+
+def test_template_is_not_blamed_for_a_model_that_cannot_be_loaded() -> None:
+    replica = new_replica()
+    replica.handle(r.OfferTemplate("t"), 0.0)
+    replica.handle(r.Request(1), 1.0)
+    error = EngineError("no such file")
+    effects = replica.handle(r.Failed(error, restored=True), 2.0)
+    assert effects == [r.Fallback("template", "t", error), r.StartCold()]
+
+
+def test_without_snapshots_no_template_is_used() -> None:
+    replica = new_replica(snapshots=False)
+    replica.handle(r.OfferTemplate("t"), 0.0)
+    replica.handle(r.Offer("s"), 0.0)
+    assert replica.handle(r.Request(1), 1.0) == [r.StartCold()]
+
+
+def test_withdrawn_snapshot_is_not_used_and_a_released_one_is() -> None:
+    replica = new_replica(snapshot_id="s")
+    replica.handle(r.Withdraw("other"), 0.0)
+    assert replica.snapshot_id == "s"
+    replica.handle(r.Withdraw("s"), 0.0)
+    assert replica.snapshot_id is None
+    replica.handle(r.Offer("s"), 0.0)
+    assert replica.handle(r.Request(1), 1.0) == [r.Restore("s")]
+
+
+def test_a_new_snapshot_can_be_asked_for_where_there_is_one() -> None:
+    replica = ready_replica(snapshot_id="s")
+    assert replica.handle(r.Sleep(capture=True), 3.0) == [r.Quiesce()]
+    replica.handle(r.Done(), 3.1)
+    replica.handle(r.Done(snapshot_id="s2"), 3.2)
+    assert (replica.state, replica.snapshot_id, replica.sleeps) == (State.ASLEEP, "s2", 1)
+
+
+def test_asking_for_a_snapshot_tries_again_after_many_failures() -> None:
+    replica = ready_replica()
+    for _ in range(r.MAX_CAPTURE_FAILURES):
+        replica.handle(r.Sleep(), 3.0)
+        replica.handle(r.Done(), 3.0)
+        assert replica.handle(r.Failed(DiskFullError("no room")), 3.0)[-1] == r.Stop()
+        replica.handle(r.Done(), 3.0)
+        replica.handle(r.Request(1), 4.0)
+        replica.handle(r.Done(), 4.0)
+        replica.handle(r.Leave(1), 4.0)
+    assert replica.handle(r.Sleep(capture=True), 5.0) == [r.Quiesce()]
 
 
 def test_failed_cold_start_fails_everyone_who_waits_and_the_next_tries_again() -> None:
@@ -192,7 +353,16 @@ def test_shutdown_fails_waiters_stops_and_refuses() -> None:
     assert replica.state is State.ASLEEP
 
 
-OPERATIONS = (r.StartCold, r.Restore, r.Quiesce, r.Capture, r.Resume, r.Stop)
+OPERATIONS = (r.StartCold, r.Restore, r.RestoreTemplate, r.Quiesce, r.Capture, r.Resume, r.Stop)
+STARTS = (r.StartCold, r.Restore, r.RestoreTemplate)
+ERRORS: tuple[DormouseError, ...] = (
+    EngineError("by chance"),
+    SnapshotError("by chance"),
+    DamagedError("by chance"),
+    IncompatibleError("by chance"),
+    HostError("by chance"),
+    DeadlineError("by chance"),
+)
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -208,13 +378,18 @@ class AnyOrder(RuleBasedStateMachine):
         self.waiting: set[int] = set()
         self.served: set[int] = set()
         self.next_waiter = 0
-        self.fallback_due = False
+        self.word_due = self.retried = False
+        self.restored: str | None = None
         self.closing = False
+        self.ids = 0
+        self.quarantined: set[str] = set()
+        self.suspicions: dict[str, int] = {}
 
     def send(self, event: r.Event) -> None:
         self.now += 0.25
         if isinstance(event, r.Done | r.Failed | r.Abandoned):
             self.operation = None
+        self.retried = False
         for effect in self.replica.handle(event, self.now):
             self.take(effect)
 
@@ -227,25 +402,39 @@ class AnyOrder(RuleBasedStateMachine):
             case r.Fail():
                 self.waiting.remove(effect.waiter)
             case r.Fallback():
-                assert self.fallback_due
-                self.fallback_due = False
+                assert self.word_due or self.retried
+                self.word_due = False
+            case r.Retry():
+                assert effect.snapshot_id not in self.quarantined
+                self.word_due, self.retried = False, True
+            case r.Quarantine():
+                assert effect.snapshot_id not in self.quarantined, "quarantined twice"
+                self.quarantined.add(effect.snapshot_id)
             case r.Ready():
                 assert self.workers == 1
             case r.CaptureFailed():
                 pass
             case _:
-                assert isinstance(effect, OPERATIONS)
-                assert self.operation is None, "two operations at once"
-                assert not self.fallback_due, "a cold start after a bad snapshot without a word"
-                if isinstance(effect, r.StartCold | r.Restore):
-                    assert self.workers == 0, "two workers"
-                if isinstance(effect, r.Quiesce | r.Capture):
-                    assert not self.served, "captured with a request in flight"
-                if isinstance(effect, r.Capture | r.Resume):
-                    assert self.workers == 1 and self.parked
-                if isinstance(effect, r.Stop):
-                    self.served.clear()
-                self.operation = effect
+                self.begin(effect)
+
+    def begin(self, effect: r.Operation) -> None:
+        assert isinstance(effect, OPERATIONS)
+        assert self.operation is None, "two operations at once"
+        assert not self.word_due, "another start after a bad snapshot without a word"
+        if isinstance(effect, STARTS):
+            assert self.workers == 0, "two workers"
+        if isinstance(effect, r.Restore):
+            assert effect.snapshot_id not in self.quarantined, "a quarantined snapshot is used"
+            assert self.suspicions.get(effect.snapshot_id, 0) < 2, "a third try"
+        if isinstance(effect, r.RestoreTemplate):
+            assert effect.template_id not in self.quarantined, "a quarantined template is used"
+        if isinstance(effect, r.Quiesce | r.Capture):
+            assert not self.served, "captured with a request in flight"
+        if isinstance(effect, r.Capture | r.Resume):
+            assert self.workers == 1 and self.parked
+        if isinstance(effect, r.Stop):
+            self.served.clear()
+        self.operation = effect
 
     @rule()
     def request(self) -> None:
@@ -257,6 +446,8 @@ class AnyOrder(RuleBasedStateMachine):
     def leave(self, pick: int) -> None:
         if everyone := sorted(self.waiting | self.served):
             waiter = everyone[pick % len(everyone)]
+            if waiter in self.served:
+                self.suspicions.clear()
             self.waiting.discard(waiter)
             self.served.discard(waiter)
             self.send(r.Leave(waiter))
@@ -266,26 +457,51 @@ class AnyOrder(RuleBasedStateMachine):
     def succeed(self) -> None:
         operation = self.operation
         match operation:
-            case r.StartCold() | r.Restore():
+            case r.StartCold() | r.Restore() | r.RestoreTemplate():
                 self.workers, self.parked = 1, False
+                self.restored = operation.snapshot_id if isinstance(operation, r.Restore) else None
             case r.Quiesce():
                 self.parked = True
             case r.Resume():
                 self.parked = False
             case r.Capture() | r.Stop():
                 self.workers = 0
-        self.send(r.Done(snapshot_id="s" if isinstance(operation, r.Capture) else None))
+        self.send(r.Done(snapshot_id=self.new_id("s") if isinstance(operation, r.Capture) else None))
         if isinstance(operation, r.Capture) and self.operation is None:
             assert self.replica.state is State.ASLEEP
 
     @precondition(lambda self: self.operation is not None)
-    @rule()
-    def fail(self) -> None:
-        self.fallback_due = isinstance(self.operation, r.Restore)
-        self.send(r.Failed(EngineError("by chance")))
-        assert not self.fallback_due
+    @rule(error=st.sampled_from(ERRORS), restored=st.booleans())
+    def fail(self, error: DormouseError, restored: bool) -> None:
+        operation = self.operation
+        self.word_due = isinstance(operation, r.Restore | r.RestoreTemplate)
+        if isinstance(operation, r.Restore) and r.judge(error) is r.Verdict.SUSPECT and not restored:
+            self.suspect(operation.snapshot_id)
+        self.send(r.Failed(error, restored=restored))
+        assert not self.word_due
 
-    @precondition(lambda self: isinstance(self.operation, r.StartCold | r.Restore) and not self.waiting)
+    def suspect(self, snapshot_id: str) -> None:
+        self.suspicions[snapshot_id] = self.suspicions.get(snapshot_id, 0) + 1
+
+    def new_id(self, prefix: str) -> str:
+        self.ids += 1
+        return f"{prefix}{self.ids}"
+
+    @rule()
+    def offer(self) -> None:
+        self.send(r.Offer(self.new_id("s")))
+
+    @rule()
+    def withdraw(self) -> None:
+        if self.replica.snapshot_id is not None:
+            self.send(r.Withdraw(self.replica.snapshot_id))
+            assert self.replica.snapshot_id is None
+
+    @rule(there=st.booleans())
+    def offer_template(self, there: bool) -> None:
+        self.send(r.OfferTemplate(self.new_id("t") if there else None))
+
+    @precondition(lambda self: isinstance(self.operation, STARTS) and not self.waiting)
     @rule()
     def abandon(self) -> None:
         self.send(r.Abandoned())
@@ -294,11 +510,13 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def die(self) -> None:
         self.served.clear()
+        if self.restored is not None:
+            self.suspect(self.restored)
         self.send(r.WorkerDied(EngineError("killed")))
 
-    @rule()
-    def press(self) -> None:
-        self.send(r.Sleep())
+    @rule(capture=st.booleans())
+    def press(self, capture: bool) -> None:
+        self.send(r.Sleep(capture))
 
     @rule()
     def tick(self) -> None:
@@ -336,7 +554,7 @@ class AnyOrder(RuleBasedStateMachine):
             elif self.served:
                 self.leave(0)
             elif self.replica.state is not State.ASLEEP:
-                self.press()
+                self.press(False)
                 self.tick()
         assert not self.waiting and not self.served and self.workers == 0
 

@@ -22,6 +22,7 @@ class AttachedWorker(WorkerClient):
         control.setblocking(True)
         control.settimeout(60)
         self.socket, self.log = control, log
+        self.weights = None
         self._inbox: Inbox[FromWorker] = Inbox(FromWorker)  # type: ignore[arg-type]
         self._ready: deque[FromWorker] = deque()
         if fresh:
@@ -33,3 +34,5 @@ class AttachedWorker(WorkerClient):
 
     def close(self) -> None:
         self.socket.close()
+        if self.weights is not None:
+            self.weights.close()

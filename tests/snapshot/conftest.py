@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from dormouse.config import DataDir, default_data_dir
 from dormouse.errors import HostError
 from dormouse.snapshot.criu_setup import Criu, find_criu
+from dormouse.store.store import Store
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +32,13 @@ def data_dir(tmp_path: Path, criu: Criu) -> DataDir:
     if shared.exists():
         folder.criu.symlink_to(shared)
     return folder
+
+
+@pytest.fixture
+def store(data_dir: DataDir) -> Iterator[Store]:
+    """The store of that data folder."""
+    with Store.open(data_dir.store) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from tests.checkpoint.conftest import save_tokenizer, tiny_llama
 from tests.snapshot.attached import AttachedWorker
 from tests.snapshot.test_capture_restore import Host
 
-from dormouse.checkpoint import import_model
+from dormouse.checkpoint.importer import import_model
+from dormouse.config import DataDir
 from dormouse.engine.messages import Sampling, TokensPrompt
 from dormouse.errors import SnapshotError
 from dormouse.snapshot import service_messages as messages
@@ -25,14 +27,14 @@ def test_a_capture_of_a_gpu_worker_fails_clearly_and_the_worker_goes_on(criu: Cr
         pytest.skip("no NVIDIA GPU")
     tiny_llama().save_pretrained(tmp_path / "hub")
     save_tokenizer(tmp_path / "hub")
-    model = import_model(str(tmp_path / "hub"), "tiny", tmp_path / "m", progress=lambda _step, _done, _total: None)
+    model = import_model(str(tmp_path / "hub"), "tiny", DataDir(tmp_path), progress=lambda _step, _done, _total: None)
     question, greedy = TokensPrompt(ids=[5, 9, 13]), Sampling(max_tokens=8, temperature=0.0)
     with Store.open(tmp_path / "store") as store:
         host = Host(store, criu, tmp_path / "log")
-        started, control = host.service.answer(messages.StartWorker(call=1, log_path=str(host.log)))
-        assert isinstance(started, messages.Started) and control is not None
+        started, (control,) = host.service.answer(messages.StartWorker(call=1, log_path=str(host.log)))
+        assert isinstance(started, messages.Started)
         host.cells.append(started.cell_id)
-        worker = AttachedWorker(control, host.log, fresh=True)
+        worker = AttachedWorker(socket.socket(fileno=control), host.log, fresh=True)
         host.workers.append(worker)
         worker.load(model.path, device="cuda:0")
         before = worker.ask(question, greedy).token_ids
@@ -41,5 +43,5 @@ def test_a_capture_of_a_gpu_worker_fails_clearly_and_the_worker_goes_on(criu: Cr
             host.capture(started)
         worker.resume()
         assert worker.ask(question, greedy).token_ids == before
-        assert store.manifests() == []
+        assert store.manifests(kind="snapshot") == []
         host.close()

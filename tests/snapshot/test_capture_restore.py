@@ -43,9 +43,9 @@ class Host:
         self.workers: list[AttachedWorker] = []
 
     def start(self, model: Path) -> tuple[messages.Started, AttachedWorker]:
-        started, control = self.service.answer(messages.StartWorker(call=1, log_path=str(self.log)))
-        assert isinstance(started, messages.Started) and control is not None
-        worker = self._attach(started, control, fresh=True)
+        started, fds = self.service.answer(messages.StartWorker(call=1, log_path=str(self.log)))
+        assert isinstance(started, messages.Started)
+        worker = self._attach(started, fds, fresh=True)
         worker.load(model, engine="null")
         return started, worker
 
@@ -57,15 +57,16 @@ class Host:
 
     def restore(self, snapshot_id: str, key: dict[str, str] = KEY) -> tuple[messages.Started, AttachedWorker]:
         request = messages.RestoreSnapshot(call=3, snapshot_id=snapshot_id, key=key)
-        started, control = self.service.answer(request)
-        assert isinstance(started, messages.Started) and control is not None
-        worker = self._attach(started, control, fresh=False)
+        started, fds = self.service.answer(request)
+        assert isinstance(started, messages.Started)
+        worker = self._attach(started, fds, fresh=False)
         worker.resume()
         return started, worker
 
-    def _attach(self, started: messages.Started, control: socket.socket, *, fresh: bool) -> AttachedWorker:
+    def _attach(self, started: messages.Started, fds: list[int], *, fresh: bool) -> AttachedWorker:
         self.cells.append(started.cell_id)
-        worker = AttachedWorker(control, self.log, fresh=fresh)
+        (control,) = fds
+        worker = AttachedWorker(socket.socket(fileno=control), self.log, fresh=fresh)
         self.workers.append(worker)
         return worker
 
@@ -124,7 +125,7 @@ def test_two_replicas_of_one_snapshot_run_at_once(host: Host, null_model: Path) 
 
 
 def test_secrets_of_the_environment_do_not_reach_a_worker() -> None:
-    seen = worker_environment({"DORMOUSE_API_KEYS": "secret", "PATH": "/bin", "AWS_SECRET_ACCESS_KEY": "x"})
+    seen = worker_environment({"DORMOUSE_API_KEYS": "secret", "PATH": "/bin", "AWS_SECRET_ACCESS_KEY": "x"}, 7)
     assert "secret" not in seen.values() and "x" not in seen.values()
     assert seen["PATH"] == "/bin"
 
@@ -216,6 +217,16 @@ def gone_within(seconds: float, gone: Callable[[], bool]) -> None:
     while not gone():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_snapshots_of_one_engine_with_different_models_share_pages(host: Host, tmp_path: Path) -> None:
+    stored = []
+    for name, megabytes in (("one", 6), ("two", 3)):
+        started, worker = host.start(make_null_model(tmp_path / name, memory_mb=megabytes))
+        worker.quiesce()
+        stored.append(host.capture(started).stored_bytes)
+    own = 1 << 20  # of the second model's three MiB one is noise, the others compress
+    assert stored[1] - own < stored[0] / 4
 
 
 def test_kill_9_of_criu_in_a_restore_is_a_clear_error_and_leaves_nothing(host: Host, tmp_path: Path) -> None:

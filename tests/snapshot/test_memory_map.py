@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dormouse.errors import DamagedError
 from dormouse.snapshot import criu_images, memory_map
 from dormouse.snapshot.criu_images import PAGE, Mapping, PagemapParser, Run, Task, encode_pagemap, parse_pagemap
-from dormouse.snapshot.memory_capture import _address_space, process_of, store_window
+from dormouse.snapshot.memory_capture import address_space, process_of, store_window
 from dormouse.snapshot.memory_map import PAGES, WINDOW, AddressSpace, Piece, Spans, Window, mask_bytes
 from dormouse.snapshot.memory_restore import fill_plan
 from dormouse.store.chunk import Buffer, Digest, digest_of
@@ -56,13 +56,21 @@ def test_mask_runs_are_the_bits(mask: int) -> None:
     assert [first + i for first, count in memory_map.mask_runs(mask) for i in range(count)] == bits(mask)
 
 
-@given(masks, st.randoms(use_true_random=False))
-def test_squeeze_keeps_exactly_the_pages_that_are_not_zero(mask: int, random: object) -> None:
+@given(masks, masks)
+def test_squeeze_keeps_the_pages_that_are_not_zero_or_not_in_sparse_memory(mask: int, sparse: int) -> None:
     contents = {bit: bytes([(bit * 7) % 3]) * PAGE for bit in bits(mask)}
     buffer = memoryview(bytearray(b"".join(contents.values())))
-    kept = memory_map.squeeze(buffer, mask)
-    assert bits(kept) == [bit for bit, page in contents.items() if any(page)]
-    assert buffer[: kept.bit_count() * PAGE].tobytes() == b"".join(page for page in contents.values() if any(page))
+    kept = memory_map.squeeze(buffer, mask, sparse)
+    expected = {bit: page for bit, page in contents.items() if any(page) or not sparse >> bit & 1}
+    assert bits(kept) == list(expected)
+    assert buffer[: kept.bit_count() * PAGE].tobytes() == b"".join(expected.values())
+
+
+@given(st.lists(st.tuples(st.integers(0, 4 * PAGES), st.integers(0, 2 * PAGES)), max_size=12), st.integers(0, 5))
+def test_places_name_the_pages_of_a_window_that_lie_in_a_range(given_ranges: list[tuple[int, int]], at: int) -> None:
+    covered = {page for first, count in given_ranges for page in range(first, first + count)}
+    places = memory_map.Places((first * PAGE, (first + count) * PAGE) for first, count in given_ranges)
+    assert bits(places.mask(at)) == [bit for bit in range(PAGES) if at * PAGES + bit in covered]
 
 
 class Chunks:
@@ -86,14 +94,14 @@ def captured(memory: dict[int, bytes], chunks: Chunks, parent: AddressSpace | No
     for number in sorted({address // WINDOW for address in memory}):
         mask = sum(1 << (address % WINDOW // PAGE) for address in memory if address // WINDOW == number)
         buffer = memoryview(bytearray(b"".join(memory[number * WINDOW + bit * PAGE] for bit in bits(mask))))
-        kept = memory_map.squeeze(buffer, mask)
+        kept = memory_map.squeeze(buffer, mask, memory_map.FULL)
         old = None
         found = next((window for window in parent.windows if window.number == number), None) if parent else None
         if parent is not None and found is not None:
             digests = parent.chunk_list()
             old = found, digests, memory_map.assemble(found, lambda n, d=digests: chunks.held[d[n]])  # type: ignore[misc]
         windows[number] = store_window(buffer, kept, old, chunks.put)
-    return _address_space(7, 1, len(memory), windows)
+    return address_space(7, 1, len(memory), windows)
 
 
 def contents(space: AddressSpace, chunks: Chunks) -> dict[int, bytes]:

@@ -8,12 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dormouse.config import DataDir
 from dormouse.errors import DamagedError
 from dormouse.snapshot.capture import CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
@@ -47,6 +45,11 @@ libc.mprotect(read_only, 600 * PAGE, 1)
 libc.mprotect(hidden, 300 * PAGE, 0)
 shared = area(400, 0x21)
 stack_like = area(64, 0x122)
+with open(sys.argv[1] + ".data", "w+b") as file:
+    file.write(b"from the file".ljust(PAGE, b".") * 600)
+    file.flush()
+    of_file = libc.mmap(None, 600 * PAGE, 3, 2, file.fileno(), 0)
+ctypes.memset(of_file, 0, 300 * PAGE)  # written, all zero, and not what the file has
 if sys.argv[2] == "fork":
     common = area(1000)
     if os.fork() == 0:
@@ -63,12 +66,6 @@ signal.signal(signal.SIGUSR1, change)
 open(sys.argv[1], "w").write("ready")
 while True: time.sleep(3600)
 """
-
-
-@pytest.fixture
-def store(data_dir: DataDir) -> Iterator[Store]:
-    with Store.open(data_dir.store) as opened:
-        yield opened
 
 
 def start(folder: Path, how: str) -> ProcessTree:
@@ -161,11 +158,12 @@ def test_a_second_capture_stores_what_has_changed(store: Store, criu: Criu, tmp_
     made = restored(first.snapshot_id, store, criu, fill=True)
     tree = made.tree
     continue_tree(tree.home)
-    os.kill(tree.home.outer_pid(tree.pid), signal.SIGUSR1)
     deadline = time.monotonic() + 20
     while not (tmp_path / "ready.changed").exists():
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        # Again and again: Python sleeps on when a signal comes just before its sleep begins (anew, as it does here).
+        os.kill(tree.home.outer_pid(tree.pid), signal.SIGUSR1)
+        time.sleep(0.1)
     second = captured(tree, store, criu)
     expected = memory(tree.home)
     tree.home.close()

@@ -1,4 +1,4 @@
-"""The pure parts of a snapshot: manifest body, compatibility key, prefetch ranges, CRIU's command line and log."""
+"""The pure parts of a snapshot: manifest body, prefetch ranges, CRIU's command line and log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import mmap
 import os
 import struct
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -16,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dormouse.errors import DamagedError, IncompatibleError
-from dormouse.snapshot import compatibility
 from dormouse.snapshot.criu import failure_reason
 from dormouse.snapshot.images import BODY_VERSION, ImageFile, MappedFile, SnapshotBody, decode_body, encode_body
 from dormouse.snapshot.memory_map import AddressSpace, Piece, Window
@@ -24,13 +22,6 @@ from dormouse.snapshot.prefetch import mapped_files, merge, prefetch, present_ra
 from dormouse.snapshot.tree import External
 
 PAGE = mmap.PAGESIZE
-KEY_OF: dict[str, Any] = {
-    "engine": "null",
-    "worker": "1.0 code abc",
-    "packages": ["msgspec", "no-such-package"],
-    "model_digest": "d",
-    "options": {"threads": 2},
-}
 
 
 def body() -> SnapshotBody:
@@ -83,28 +74,6 @@ def test_a_newer_body_is_refused_by_its_version() -> None:
     newer = msgspec.msgpack.encode({"version": BODY_VERSION + 1, "something": "else"})
     with pytest.raises(IncompatibleError, match="Update dormouse"):
         decode_body(newer, "a")
-
-
-def test_the_same_host_and_model_fit() -> None:
-    key = compatibility.host_key(**KEY_OF)
-    assert compatibility.first_mismatch(key, dict(key)) is None
-    assert key["option threads"] == "2"
-    assert key["package no-such-package"] == "not installed"
-
-
-@pytest.mark.parametrize("field", ["kernel", "python", "model", "engine", "package msgspec", "option threads"])
-def test_a_mismatch_names_its_field_and_both_values(field: str) -> None:
-    key = compatibility.host_key(**KEY_OF)
-    reason = compatibility.first_mismatch(key | {field: "other"}, key)
-    assert reason is not None and reason.startswith(f"{field}: captured with other, here is {key[field]}")
-    without = {name: value for name, value in key.items() if name != field}
-    assert compatibility.first_mismatch(without, key) is not None
-
-
-def test_a_cpu_may_have_more_flags_but_not_fewer() -> None:
-    assert compatibility.first_mismatch({"cpu_flags": "avx sse"}, {"cpu_flags": "avx avx512f sse"}) is None
-    reason = compatibility.first_mismatch({"cpu_flags": "avx avx512f sse"}, {"cpu_flags": "avx sse"})
-    assert reason == "cpu_flags: this CPU lacks avx512f"
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60), st.integers(0, 5))

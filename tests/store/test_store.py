@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
 import subprocess
 import sys
 import threading
@@ -14,13 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import xxhash
 from store_tools import commit, noise, text
 
 from dormouse.errors import BusyError, DiskFullError, DormouseError, NotFoundError, StoreError
 from dormouse.store.chunk import MAX_CHUNK, Digest
 from dormouse.store.codec import Codec
-from dormouse.store.files import system_errors
+from dormouse.store.files import preamble, system_errors
 from dormouse.store.store import Manifest, Store
 
 
@@ -128,7 +126,7 @@ def test_a_place_that_cannot_hold_a_store_is_named(tmp_path: Path) -> None:
 
 
 def test_a_closed_store_says_so(tmp_path: Path) -> None:
-    store = Store.open(tmp_path)
+    store = Store.open(tmp_path / "store")
     store.close()
     store.close()
     with pytest.raises(StoreError, match="closed"):
@@ -278,8 +276,8 @@ def test_system_errors_say_what_was_done_to_which_file(
 def test_a_store_of_a_newer_program_is_refused_and_left_alone(store: Store, tmp_path: Path) -> None:
     commit(store, "a", [noise(1, 100)])
     (pack,) = tmp_path.rglob("*.pack")
-    head = struct.pack("<8sII", b"DORMPACK", 2, 0)
-    (pack.parent / "00000002.pack").write_bytes(head + xxhash.xxh3_64_digest(head) + pack.read_bytes()[24:])
+    newer = preamble(b"DORMPACK", 2, bytes(8)) + pack.read_bytes()[32:]
+    (pack.parent / "00000002.pack").write_bytes(newer)
     before = files(tmp_path)
     with pytest.raises(StoreError, match=r"version 2.*Update dormouse"):
         Store.open(tmp_path / "data" / "store")

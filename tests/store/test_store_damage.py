@@ -13,6 +13,7 @@ from store_tools import commit, noise, text
 
 from dormouse.errors import DamagedError, DormouseError, NotFoundError
 from dormouse.store.chunk import Digest
+from dormouse.store.key import open_key
 from dormouse.store.pack import read_table
 from dormouse.store.store import Store
 
@@ -42,9 +43,10 @@ def test_a_flipped_bit_anywhere_in_a_pack_is_found_or_is_padding(store: Store, t
     refs = commit(store, "a", PLAINS)
     pack = the_pack(tmp_path)
     good = pack.read_bytes()
-    table = read_table(pack, 1)
+    key = open_key(tmp_path / "key", needed=True)
+    table = read_table(pack, 1, key)
     end = max(chunk.offset + 4096 for chunk in table)
-    used = set(range(24)) | set(range(end, len(good)))
+    used = set(range(32)) | set(range(end, len(good)))
     for chunk in table:
         used |= set(range(chunk.offset, chunk.offset + chunk.stored_length))
     assert all(good[at] == 0 for at in set(range(len(good))) - used)
@@ -54,7 +56,7 @@ def test_a_flipped_bit_anywhere_in_a_pack_is_found_or_is_padding(store: Store, t
             flip(pack, at, at % 8)
             found = False
             try:
-                assert read_table(pack, 1) == table
+                assert read_table(pack, 1, key) == table
             except DamagedError as error:
                 found = True
                 assert pack.name in str(error)
@@ -73,8 +75,9 @@ def test_verify_names_what_is_damaged_and_whom_it_hits(store: Store, tmp_path: P
     refs = commit(store, "a", PLAINS)
     commit(store, "other", [noise(9, 100)])
     pack = tmp_path / "store" / "packs" / "00000001.pack"
-    first = min(chunk.offset for chunk in read_table(pack, 1) if chunk.offset)
-    at = {"payload": first, "table": pack.stat().st_size - 50, "preamble": 3, "manifest": 60}[where]
+    key = open_key(tmp_path / "key", needed=True)
+    first = min(chunk.offset for chunk in read_table(pack, 1, key) if chunk.offset)
+    at = {"payload": first, "table": pack.stat().st_size - 50, "preamble": 3, "manifest": 90}[where]
     flip(tmp_path / "store" / "manifests" / "a.manifest" if where == "manifest" else pack, at)
     report = store.verify()
     assert not report.ok
@@ -88,7 +91,7 @@ def test_verify_names_what_is_damaged_and_whom_it_hits(store: Store, tmp_path: P
 
 def test_a_damaged_manifest_is_an_error_stops_collection_and_can_be_removed(store: Store, tmp_path: Path) -> None:
     commit(store, "a", PLAINS)
-    flip(tmp_path / "store" / "manifests" / "a.manifest", 60)
+    flip(tmp_path / "store" / "manifests" / "a.manifest", 90)
     with pytest.raises(DamagedError, match="manifest a"):
         store.manifest("a")
     with pytest.raises(DamagedError, match="manifest a"):

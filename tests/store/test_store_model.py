@@ -26,14 +26,14 @@ plain_sets = st.lists(plain_chunks, max_size=5)
 class StoreAgainstModel(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="dormouse-test-"))
+        self.path = Path(tempfile.mkdtemp(prefix="dormouse-test-")) / "store"
         self.store = Store.open(self.path)
         self.model: dict[str, list[bytes]] = {}
         self.count = 0
 
     def teardown(self) -> None:
         self.store.close()
-        shutil.rmtree(self.path)
+        shutil.rmtree(self.path.parent)
 
     @rule(plains=plain_sets, codec=st.sampled_from(Codec))
     def commit(self, plains: list[bytes], codec: Codec) -> None:

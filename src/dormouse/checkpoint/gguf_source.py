@@ -9,20 +9,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dormouse.checkpoint.models import Progress, Record
+from dormouse.checkpoint.models import Description, Progress
 from dormouse.checkpoint.transformers_source import (
+    describe,
     import_transformers,
     reading,
     save_description,
     tensors_of,
-    write_weights,
 )
 from dormouse.errors import ConfigError
 
 _MAGIC = b"GGUF"
 
 
-def read_gguf(path: Path, source: str, folder: Path, progress: Progress) -> Record:
+def read_gguf(path: Path, source: str, folder: Path, progress: Progress) -> Description:
     """Read a GGUF file into the staging folder."""
     with path.open("rb") as file:
         if file.read(4) != _MAGIC:
@@ -47,7 +47,7 @@ def read_gguf(path: Path, source: str, folder: Path, progress: Progress) -> Reco
         # The config still says "quantised with GGUF"; what is written below is not.
         model.config.__dict__.pop("quantization_config", None)
         save_description(folder, model.config, model.generation_config, tokenizer)
-    return write_weights(folder, tensors_of(model), source, model.config, progress)
+    return describe(source, model.config, tensors_of(model))
 
 
 def _check_types(path: Path) -> None:

@@ -1,6 +1,6 @@
 """A model folder as model hubs give it, or .safetensors files beside a config.json and a tokenizer.
 
-If the tensors in the files are exactly those of the runtime's model class they are copied from file to file, 16 MiB
+If the tensors in the files are exactly those of the runtime's model class they are copied from the files, 16 MiB
 at a time. Otherwise (older names, experts stored one by one) transformers loads the model and its tensors are written.
 """
 
@@ -12,16 +12,17 @@ from typing import Any
 
 import msgspec
 
-from dormouse.checkpoint.models import Progress, Record
-from dormouse.checkpoint.safetensors_file import NewTensor, TensorInfo, copied_tensor, read_header
+from dormouse.checkpoint.models import Description, Progress
+from dormouse.checkpoint.safetensors_file import TensorInfo, copied_tensor, read_header
+from dormouse.checkpoint.tensors import NewTensor
 from dormouse.checkpoint.transformers_source import (
     PICKLES,
+    describe,
     import_transformers,
     pickles_refused,
     reading,
     save_description,
     tensors_of,
-    write_weights,
 )
 from dormouse.errors import ConfigError
 
@@ -35,7 +36,7 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def read_folder(path: Path, source: str, folder: Path, progress: Progress) -> Record:
+def read_folder(path: Path, source: str, folder: Path, progress: Progress) -> Description:
     """Read a folder, or one .safetensors file (with its sister shards) in a folder, into the staging folder."""
     place = path if path.is_dir() else path.parent
     files = _weight_files(path)
@@ -52,7 +53,7 @@ def read_folder(path: Path, source: str, folder: Path, progress: Progress) -> Re
         tensors = _copied(transformers, config, found)
         if tensors is None:
             tensors = tensors_of(_converted(transformers, place, files, config, progress))
-    return write_weights(folder, tensors, source, config, progress)
+    return describe(source, config, tensors)
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -1,10 +1,13 @@
 """`import_model`: from whatever holds a model to the folder of an imported model, atomically.
 
     SOURCE --find--> a reader (folder, safetensors files, GGUF, a known name) --> staging folder, locked
-           --> files fsynced --> dormouse.json --> one rename --> MODELS_DIR/NAME
+           --> tensors to chunks in one transaction --> weights.json, dormouse.json, all fsynced
+           --> commit of the checkpoint's manifest --> one rename --> MODELS_DIR/NAME --> sweep
 
 Until the rename nothing is visible under the name. What an interrupted import leaves is a staging folder that nobody
-holds locked; the next import deletes it. No code of the source is ever run: no pickles, no remote code.
+holds locked, and, if it died right before the rename, a checkpoint that no model names; the next import deletes both.
+A model that was replaced leaves its checkpoint in the same way. No code of the source is ever run: no pickles, no
+remote code.
 """
 
 from __future__ import annotations
@@ -12,27 +15,38 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import logging
+import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+from blake3 import blake3
 
 from dormouse.checkpoint import models, smollm2
-from dormouse.checkpoint.models import RECORD, STAGING_PREFIX, ImportedModel, Progress, Record
+from dormouse.checkpoint.models import RECORD, STAGING_PREFIX, TABLE, Description, ImportedModel, Progress, Record
 from dormouse.checkpoint.null_source import read_null
+from dormouse.checkpoint.tensors import encode_table
 from dormouse.checkpoint.transformers_source import PICKLES, pickles_refused
-from dormouse.errors import ConfigError, DiskFullError, DormouseError, NotFoundError, StoreError
+from dormouse.checkpoint.writer import Written, publishing, sweep, write_tensors
+from dormouse.config import DataDir
+from dormouse.errors import BusyError, ConfigError, DiskFullError, DormouseError, NotFoundError, StoreError
+from dormouse.store.store import Store
 
+log = logging.getLogger(__name__)
+
+_GARBAGE_WAIT = 5.0
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
 def import_model(
-    source: str, name: str, models_dir: Path, *, progress: Progress, replace: bool = False
+    source: str, name: str, folders: DataDir, *, progress: Progress, replace: bool = False
 ) -> ImportedModel:
     """Import `source` as `name`.
 
@@ -40,25 +54,76 @@ def import_model(
     missing), DiskFullError or StoreError. After an error nothing has changed.
     """
     models.check_name(name)
-    target = models_dir / name
+    target = folders.models / name
     if target.exists() and not replace:
         raise ConfigError(f"there is a model named {name} already", remedy="Choose another name or use --replace")
-    with _storage_errors(models_dir):
-        models_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _sweep(models_dir)
-        with _staging(models_dir) as folder:
-            record = _read_source(source, folder, progress)
-            (folder / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
-            _settle(folder)
+    with _storage_errors(folders.models):
+        folders.models.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _sweep_folders(folders.models)
+        with _staging(folders.models) as folder:
+            found = _read_source(source, folder, progress)
+            with Store.open(folders.store) as store:
+                _import(found, folder, target, store, progress)
+                _tidy(store, folders.models)
+    return models.open_model(folders.models, name)
+
+
+def _import(found: Description, folder: Path, target: Path, store: Store, progress: Progress) -> None:
+    """Everything of the model into the store and its folder, then the two moments that make it visible."""
+    with store.begin() as transaction:
+        written = None
+        if found.tensors:
+            written = write_tensors(transaction, found.tensors, lambda done, total: progress("write", done, total))
+            (folder / TABLE).write_bytes(encode_table(written.body))
+        record = _record(found, folder, written)
+        (folder / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+        _settle(folder)
+        with publishing(target.parent):
+            if written is not None:
+                transaction.commit(written.manifest(target.name, time.time()))
             _publish(folder, target)
-    return models.open_model(models_dir, name)
 
 
-def _read_source(source: str, folder: Path, progress: Progress) -> Record:
+def _record(found: Description, folder: Path, written: Written | None) -> Record:
+    return Record(
+        format=models.FORMAT,
+        source=found.source,
+        engine=found.engine,
+        dtype=found.dtype,
+        parameters=sum(math.prod(tensor.shape) for tensor in found.tensors) if found.engine != "null" else 0,
+        weight_bytes=written.body.size if written is not None else 0,
+        digest=_digest(folder, written),
+        context=found.context,
+        checkpoint=written.id if written is not None else None,
+    )
+
+
+def _digest(folder: Path, written: Written | None) -> str:
+    """The BLAKE3 of everything that decides what the model answers: each file of its folder, and its weights."""
+    digest = blake3()
+    for path in sorted(folder.iterdir()):
+        digest.update(path.name.encode() + b"\0" + blake3(path.read_bytes()).digest())
+    digest.update(written.digest().encode() if written is not None else b"")
+    return digest.hexdigest()
+
+
+def _tidy(store: Store, models_dir: Path) -> None:
+    """Free what no model uses any more. The import is done: nothing of this can undo it."""
+    if sweep(store, models_dir):
+        try:
+            store.collect_garbage(wait=_GARBAGE_WAIT)
+        except BusyError as error:
+            log.info("the space of weights that were replaced is freed later: %s", error)
+
+
+def _read_source(source: str, folder: Path, progress: Progress) -> Description:
     if source == smollm2.NAME:
         with smollm2.fetched(folder.parent, progress) as gguf:
             return _read_path(gguf, source, folder, progress)
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:  # a home folder of nobody
+        path = Path(source)
     if not path.exists():
         raise NotFoundError(
             f"there is no {source}",
@@ -67,7 +132,7 @@ def _read_source(source: str, folder: Path, progress: Progress) -> Record:
     return _read_path(path, str(path.resolve()), folder, progress)
 
 
-def _read_path(path: Path, source: str, folder: Path, progress: Progress) -> Record:
+def _read_path(path: Path, source: str, folder: Path, progress: Progress) -> Description:
     if path.suffix.lower() in PICKLES:
         raise pickles_refused(path)
     if path.is_dir() and _model_type(path) == "dormouse-null":
@@ -117,7 +182,7 @@ def _staging(models_dir: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _sweep(models_dir: Path) -> None:
+def _sweep_folders(models_dir: Path) -> None:
     """Delete the staging folders of imports that died."""
     for folder in models_dir.glob(f"{STAGING_PREFIX}*"):
         try:

@@ -1,10 +1,12 @@
 """The folders of imported models: what is in one, and how to find, describe and remove it.
 
     MODELS_DIR/NAME/  dormouse.json   what the model is (the record below)
-                      config.json, generation_config.json, tokenizer.json, ..., model.safetensors
+                      weights.json    the tensor table of its checkpoint (tensors.py)
+                      config.json, generation_config.json, tokenizer.json, ...
 
-A folder is complete when it is visible under its name: it was built beside under a name that begins with a dot and
-renamed. `dormouse.json` is written by this package only; a newer format is refused.
+The weights themselves are chunks of the store: the record names the manifest of their checkpoint. A folder is complete
+when it is visible under its name: it was built beside under a name that begins with a dot and renamed. `dormouse.json`
+is written by this package only; a newer format is refused.
 """
 
 from __future__ import annotations
@@ -14,29 +16,32 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from dormouse.checkpoint.tensors import CheckpointBody, NewTensor, decode_table
 from dormouse.errors import ConfigError, DamagedError, NotFoundError
 
 FORMAT = 1
 RECORD = "dormouse.json"
-WEIGHTS = "model.safetensors"
+TABLE = "weights.json"
 STAGING_PREFIX = ".import-"
 
 Progress = Callable[[str, int, int], None]
 """What an import calls with the step it is in ("download", "read", "write"), how much is done, and of how much."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_IMPORT_AGAIN = "Import the model again: dormouse import SOURCE --name NAME --replace"
 log = logging.getLogger(__name__)
 
 
 class Record(msgspec.Struct, frozen=True):
-    """dormouse.json. `dtype` is that of the floating-point weights, `digest` the BLAKE3 of the weights file (of
-    config.json for a model without weights), `context` the longest prompt + answer the model was made for."""
+    """dormouse.json. `dtype` is that of the floating-point weights, `weight_bytes` the size of their segment, `digest`
+    the BLAKE3 of all that the model consists of (importer.py), `context` the longest prompt + answer the model was made
+    for, `checkpoint` the manifest of the weights, null for a model without any."""
 
     format: int
     source: str
@@ -46,6 +51,7 @@ class Record(msgspec.Struct, frozen=True):
     weight_bytes: int
     digest: str
     context: int
+    checkpoint: str | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,18 @@ class ImportedModel:
     parameters: int
     weight_bytes: int
     context: int
+    checkpoint: str | None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a source's reader has found: the model's files are in the staging folder, its tensors wait to be read."""
+
+    source: str
+    engine: str
+    dtype: str
+    context: int
+    tensors: Sequence[NewTensor]
 
 
 def check_name(name: str) -> None:
@@ -93,7 +111,8 @@ def open_model(models_dir: Path, name: str) -> ImportedModel:
 
 
 def remove_model(models_dir: Path, name: str) -> None:
-    """Delete a model. Raises NotFoundError. A process that has its weights mapped keeps them until it ends."""
+    """Delete a model's folder; its checkpoint is left to `writer.sweep`. Raises NotFoundError. A worker that has the
+    weights mapped keeps them until it ends."""
     path = open_model(models_dir, name).path
     grave = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=models_dir))
     path.rename(grave / name)  # from here on it is gone, however long the deletion takes
@@ -111,10 +130,8 @@ def _read(path: Path) -> ImportedModel:
             f"model {path.name} has format {record.format}, newer than {FORMAT}, the newest this version knows",
             remedy="Update Dormouse",
         )
-    weights = path / WEIGHTS
-    size = weights.stat().st_size if weights.exists() else 0
-    if record.weight_bytes != size:
-        raise DamagedError(f"{weights} has {size} bytes where {record.weight_bytes} were imported", remedy=remedy)
+    if record.checkpoint is not None and not (path / TABLE).exists():
+        raise DamagedError(f"model {path.name} has no {TABLE}", remedy=remedy)
     return ImportedModel(
         name=path.name,
         path=path,
@@ -123,7 +140,28 @@ def _read(path: Path) -> ImportedModel:
         parameters=record.parameters,
         weight_bytes=record.weight_bytes,
         context=record.context,
+        checkpoint=record.checkpoint,
     )
+
+
+def checkpoints_named(models_dir: Path) -> tuple[set[str], set[str]]:
+    """The checkpoints that the models' records name, and the names of the models whose record can't be read: theirs
+    are not known, and so not to be touched."""
+    ids: set[str] = set()
+    unreadable: set[str] = set()
+    for path in models_dir.iterdir() if models_dir.is_dir() else ():
+        if path.name.startswith("."):
+            continue
+        try:
+            record = msgspec.json.decode((path / RECORD).read_bytes(), type=Record)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            unreadable.add(path.name)
+            continue
+        if record.format > FORMAT:
+            unreadable.add(path.name)
+        elif record.checkpoint is not None:
+            ids.add(record.checkpoint)
+    return ids, unreadable
 
 
 def _suggestion(name: str, names: list[str]) -> str:
@@ -132,3 +170,17 @@ def _suggestion(name: str, names: list[str]) -> str:
     if names:
         return f"There are: {', '.join(names)}"
     return f"Import one first: dormouse import SOURCE --name {name}"
+
+
+def read_table(folder: Path, size: int) -> CheckpointBody:
+    """The tensor table of a model whose segment has `size` bytes. Raises DamagedError."""
+    path = folder / TABLE
+    try:
+        body = decode_table(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DamagedError(f"{path} can't be read: {error.strerror}", remedy=_IMPORT_AGAIN) from error
+    if body.size != size:
+        raise DamagedError(
+            f"{path} describes {body.size} bytes of weights where there are {size}", remedy=_IMPORT_AGAIN
+        )
+    return body

@@ -1,37 +1,27 @@
-"""The safetensors format: a header read with suspicion, and a writer that streams.
+"""The safetensors format, a source of imports: a header read with suspicion, tensors read a piece at a time.
 
 A file is an 8-byte little-endian length, that many bytes of JSON (name -> dtype, shape, begin and end of the bytes),
-then the bytes of all tensors without gaps. The writer pads the JSON with spaces until the data begins on a page, so
-that a mapping of the file is aligned, and orders tensors by element size, so that every tensor is aligned too.
+then the bytes of all tensors without gaps.
 
-    tensors of any source --bfloat16_chunks--> at most 16 MiB at a time --write_file--> file + BLAKE3 of its bytes
+    read_header(file) -> TensorInfo --copied_tensor--> NewTensor: at most 16 MiB at a time, wide floats made BF16
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from blake3 import blake3
 
+from dormouse.checkpoint.tensors import ITEM_SIZES, MAX_DIMENSIONS, MAX_EXTENT, NewTensor
 from dormouse.errors import ConfigError
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library itself
-_PAGE = 4096
 _CHUNK = 16 << 20
 
-ITEM_SIZES = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
-    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
-}
 _NARROWED = ("F64", "F32", "F16")
 
 
@@ -75,15 +65,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-_MAX_DIMENSIONS = 64
-_MAX_EXTENT = 1 << 48
-
-
 def _checked(path: Path, name: str, entry: _Entry, data: int) -> TensorInfo:
     begin, end = entry.data_offsets
     if entry.dtype not in ITEM_SIZES:
         raise _malformed(path, f"tensor {name} has the unknown type {entry.dtype}")
-    if len(entry.shape) > _MAX_DIMENSIONS or any(not 0 <= n <= _MAX_EXTENT for n in entry.shape):
+    if len(entry.shape) > MAX_DIMENSIONS or any(not 0 <= n <= MAX_EXTENT for n in entry.shape):
         raise _malformed(path, f"tensor {name} has an impossible shape")
     if math.prod(entry.shape) * ITEM_SIZES[entry.dtype] != end - begin or begin < 0:
         raise _malformed(path, f"tensor {name} of shape {entry.shape} can't have {end - begin} bytes")
@@ -102,63 +88,6 @@ def _check_coverage(path: Path, tensors: Iterable[TensorInfo], data: int, size: 
 
 def _malformed(path: Path, why: str) -> ConfigError:
     return ConfigError(f"{path} is not a sound safetensors file: {why}", remedy="Download or copy it again")
-
-
-@dataclass(frozen=True)
-class NewTensor:
-    """A tensor to be written: `chunks()` yields exactly the bytes of `shape` and `dtype`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[bytes | memoryview]]
-
-    @property
-    def length(self) -> int:
-        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
-
-
-def write_file(path: Path, tensors: Sequence[NewTensor], *, progress: Callable[[int, int], None]) -> str:
-    """Write a new file (0600), fsync it, and return the BLAKE3 of its bytes in hex. `progress(done, total)`: bytes."""
-    tensors = sorted(tensors, key=lambda tensor: -ITEM_SIZES[tensor.dtype])
-    total = sum(tensor.length for tensor in tensors)
-    hasher = blake3(max_threads=blake3.AUTO)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0) as file:  # noqa: PTH123
-        for chunk in _encode(tensors):
-            hasher.update(chunk)
-            file.write(chunk)
-            progress(min(file.tell(), total), total)
-        os.fsync(file.fileno())
-    return hasher.hexdigest()
-
-
-def _encode(tensors: Sequence[NewTensor]) -> Iterator[bytes | memoryview]:
-    yield _header(tensors)
-    for tensor in tensors:
-        written = 0
-        for chunk in tensor.chunks():
-            written += len(chunk)
-            yield chunk
-        if written != tensor.length:
-            raise ConfigError(
-                f"tensor {tensor.name} gave {written} bytes where its shape needs {tensor.length}",
-                remedy="The source is damaged; download or copy it again",
-            )
-
-
-def _header(tensors: Sequence[NewTensor]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": (at, at + tensor.length),
-        }
-        at += tensor.length
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _PAGE)
-    return len(text).to_bytes(8, "little") + text
 
 
 def stored_dtype(dtype: str) -> str:

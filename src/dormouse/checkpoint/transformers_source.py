@@ -1,20 +1,18 @@
-"""What the sources that go through transformers share: its quiet, offline import, and writing a loaded model.
+"""What the sources that go through transformers share: its quiet, offline import, and the tensors of a loaded model.
 
-Weights are stored as the runtime's own model class names them, so that loading is nothing but mapping a file.
+Weights are stored as the runtime's own model class names them, so that loading is nothing but pointing into a segment.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dormouse.checkpoint import models
-from dormouse.checkpoint.models import WEIGHTS, Progress, Record
-from dormouse.checkpoint.safetensors_file import NewTensor, write_file
+from dormouse.checkpoint.models import Description
+from dormouse.checkpoint.tensors import NewTensor
 from dormouse.errors import ConfigError, DormouseError, HostError
 
 if TYPE_CHECKING:
@@ -74,19 +72,15 @@ def save_description(folder: Path, config: Any, generation: Any, tokenizer: Any)
     tokenizer.save_pretrained(folder)
 
 
-def write_weights(folder: Path, tensors: list[NewTensor], source: str, config: Any, progress: Progress) -> Record:
-    """Write model.safetensors and return the model's record."""
-    digest = write_file(folder / WEIGHTS, tensors, progress=lambda done, total: progress("write", done, total))
+def describe(source: str, config: Any, tensors: list[NewTensor]) -> Description:
+    """A model of transformers."""
     text = config.get_text_config()
-    return Record(
-        format=models.FORMAT,
+    return Description(
         source=source,
         engine="transformers",
         dtype="bfloat16",
-        parameters=sum(math.prod(tensor.shape) for tensor in tensors),
-        weight_bytes=(folder / WEIGHTS).stat().st_size,
-        digest=digest,
         context=int(getattr(text, "max_position_embeddings", None) or 2048),
+        tensors=tensors,
     )
 
 

@@ -1,12 +1,17 @@
 """The words a node and a worker exchange over the inherited control socket.
 
-    node -> worker   Load, Generate, Cancel, Quiesce, Resume
-    worker -> node   Hello, Loaded, Delta, Finished, Failed, Quiesced, Resumed, WorkerError
+    node -> worker   Segments, Prepare, Load, Generate, Cancel, Quiesce, Resume
+    worker -> node   Hello, Prepared, Loaded, Delta, Finished, Failed, Quiesced, Resumed, WorkerError
 
 A worker says `Hello` first (also: never again after a restore, the socket's peer is new but the process is not). The
-node answers with one `Load` (cold start). After `Loaded`, any number of `Generate` may be in flight. `Quiesce` is sent
-only when the node has no request in flight; after `Quiesced` the worker touches nothing until `Resume` arrives, which
-is also the first message after a restore. `Resumed` ends either.
+node answers with one `Load` (cold start), or with `Prepare` and then perhaps one `Load`. After `Loaded`, any number of
+`Generate` may be in flight. `Quiesce` is sent only when the node has no request in flight; after `Quiesced` the worker
+touches nothing until `Resume` arrives. `Resumed` ends either.
+
+`Segments` hands over the memory that holds the weights, and has no answer. Its frame carries descriptors
+(transfer/handles.py). It comes right before the `Load` or `Resume` that needs it, or earlier (the first frame of all),
+so that the worker starts or is restored while the memory is being filled. Quiescing lets go of all segments, so every
+`Resume` of a model with weights has its `Segments` before it.
 
 Every struct is encoded as one msgpack map with its type under "type" and travels in one frame (frames.py). Unknown
 fields and wrong types are refused when decoding: both ends are always the same version of this package, and
@@ -18,6 +23,8 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+
+from dormouse.transfer.handles import SegmentInfo
 
 PROTOCOL_VERSION = 1
 
@@ -66,6 +73,20 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 # node -> worker
 
 
+class Segments(_Message, frozen=True, tag="segments"):
+    """The segments of the worker's model; the descriptors of all of them come with this frame, in order."""
+
+    segments: list[SegmentInfo]
+
+
+class Prepare(_Message, frozen=True, tag="prepare"):
+    """Import and warm an engine without a model; a `Load` of the same engine, device and threads may follow."""
+
+    engine: str
+    device: str = "cpu"
+    threads: int | None = None
+
+
 class Load(_Message, frozen=True, tag="load"):
     """Load a model. `path` is the folder of an imported model; `context` and `kv_tokens` of None mean the defaults."""
 
@@ -109,6 +130,12 @@ class Hello(_Message, frozen=True, tag="hello"):
 
     version: int
     pid: int
+
+
+class Prepared(_Message, frozen=True, tag="prepared"):
+    """The engine is ready for any of its models. `phases` are seconds by name."""
+
+    phases: dict[str, float]
 
 
 class Loaded(_Message, frozen=True, tag="loaded"):
@@ -170,11 +197,12 @@ class Resumed(_Message, frozen=True, tag="resumed"):
 
 
 class WorkerError(_Message, frozen=True, tag="worker_error"):
-    """Load, Quiesce or Resume failed, or the engine broke. `remedy` says what to do."""
+    """A command failed, or the engine broke. `kind` is a class name in dormouse.errors."""
 
     message: str
     remedy: str
+    kind: str = "EngineError"
 
 
-ToWorker = Load | Generate | Cancel | Quiesce | Resume
-FromWorker = Hello | Loaded | Delta | Finished | Failed | Quiesced | Resumed | WorkerError
+ToWorker = Segments | Prepare | Load | Generate | Cancel | Quiesce | Resume
+FromWorker = Hello | Prepared | Loaded | Delta | Finished | Failed | Quiesced | Resumed | WorkerError

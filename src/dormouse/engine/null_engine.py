@@ -8,7 +8,8 @@ position; timing and memory come from the model folder's config.json:
      "null": {"delay_s": 0.0,          seconds before each token
               "context": 8192,         longest prompt + answer, in words
               "answer_tokens": null,   length of every answer; null: 16 to 63, from the prompt
-              "memory_mb": 0}}         heap that is touched at load: zero pages, random pages and text, a third each
+              "memory_mb": 0,          heap that is touched at load: zero pages, random pages and text, a third each
+              "weights_mb": 0}}        weights made up at import; answers then depend on them, read anew for each
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dormouse.checkpoint.null_source import read_settings
+from dormouse.checkpoint.null_source import read_settings, weights_sum
+from dormouse.engine.arena import Arena
 from dormouse.engine.detokenize import TextStream
 from dormouse.engine.loop import Loop
 from dormouse.engine.messages import (
@@ -33,6 +35,7 @@ from dormouse.engine.messages import (
     Generate,
     Load,
     Loaded,
+    Prepare,
     Prompt,
     TextPrompt,
     TokenLogprob,
@@ -40,7 +43,8 @@ from dormouse.engine.messages import (
 from dormouse.engine.prompts import check_room, context_overflow, failed
 from dormouse.engine.protocol import Emit
 from dormouse.engine.sampling import check_sampling
-from dormouse.errors import DormouseError, RequestError
+from dormouse.errors import DormouseError, EngineError, RequestError
+from dormouse.phases import Phases
 
 _TEXT = "a mouse that sleeps under the winter leaves and wakes when somebody asks for tea near old warm stones"
 _WORDS = _TEXT.split()
@@ -64,11 +68,17 @@ class NullEngine:
         self._answers: dict[str, _Answer] = {}
         self._heap: list[bytearray] = []
 
-    def load(self, spec: Load, emit: Emit) -> Loaded:
+    def prepare(self, spec: Prepare) -> Phases:
+        return Phases()
+
+    def load(self, spec: Load, arena: Arena, emit: Emit) -> Loaded:
         started = time.perf_counter()
         self._settings = read_settings(Path(spec.path))
         self._context = min(spec.context or self._settings.context, self._settings.context)
         self._heap = [_megabyte(i) for i in range(self._settings.memory_mb)]
+        self._weights = arena.weights
+        if self._settings.weights_mb:
+            self._weights_view()
         self._emit = emit
         self._loop: Loop[Generate | Cancel] = Loop(self._step, self._fail)
         return Loaded(
@@ -114,7 +124,10 @@ class NullEngine:
 
     def _begin(self, request: Generate) -> _Answer:
         words = _words_of(request.prompt)
-        seed = hashlib.blake2b(f"{request.sampling.seed or 0}:{' '.join(words)}".encode()).digest()
+        text = f"{request.sampling.seed or 0}:{' '.join(words)}"
+        if self._settings.weights_mb:
+            text += f":{weights_sum(self._weights_view())}"
+        seed = hashlib.blake2b(text.encode()).digest()
         own_length = self._settings.answer_tokens or 16 + seed[0] % 48
         limit = min(request.sampling.max_tokens, self._context - len(words))
         return _Answer(
@@ -125,6 +138,12 @@ class NullEngine:
             reason="stop" if own_length <= limit else "length",
             text=TextStream(decode_words, request.sampling.stop),
         )
+
+    def _weights_view(self) -> memoryview:
+        expected = self._settings.weights_mb << 20
+        if self._weights is None or self._weights.size != expected:
+            raise EngineError(f"the model has {expected} bytes of weights, the worker has {self._weights}")
+        return memoryview(self._weights.array()).cast("B")
 
     def _advance(self, answer: _Answer) -> None:
         token = _token(answer.seed, answer.made)

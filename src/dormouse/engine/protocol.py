@@ -1,8 +1,9 @@
 """The Engine protocol: what a worker asks of whatever runs the model.
 
-States: new -> loaded -> (quiesced <-> loaded) -> closed. `submit` and `cancel` return at once and may be called from
-one thread only (the worker's main loop); `emit` is called from any thread of the engine, in order for one request.
-For each submitted request `emit` gets any number of `Delta` and then exactly one `Finished` or `Failed`.
+States: new [-> prepared] -> loaded -> (quiesced <-> loaded) -> closed; a prepared engine may be snapshotted too.
+`submit` and `cancel` return at once and may be called from one thread only (the worker's main loop); `emit` is called
+from any thread of the engine, in order for one request. For each submitted request `emit` gets any number of `Delta`
+and then exactly one `Finished` or `Failed`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from dormouse.engine.messages import Delta, Failed, Finished, Generate, Load, Loaded
+from dormouse.engine.arena import Arena
+from dormouse.engine.messages import Delta, Failed, Finished, Generate, Load, Loaded, Prepare
+from dormouse.phases import Phases
 
 Emit = Callable[[Delta | Finished | Failed], None]
 
@@ -18,8 +21,14 @@ Emit = Callable[[Delta | Finished | Failed], None]
 class Engine(Protocol):
     """One loaded model that generates."""
 
-    def load(self, spec: Load, emit: Emit) -> Loaded:
-        """Load the model and make it ready for its first token. Blocks. Raises DormouseError."""
+    def prepare(self, spec: Prepare) -> Phases:
+        """Do all of a load that any model of this engine needs, and nothing that depends on one. Blocks; leaves no
+        thread that does anything. Raises DormouseError."""
+
+    def load(self, spec: Load, arena: Arena, emit: Emit) -> Loaded:
+        """Load the model, whose weights are in the arena's segment, and make it ready for its first token. The weights
+        may still be on their way: `arena.wait()` comes before the first look at a value. Blocks. Raises DormouseError.
+        """
 
     def submit(self, request: Generate) -> None:
         """Start a generation; errors of the request come back as `Failed`."""
@@ -29,10 +38,11 @@ class Engine(Protocol):
 
     def quiesce(self) -> None:
         """Block until nothing runs, then let go of all that must not be in a snapshot (KV contents, sockets, files).
-        After it returns no thread of the engine does anything until `resume`."""
+        After it returns no thread of the engine does anything until `resume`, and none looks at the segments, which
+        are then unmapped."""
 
     def resume(self) -> None:
-        """Undo `quiesce`: the next `submit` works as if nothing had happened."""
+        """Undo `quiesce`: the next `submit` works as if nothing had happened. The segments are mapped again."""
 
     def close(self) -> None:
         """Stop all threads; the engine is not used again."""

@@ -17,9 +17,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dormouse import host_memory
+from dormouse.engine.arena import Arena
 from dormouse.engine.detokenize import TextStream
 from dormouse.engine.loop import Loop
-from dormouse.engine.messages import Cancel, ChatPrompt, Delta, Failed, Finished, Generate, Load, Loaded, TokenLogprob
+from dormouse.engine.messages import (
+    Cancel,
+    ChatPrompt,
+    Delta,
+    Failed,
+    Finished,
+    Generate,
+    Load,
+    Loaded,
+    Prepare,
+    TokenLogprob,
+)
 from dormouse.engine.prompts import check_room, context_overflow, failed
 from dormouse.engine.protocol import Emit
 from dormouse.engine.sampling import alternatives, check_sampling, choose, uniform
@@ -52,22 +64,26 @@ class TransformersEngine:
         self._requests: dict[str, _Request] = {}
         self._chosen: list[tuple[_Request, int, list[TokenLogprob] | None]] = []
 
-    def load(self, spec: Load, emit: Emit) -> Loaded:
+    def prepare(self, spec: Prepare) -> Phases:
+        phases = Phases()
+        with phases.time("import"):
+            _import_parts(spec.threads)
+        from dormouse.engine.rehearsal import rehearse
+
+        with phases.time("rehearsal"):
+            rehearse()
+        return phases
+
+    def load(self, spec: Load, arena: Arena, emit: Emit) -> Loaded:
         phases = Phases()
         folder = Path(spec.path)
         with phases.time("import"):
-            _set_threads(spec.threads)
-            try:
-                from dormouse.engine import chat_tokenizer, transformers_batch, transformers_model
-            except ImportError as error:
-                raise EngineError(
-                    f"the transformers engine can't be imported: {error}",
-                    remedy="Install the tested versions: pip install 'dormouse[transformers]'",
-                ) from error
-        transformers_batch.check_internals()
+            _import_parts(spec.threads)
+        from dormouse.engine import chat_tokenizer, transformers_batch, transformers_model
+
         with phases.time("model"):
             device = _device(spec.device)
-            model = transformers_model.load_model(folder, device, transformers_batch.ATTENTION)
+            model = transformers_model.load_model(folder, device, transformers_batch.ATTENTION, arena)
         with phases.time("tokenizer"):
             self._tokenizer = chat_tokenizer.ChatTokenizer(folder)
         with phases.time("cache"):
@@ -190,6 +206,19 @@ class TransformersEngine:
             self._emit(
                 Failed(id=request_id, message=f"the engine failed: {error}", reason="engine_error", bad_request=False)
             )
+
+
+def _import_parts(threads: int | None) -> None:
+    """Import all that an engine of this kind consists of."""
+    _set_threads(threads)
+    try:
+        from dormouse.engine import chat_tokenizer, transformers_batch, transformers_model  # noqa: F401
+    except ImportError as error:
+        raise EngineError(
+            f"the transformers engine can't be imported: {error}",
+            remedy="Install the tested versions: pip install 'dormouse[transformers]'",
+        ) from error
+    transformers_batch.check_internals()
 
 
 def _set_threads(threads: int | None) -> None:

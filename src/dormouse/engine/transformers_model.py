@@ -1,10 +1,11 @@
-"""A model of transformers whose weights are a private mapping of the file they were imported to.
+"""A model of transformers whose weights are a segment that the node owns.
 
-    config.json --> model on the meta device (no memory) --> parameters bound to slices of the mapped file
-                                                         --> buffers that are in no file computed again
+    config.json --> model on the meta device (no memory) --> parameters bound to views of the arena's segment
+                                                         --> buffers that no segment holds computed again
 
-Nothing is copied on the CPU: the pages belong to the page cache, are shared by all workers of the model, and since
-none is ever written a snapshot of the process holds no weights. A GPU gets a copy.
+Nothing is copied on the CPU: all workers of the model share the segment, and since it is unmapped whenever a worker
+sleeps, a snapshot of the process holds no weights. The parameters' addresses stay what they were. None of this looks
+at a value, so the segment may still be filling. A GPU gets a copy.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dormouse.checkpoint.safetensors_file import read_header
+from dormouse.checkpoint.models import read_table
+from dormouse.engine.arena import Arena, Weights
 from dormouse.errors import EngineError
 
 _DTYPES = {
@@ -28,41 +30,46 @@ _DTYPES = {
 }
 
 
-def load_model(folder: Path, device: torch.device, attention: str) -> Any:
-    """The model of an imported folder in eval mode, computing attention with the registered function `attention`.
+def load_model(folder: Path, device: torch.device, attention: str, arena: Arena) -> Any:
+    """The model of an imported folder in eval mode, computing attention with the registered function `attention`. On
+    the CPU its weights have their values once `arena.wait()` has returned; a GPU has its copy already.
 
-    Raises ConfigError for a damaged weights file, EngineError when the weights are not those of the model.
+    Raises DamagedError for a table that does not fit the segment, EngineError when the weights are not the model's.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
-    tensors = map_tensors(folder / "model.safetensors")
+    tensors = segment_tensors(folder, arena.weights)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     if wrong := [*(set(missing) - set(model.all_tied_weights_keys)), *unexpected]:
         raise EngineError(
-            f"the weights in {folder} are not those of {type(model).__name__}: {sorted(wrong)[0]}",
+            f"the weights of {folder.name} are not those of {type(model).__name__}: {sorted(wrong)[0]}",
             remedy="Import the model again with this version of transformers",
         )
     model.tie_weights()
     _compute_buffers(model)
     model.requires_grad_(False)
+    if device.type != "cpu":
+        arena.wait()
     return model.eval().to(device)
 
 
-def map_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file as views of one private mapping of it."""
-    header = read_header(path)
-    whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+def segment_tensors(folder: Path, weights: Weights | None) -> dict[str, torch.Tensor]:
+    """All tensors of a model as views of its segment."""
+    if weights is None:
+        raise EngineError(f"the worker was sent no weights for {folder.name}", remedy="Import the model again")
+    body = read_table(folder, weights.size)
+    whole = torch.frombuffer(weights.array(), dtype=torch.uint8)
     try:
         return {
             tensor.name: whole[tensor.offset : tensor.offset + tensor.length]
             .view(_DTYPES[tensor.dtype])
             .view(tensor.shape)
-            for tensor in header.values()
+            for tensor in body.tensors
         }
     except KeyError as error:
         raise EngineError(
-            f"{path} has tensors of type {error}, which this engine can't use", remedy="Import the model again"
+            f"{folder.name} has tensors of type {error}, which this engine can't use", remedy="Import the model again"
         ) from error
 
 
@@ -81,5 +88,5 @@ def _compute_buffers(model: Any) -> None:
     model.initialize_weights()
     if empty := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
         raise EngineError(
-            f"{type(model).__name__} has parts that its weights file lacks: {empty[0]}", remedy="Import it again"
+            f"{type(model).__name__} has parts that its weights lack: {empty[0]}", remedy="Import it again"
         )

@@ -8,14 +8,16 @@ The main thread reads the socket; whoever has a message to send writes it itself
 send. So there is no queue to bound: a node that reads slowly slows the engine down, and once `Quiesced` is sent
 nothing is left to be sent. The end of the stream ends the process.
 
-The process is snapshotted between `Quiesced` and `Resume`. Before `Quiesced` the engine's thread sleeps, stdout and
-stderr go to /dev/null (a snapshot refuses a file that has changed since), free memory is returned to the kernel, and
-the only descriptor left besides those is the control socket.
+The process is snapshotted between `Quiesced` and `Resume`. Before `Quiesced` the engine's thread sleeps, the segments
+are unmapped (arena.py), stdout and stderr go to /dev/null (a snapshot refuses a file that has changed since), free
+memory is returned to the kernel, and the only descriptor left besides those is the control socket. Its new peer sends
+the segments again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import logging
@@ -23,7 +25,12 @@ import os
 import socket
 import sys
 import threading
+from collections import deque
+from collections.abc import Iterator
 
+import msgspec
+
+from dormouse.engine.arena import Arena
 from dormouse.engine.frames import Inbox, pack_frame
 from dormouse.engine.messages import (
     PROTOCOL_VERSION,
@@ -33,16 +40,20 @@ from dormouse.engine.messages import (
     Generate,
     Hello,
     Load,
+    Prepare,
+    Prepared,
     Quiesce,
     Quiesced,
     Resume,
     Resumed,
+    Segments,
     ToWorker,
     WorkerError,
 )
 from dormouse.engine.protocol import Engine
 from dormouse.errors import DormouseError, EngineError
 from dormouse.phases import Phases
+from dormouse.transfer.handles import MAX_SEGMENTS, adopt
 
 _RECEIVE = 1 << 16
 log = logging.getLogger(__name__)
@@ -67,6 +78,9 @@ class Worker:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._sending = threading.Lock()
+        self._arena = Arena()
+        self._descriptors: deque[int] = deque()
+        self._prepared: tuple[Prepare, Engine] | None = None
         self._engine: Engine | None = None
         self._parked = False
 
@@ -74,7 +88,7 @@ class Worker:
         inbox: Inbox[ToWorker] = Inbox(ToWorker)  # type: ignore[arg-type]  # a union is what the decoder wants
         try:
             self._send(Hello(version=PROTOCOL_VERSION, pid=os.getpid()))
-            while data := self._control.recv(_RECEIVE):
+            while data := self._receive():
                 for message in inbox.feed(data):
                     self._handle(message)
         except EngineError as error:  # only the inbox lets one through: what follows it can't be understood
@@ -87,13 +101,22 @@ class Worker:
                 self._engine.close()
         return 0
 
+    def _receive(self) -> bytes:
+        """Bytes of the control socket. Descriptors that come with them are kept for the message they belong to: the
+        kernel gives them out with the first bytes of the frame they were sent with."""
+        data, descriptors, _flags, _addr = socket.recv_fds(
+            self._control, _RECEIVE, 2 * MAX_SEGMENTS, socket.MSG_CMSG_CLOEXEC
+        )
+        self._descriptors += descriptors
+        return data
+
     def _handle(self, message: ToWorker) -> None:
         try:
             self._dispatch(message)
         except ConnectionError:
             raise
         except DormouseError as error:
-            self._send(WorkerError(message=error.message, remedy=error.remedy))
+            self._send(WorkerError(message=error.message, remedy=error.remedy, kind=type(error).__name__))
         except Exception as error:
             log.exception("%s failed", type(message).__name__)
             self._send(
@@ -102,6 +125,10 @@ class Worker:
 
     def _dispatch(self, message: ToWorker) -> None:
         match message:
+            case Segments():
+                self._take_segments(message)
+            case Prepare():
+                self._prepare(message)
             case Load():
                 self._load(message)
             case Generate():
@@ -115,18 +142,45 @@ class Worker:
             case _:
                 pass
 
+    def _take_segments(self, message: Segments) -> None:
+        received = iter([self._descriptors.popleft() for _ in range(len(self._descriptors))])
+        try:
+            self._arena.map(adopt(message.segments, received))
+        finally:
+            for left_over in received:
+                os.close(left_over)
+
+    def _prepare(self, spec: Prepare) -> None:
+        if self._engine is not None or self._prepared is not None:
+            raise EngineError("this worker has an engine already", remedy="Start another worker")
+        with _much_that_stays():
+            engine = create_engine(spec.engine)
+            phases = engine.prepare(spec)
+        self._prepared = spec, engine
+        self._send(Prepared(phases=phases))
+
     def _load(self, spec: Load) -> None:
         if self._engine is not None:
             raise EngineError("this worker has a model already", remedy="Start another worker")
-        gc.disable()  # imports make a million objects that all stay: collecting among them costs a tenth of the time
-        try:
-            engine = create_engine(spec.engine)
-            loaded = engine.load(spec, self._emit)
-            gc.freeze()
-        finally:
-            gc.enable()
+        with _much_that_stays():
+            engine = self._fitting_engine(spec)
+            loaded = engine.load(spec, self._arena, self._emit)
+        phases = Phases(loaded.phases)
+        with phases.time("weights"):
+            self._arena.wait()
         self._engine = engine
-        self._send(loaded)
+        self._send(msgspec.structs.replace(loaded, phases=phases))
+
+    def _fitting_engine(self, spec: Load) -> Engine:
+        if self._prepared is None:
+            return create_engine(spec.engine)
+        prepared, engine = self._prepared
+        if prepared != Prepare(engine=spec.engine, device=spec.device, threads=spec.threads):
+            raise EngineError(
+                f"this worker was prepared for {prepared}, not for {spec.engine} on {spec.device}",
+                remedy="Start another worker",
+            )
+        return engine
 
     def _generate(self, request: Generate) -> None:
         if self._engine is not None and not self._parked:
@@ -144,9 +198,13 @@ class Worker:
 
     def _quiesce(self) -> None:
         phases = Phases()
-        with phases.time("engine"):
-            self._loaded().quiesce()
+        if self._engine is not None:
+            with phases.time("engine"):
+                self._engine.quiesce()
+        elif self._prepared is None:
+            raise EngineError("no engine is loaded", remedy="Send Load or Prepare first")
         self._parked = True
+        self._arena.unmap()
         with phases.time("memory"):
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
@@ -155,7 +213,6 @@ class Worker:
 
     def _resume(self, message: Resume) -> None:
         phases = Phases()
-        engine = self._loaded()
         try:
             _redirect_output(message.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         except OSError as error:
@@ -163,15 +220,15 @@ class Worker:
                 f"the worker's log {message.log_path} can't be opened: {error.strerror}",
                 remedy="Check the folder's permissions and free space",
             ) from error
-        with phases.time("engine"):
-            engine.resume()
+        if self._engine is not None:
+            if not self._arena.mapped:
+                raise EngineError("the worker was resumed without its weights", remedy="Start the model again")
+            with phases.time("weights"):
+                self._arena.wait()
+            with phases.time("engine"):
+                self._engine.resume()
         self._parked = False
         self._send(Resumed(phases=phases))
-
-    def _loaded(self) -> Engine:
-        if self._engine is None:
-            raise EngineError("no model is loaded", remedy="Send Load first")
-        return self._engine
 
     def _emit(self, message: FromWorker) -> None:
         """What the engine's thread calls. A node that has gone is the main thread's business: it sees the end of the
@@ -185,6 +242,18 @@ class Worker:
         frame = pack_frame(message)
         with self._sending:
             self._control.sendall(frame)
+
+
+@contextlib.contextmanager
+def _much_that_stays() -> Iterator[None]:
+    """Around imports: they make a million objects that all stay, and collecting among them costs a tenth of the time.
+    What was made is then left out of all later collections."""
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _redirect_output(path: str, flags: int) -> None:

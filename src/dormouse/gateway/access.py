@@ -25,9 +25,12 @@ from dormouse.gateway.problems import HttpProblem, problem_response
 log = logging.getLogger(__name__)
 
 _STORY = "dormouse.story"
+_CUT_OFF = "dormouse.cut_off"
 _OPEN_ROUTES = ("/healthz", "/readyz")
 _ROUTES = frozenset({*_OPEN_ROUTES, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions"})
 CLIENT_GONE = 499
+BODY_SECONDS = 60.0
+"""Time to send a body of a few MiB."""
 
 
 @dataclass
@@ -46,6 +49,13 @@ def story_of(scope: Scope) -> Story:
     story = scope[_STORY]
     assert isinstance(story, Story)
     return story
+
+
+def cut_off_of(scope: Scope) -> asyncio.Event:
+    """Set when this request must come to its end now, because the server does."""
+    event = scope[_CUT_OFF]
+    assert isinstance(event, asyncio.Event)
+    return event
 
 
 class Keys:
@@ -67,7 +77,8 @@ class Keys:
 
 
 class Gate:
-    """ASGI middleware around everything. `draining` refuses new work; `idle` is set while nothing is answered."""
+    """ASGI middleware around everything. `draining` refuses new work; `idle` is set while nothing is answered; whoever
+    sets `cut_off` ends what is still running, each with an error of its own."""
 
     def __init__(self, app: ASGIApp, *, keys: Keys, metrics: Metrics, metrics_open: bool) -> None:
         self._app = app
@@ -77,6 +88,7 @@ class Gate:
         self.draining = False
         self.idle = asyncio.Event()
         self.idle.set()
+        self.cut_off = asyncio.Event()
         self._active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,6 +97,7 @@ class Gate:
         began = time.perf_counter()
         request_id = f"req_{secrets.token_hex(8)}"
         story = scope[_STORY] = Story()
+        scope[_CUT_OFF] = self.cut_off
         status = CLIENT_GONE
 
         async def noting_send(message: Message) -> None:
@@ -139,7 +152,16 @@ def _route(path: str) -> str:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is longer than `limit` bytes."""
+    """The body, refused as soon as it is longer than `limit` bytes or on its way for too long."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await _read_body(request, limit)
+    except TimeoutError:
+        message = f"The body has not arrived within {BODY_SECONDS:g} s"
+        raise HttpProblem(408, message, code="request_timeout", headers={"connection": "close"}) from None
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
     announced = request.headers.get("content-length", "0")
     body = bytearray()
     if announced.isdigit() and int(announced) <= limit:

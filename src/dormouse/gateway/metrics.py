@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import Metric
 
 from dormouse.errors import DormouseError
 from dormouse.node.node import Node
-from dormouse.node.replica import Start, State
+from dormouse.node.replica import Start, StartPath, State
 from dormouse.snapshot.service import CaptureResult
 
 _START_BUCKETS = (0.01, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 60, 120, 300)
@@ -57,7 +57,19 @@ class Metrics:
             "dormouse_start_failures", "Starts that no path led to.", ("model", "reason"), registry=registry
         )
         self._fallbacks = Counter(
-            "dormouse_fallbacks", "Snapshots that could not be used.", ("model", "reason"), registry=registry
+            "dormouse_fallbacks",
+            "Start paths that were not taken to their end.",
+            ("model", "path", "reason"),
+            registry=registry,
+        )
+        self._retries = Counter(
+            "dormouse_restore_retries", "Snapshots that got a second try.", ("model", "reason"), registry=registry
+        )
+        self._quarantines = Counter(
+            "dormouse_quarantines",
+            "Snapshots and templates that are never used again.",
+            ("model", "reason"),
+            registry=registry,
         )
         self._captures = Counter("dormouse_captures", "Captures by outcome.", ("model", "outcome"), registry=registry)
         self._captured_bytes = Counter(
@@ -79,8 +91,14 @@ class Metrics:
     def start_failed(self, model: str, error: DormouseError) -> None:
         self._failures.labels(model, error.code).inc()
 
-    def fell_back(self, model: str, error: DormouseError) -> None:
-        self._fallbacks.labels(model, error.code).inc()
+    def fell_back(self, model: str, path: StartPath, error: DormouseError) -> None:
+        self._fallbacks.labels(model, path, error.code).inc()
+
+    def retried(self, model: str, error: DormouseError) -> None:
+        self._retries.labels(model, error.code).inc()
+
+    def quarantined(self, model: str, error: DormouseError) -> None:
+        self._quarantines.labels(model, error.code).inc()
 
     def captured(self, model: str, result: CaptureResult, phases: Mapping[str, float]) -> None:
         self._captures.labels(model, "committed").inc()

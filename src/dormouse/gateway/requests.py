@@ -18,6 +18,7 @@ from dormouse.engine.messages import ChatPrompt, Prompt, Sampling, TextPrompt, T
 from dormouse.errors import RequestError
 
 MAX_CHOICES = 32
+_LEAST_TOP_P = 1e-9  # 0 means the likeliest token alone, and so does this
 MAX_COPIED_BYTES = 16 << 20  # each answer takes the worker's own copy of the prompt
 """Most answers one request may ask for: prompts times n."""
 
@@ -68,7 +69,7 @@ class _Common(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     model: Annotated[str, Meta(min_length=1, max_length=256)]
     max_tokens: _Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
@@ -200,7 +201,7 @@ def _job(
         choices=tuple((prompt, _seed(request.seed, copy)) for prompt in prompts for copy in range(copies)),
         max_tokens=max_tokens,
         temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
+        top_p=1.0 if request.top_p is None else max(request.top_p, _LEAST_TOP_P),
         top_k=max(request.top_k or 0, 0),
         stop=_stop(request.stop),
         logprobs=logprobs,

@@ -15,19 +15,18 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 
-import uvicorn
-
-from dormouse.config import API_KEYS_VARIABLE, ServeConfig, load_api_keys
+from dormouse.config import API_KEYS_VARIABLE, DataDir, ServeConfig, load_api_keys
 from dormouse.errors import ConfigError
 from dormouse.gateway.access import Gate
+from dormouse.gateway.admin import serve_admin
 from dormouse.gateway.app import create_app
+from dormouse.gateway.asgi_server import AsgiServer
 from dormouse.node.assemble import assemble_node
 from dormouse.node.node import Node
 
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-_CUT_OFF = 1
 
 
 def run_server(config: ServeConfig, *, environ: Mapping[str, str] = os.environ) -> int:
@@ -78,20 +77,7 @@ def address_of(listener: socket.socket) -> str:
 
 async def serve_app(gate: Gate, listener: socket.socket, *, grace: float, announce: Callable[[str], None]) -> None:
     """Serve until a signal; `announce` is called with the URL once requests are answered."""
-    server = _Server(
-        uvicorn.Config(
-            gate,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_CUT_OFF,
-        )
-    )
-    server.on_started = lambda: announce(address_of(listener))
+    server = AsgiServer(gate, lambda: announce(address_of(listener)))
     with _signals() as (stop, hurry):
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         stopping = asyncio.create_task(stop.wait())
@@ -99,6 +85,7 @@ async def serve_app(gate: Gate, listener: socket.socket, *, grace: float, announ
         gate.draining = True
         waits = {asyncio.create_task(gate.idle.wait()), asyncio.create_task(hurry.wait())}
         await asyncio.wait(waits, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        gate.cut_off.set()
         server.should_exit = True
         for task in (stopping, *waits):
             task.cancel()
@@ -106,7 +93,7 @@ async def serve_app(gate: Gate, listener: socket.socket, *, grace: float, announ
 
 
 async def _serve_node(config: ServeConfig, keys: list[str], listener: socket.socket) -> None:
-    async with await assemble_node(config) as node:
+    async with await assemble_node(config) as node, serve_admin(node, DataDir(config.data_dir).run):
         await serve_app(
             create_app(node, config, keys), listener, grace=config.grace, announce=lambda url: _announce(node, url)
         )
@@ -116,20 +103,6 @@ async def _serve_node(config: ServeConfig, keys: list[str], listener: socket.soc
 def _announce(node: Node, url: str) -> None:
     node.address = url
     print(f"listening on {url}", flush=True)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers, which close the listener at once."""
-
-    on_started: Callable[[], None]
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.on_started()
 
 
 @contextlib.contextmanager

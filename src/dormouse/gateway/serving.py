@@ -25,8 +25,8 @@ from starlette.types import Receive, Scope, Send
 
 from dormouse.config import ServeConfig
 from dormouse.engine.messages import Delta, Finished
-from dormouse.errors import DeadlineError, DormouseError
-from dormouse.gateway.access import Story, story_of
+from dormouse.errors import DeadlineError, DormouseError, StoppingError
+from dormouse.gateway.access import CLIENT_GONE, Story, cut_off_of, story_of
 from dormouse.gateway.answers import Answer
 from dormouse.gateway.metrics import Metrics
 from dormouse.gateway.problems import json_response, problem_body, problem_response, status_of
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 START_HEADER = "x-dormouse-start"
 _QUEUE = 16
 _WRITE_GRACE = 5.0
+_LAST_WORDS = 0.5  # within the second that the server gives its connections at the end
 _DONE = b"data: [DONE]\n\n"
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -77,15 +78,30 @@ class Reply:
         consumer = asyncio.create_task(consume)
         producer = asyncio.create_task(self._produce())
         gone = asyncio.create_task(_disconnected(receive))
+        cut = asyncio.create_task(cut_off_of(scope).wait())
         limit = self._config.request_timeout + _WRITE_GRACE  # a client that takes nothing must not stay for ever
         try:
-            await asyncio.wait({consumer, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({consumer, gone, cut}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if cut.done() and not consumer.done():
+                await self._break_off(producer)
+                await asyncio.wait({consumer, gone}, timeout=_LAST_WORDS, return_when=asyncio.FIRST_COMPLETED)
             if consumer.done():
                 consumer.result()
+            else:
+                self._story.status = CLIENT_GONE
         finally:
-            for task in (consumer, producer, gone):
+            for task in (consumer, producer, gone, cut):
                 task.cancel()
-            await asyncio.wait((consumer, producer, gone))
+            await asyncio.wait((consumer, producer, gone, cut))
+
+    async def _break_off(self, producer: asyncio.Task[None]) -> None:
+        """Let an error follow what the client has got so far, in place of the rest."""
+        producer.cancel()
+        await asyncio.wait((producer,))
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        error = StoppingError("the server has shut down before the answer was complete", remedy="Try again later")
+        self._queue.put_nowait(_End(error))
 
     # Producer
 

@@ -11,6 +11,7 @@ from dormouse.errors import ConfigError
 from dormouse.node.catalog import StoreCatalog
 from dormouse.node.node import Node
 from dormouse.node.parts import Model
+from dormouse.node.templates import TemplateSpec
 from dormouse.snapshot.compatibility import host_key
 from dormouse.snapshot.service import HostService
 
@@ -21,7 +22,8 @@ async def assemble_node(config: ServeConfig) -> Node:
         raise ConfigError("there is no model to serve", remedy="Name one under models, or `dormouse serve NAME`")
     folders = DataDir(config.data_dir).create()
     models = {name: await asyncio.to_thread(open_model, folders.models, name) for name in config.models}
-    return Node(config, lambda: HostService.start(folders.root), models, StoreCatalog(folders.store), _key)
+    catalog = StoreCatalog(folders.store)
+    return Node(config, lambda: HostService.start(folders.root), models, catalog, _key, _template_key)
 
 
 def _key(model: Model, settings: ModelConfig) -> dict[str, str]:
@@ -40,4 +42,17 @@ def _key(model: Model, settings: ModelConfig) -> dict[str, str]:
             "path": model.path,
             "threads": settings.threads,
         },
+        device=settings.device,
+    )
+
+
+def _template_key(spec: TemplateSpec) -> dict[str, str]:
+    """What must be the same for a template to be used: all of a model's key that does not come from the model."""
+    return host_key(
+        engine=spec.engine,
+        worker=worker_identity(),
+        packages=PACKAGES[spec.engine],
+        model_digest=None,
+        options={"device": spec.device, "threads": spec.threads},
+        device=spec.device,
     )

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
 from dormouse.engine.frames import Inbox, pack_frame
@@ -29,20 +29,24 @@ from dormouse.engine.messages import (
     Hello,
     Load,
     Loaded,
+    Prepare,
+    Prepared,
     Prompt,
     Quiesce,
     Quiesced,
     Resume,
     Resumed,
     Sampling,
+    Segments,
     TokenLogprob,
     ToWorker,
     WorkerError,
 )
-from dormouse.errors import DormouseError, EngineError, RequestError
+from dormouse.errors import DormouseError, EngineError, RequestError, of_kind
+from dormouse.transfer.handles import SegmentHandle
 
 _READ_SIZE = 1 << 16
-_Reply = TypeVar("_Reply", Hello, Loaded, Quiesced, Resumed)
+_Reply = TypeVar("_Reply", Hello, Prepared, Loaded, Quiesced, Resumed)
 
 
 class _Generation:
@@ -75,6 +79,48 @@ class _Generation:
         return self._end
 
 
+class _SegmentSender:
+    """Sends a worker the segments it lacks, past asyncio, which knows no descriptors. The worker has them from `send`
+    until it is parked. Nothing else is ever in the socket's way: before `open` and while a worker is parked, no other
+    frame is under way."""
+
+    def __init__(self, model: str, control: socket.socket, handles: Sequence[SegmentHandle]) -> None:
+        self._model = model
+        self._handles = handles
+        self._control = control.dup() if handles else None
+        self._there = False
+
+    def send(self) -> None:
+        """Send them, unless the worker has them. Raises EngineError when it has gone."""
+        if self._control is None or self._there:
+            return
+        frame = pack_frame(Segments(segments=[handle.info for handle in self._handles]))
+        descriptors = [fd for handle in self._handles for fd in handle.descriptors()]
+        try:
+            sent = socket.send_fds(self._control, [frame], descriptors)
+        except OSError as error:
+            raise EngineError(f"the worker of {self._model} is gone: {error.strerror}") from error
+        if sent != len(frame):
+            raise EngineError(f"the worker of {self._model} takes no messages", remedy="Start the model again")
+        self._there = True
+
+    def taken_away(self) -> None:
+        """The worker has let go of them."""
+        self._there = False
+
+    def filled(self) -> None:
+        """The worker has seen that they are filled: from now on they can be sent without a promise."""
+        for handle in self._handles:
+            handle.forget_report()
+
+    def close(self) -> None:
+        """Let go of the segments. Idempotent."""
+        for handle in self._handles:
+            handle.close()
+        if self._control is not None:
+            self._control.close()
+
+
 def _join(deltas: list[Delta]) -> Delta:
     logprobs: list[list[TokenLogprob]] | None = None
     if deltas[0].logprobs is not None:
@@ -88,17 +134,20 @@ def _join(deltas: list[Delta]) -> Delta:
 
 
 class WorkerLink:
-    """Owns `control` from `open` until `close`. Commands (`load`, `quiesce`, `resume`) are given one at a time."""
+    """Owns `control` and the worker's segments from `open` until `close`. Commands (`prepare`, `load`, `quiesce`,
+    `resume`) are given one at a time."""
 
     def __init__(
         self,
         model: str,
+        sender: _SegmentSender,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         fresh: bool,
         on_lost: Callable[[DormouseError], None],
     ) -> None:
         self._model = model
+        self._segments = sender
         self._reader = reader
         self._writer = writer
         self._ids = itertools.count(1)
@@ -106,6 +155,7 @@ class WorkerLink:
         self._cancelled: set[str] = set()
         self._settled = asyncio.Event()
         self._settled.set()
+        self._fresh = fresh
         self._reply: asyncio.Future[FromWorker] | None = asyncio.get_running_loop().create_future() if fresh else None
         self._lost: DormouseError | None = None
         self._on_lost: Callable[[DormouseError], None] | None = on_lost
@@ -113,36 +163,72 @@ class WorkerLink:
 
     @classmethod
     async def open(
-        cls, model: str, control: socket.socket, *, fresh: bool, on_lost: Callable[[DormouseError], None]
+        cls,
+        model: str,
+        control: socket.socket,
+        *,
+        fresh: bool,
+        on_lost: Callable[[DormouseError], None],
+        segments: Sequence[SegmentHandle] = (),
     ) -> WorkerLink:
-        """Start to listen on `control`. A `fresh` worker says `Hello` first, a restored one has said it long ago."""
-        control.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=control)
-        return cls(model, reader, writer, fresh, on_lost)
+        """Start to listen on `control`. A `fresh` worker says `Hello` first, a restored one has said it long ago.
+
+        The segments of the worker's model go to it at once, as the first frame: while it starts, or is restored, they
+        are being filled. Raises EngineError when the worker has gone already.
+        """
+        sender = _SegmentSender(model, control, segments)
+        try:
+            sender.send()
+            control.setblocking(False)
+            reader, writer = await asyncio.open_unix_connection(sock=control)
+        except BaseException:
+            sender.close()
+            control.close()
+            raise
+        return cls(model, sender, reader, writer, fresh, on_lost)
 
     @property
     def lost(self) -> DormouseError | None:
         """Why the worker is gone; None while it is there."""
         return self._lost
 
+    async def prepare(self, prepare: Prepare) -> Prepared:
+        """Wait for a fresh worker's `Hello` and have it import an engine. Raises EngineError."""
+        await self._greet()
+        return await self._command(prepare, Prepared)
+
     async def load(self, load: Load) -> Loaded:
-        """Wait for a fresh worker's `Hello` and have it load a model. Raises EngineError."""
+        """Have a worker load a model, after the `Hello` of a fresh one. Raises EngineError, or what reading the
+        weights failed with."""
+        await self._greet()
+        loaded = await self._command(load, Loaded)
+        self._segments.filled()
+        return loaded
+
+    async def _greet(self) -> None:
+        if not self._fresh:
+            return
+        self._fresh = False
         hello = await self._expect(Hello)
         if hello.version != PROTOCOL_VERSION:
             raise EngineError(
                 f"the worker of {self._model} speaks protocol {hello.version}, this node speaks {PROTOCOL_VERSION}",
                 remedy="Install one version of Dormouse, then restart `dormouse serve`",
             )
-        return await self._command(load, Loaded)
 
     async def quiesce(self) -> Quiesced:
         """Park the worker, once the generations that were cancelled have ended. Raises EngineError."""
         await self._settled.wait()
-        return await self._command(Quiesce(), Quiesced)
+        quiesced = await self._command(Quiesce(), Quiesced)
+        self._segments.taken_away()
+        return quiesced
 
     async def resume(self, log_path: str) -> Resumed:
-        """Let a parked or restored worker go on. Raises EngineError."""
-        return await self._command(Resume(log_path=log_path), Resumed)
+        """Let a parked or restored worker go on. Raises EngineError, or what reading the weights failed with."""
+        self._segments.send()
+        resumed = await self._command(Resume(log_path=log_path), Resumed)
+        self._segments.filled()
+        return resumed
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Delta | Finished]:
         """Token events, the last one a `Finished`. Closing the iterator early cancels the generation.
@@ -171,8 +257,11 @@ class WorkerLink:
         """Close the socket; a worker that is still there ends. Idempotent."""
         self._on_lost = None
         self._task.cancel()
-        await asyncio.wait([self._task])
-        self._lose(EngineError(f"the worker of {self._model} was stopped"))
+        try:
+            await asyncio.wait([self._task])
+        finally:
+            self._segments.close()
+            self._lose(EngineError(f"the worker of {self._model} was stopped"))
 
     def _abandon(self, number: str) -> None:
         if self._generations.pop(number, None) is not None and self._lost is None:
@@ -194,7 +283,7 @@ class WorkerLink:
         assert self._reply is not None
         message = await self._reply
         if isinstance(message, WorkerError):
-            raise EngineError(message.message, remedy=message.remedy)
+            raise of_kind(message.kind, message.message, message.remedy)
         if not isinstance(message, reply_type):
             raise EngineError(
                 f"the worker of {self._model} answered {type(message).__name__} instead of {reply_type.__name__}"

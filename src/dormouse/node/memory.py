@@ -15,7 +15,12 @@ _OVERHEAD = {"transformers": 1 << 30, "null": 64 << 20}
 
 def estimate(model: Model, engine: str) -> int:
     """Bytes a worker of this model is expected to take."""
-    return model.weight_bytes + _OVERHEAD.get(engine, 1 << 30)
+    return model.weight_bytes + engine_bytes(engine)
+
+
+def engine_bytes(engine: str) -> int:
+    """Bytes of it that are not the model's."""
+    return _OVERHEAD.get(engine, 1 << 30)
 
 
 def resident_bytes(pid: int) -> int:

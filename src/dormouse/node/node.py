@@ -13,17 +13,20 @@ import difflib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Self
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Self
 
 from dormouse import host_memory
 from dormouse.config import DataDir, ModelConfig, ServeConfig
-from dormouse.errors import HostError, NotFoundError
+from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError, SnapshotError
+from dormouse.node.memory import engine_bytes
 from dormouse.node.parts import Catalog, Host, Model, Observer
 from dormouse.node.presence import NodeState, hold_lock, publish, withdraw
-from dormouse.node.replica import Start, State
+from dormouse.node.replica import Offer, OfferTemplate, Start, State, Withdraw
 from dormouse.node.runner import AbandonedError, Lease, ModelStatus, Runner, Surroundings
+from dormouse.node.templates import Templates, TemplateSpec, spec_of
 from dormouse.schedule.eviction import Resident, plan_eviction
+from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ _PUBLISH_INTERVAL = 0.5
 _CLOSE_TIMEOUT = 30.0
 
 KeyOf = Callable[[Model, ModelConfig], dict[str, str]]
+TemplateKeyOf = Callable[[TemplateSpec], dict[str, str]]
 
 
 class Node:
@@ -43,6 +47,7 @@ class Node:
         models: Mapping[str, Model],
         catalog: Catalog,
         key_of: KeyOf,
+        template_key_of: TemplateKeyOf,
         *,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -53,11 +58,14 @@ class Node:
         self._start_host = start_host
         self._catalog = catalog
         self._key_of = key_of
+        self._template_key_of = template_key_of
         self._wall_clock = wall_clock
         self.started = wall_clock()
         self._budget = config.memory or int(host_memory.total() * 0.8)
         self._observers: list[Observer] = []
         self._runners: dict[str, Runner] = {}
+        self._specs: dict[str, TemplateSpec | None] = {}
+        self._templates: Templates | None = None
         self._changed = asyncio.Event()
         self._ending = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -77,11 +85,13 @@ class Node:
                 make_room=self._make_room,
                 changed=self._notify,
                 captured=self._retire_older,
+                quarantine=self._quarantine,
                 wall_clock=self._wall_clock,
             )
             for name, model in self.models.items():
                 self._runners[name] = await self._new_runner(model, around)
             exits.push_async_callback(self._end_workers)
+            self._templates = await self._find_templates(host)
             self._publisher = asyncio.create_task(self._publish(), name="publish")
             self._exits = exits.pop_all()
         return self
@@ -121,25 +131,109 @@ class Node:
     async def sleep(self, name: str) -> ModelStatus:
         """Put the model to sleep once no request runs, and wait for it. Raises what kept it from being captured."""
         runner = self._runner(name)
-        runner.press()
-        while runner.replica.state is not State.ASLEEP:
-            await self._changed.wait()
+        await self._fall_asleep(runner, capture=False)
         if (error := runner.missing_snapshot) is not None:
             raise error
         return runner.status()
+
+    async def snapshot(self, name: str) -> ModelStatus:
+        """Make a new snapshot of the model as soon as no request runs, which puts it to sleep; one that has never been
+        awake is started for it. Raises what kept it from being captured."""
+        runner = self._runner(name)
+        if not self._config.models.get(name, ModelConfig()).snapshot:
+            raise ConfigError(f"model {name} is configured without snapshots", remedy="Set `snapshot: true` for it")
+        before = runner.replica.snapshot_id
+        if runner.replica.state is State.ASLEEP:
+            await self.wake(name)
+        await self._fall_asleep(runner, capture=True)
+        if runner.replica.snapshot_id in (None, before):
+            raise runner.replica.last_error or SnapshotError(
+                f"model {name} fell asleep without a new snapshot", remedy="The node's log says why; try again"
+            )
+        return runner.status()
+
+    async def snapshots(self) -> list[dict[str, Any]]:
+        """All snapshots and templates on disk."""
+        return await asyncio.to_thread(self._catalog.rows)
+
+    async def pin(self, snapshot_id: str, pinned: bool) -> None:
+        """Keep a snapshot when newer ones come, or not any more. Raises NotFoundError."""
+        await asyncio.to_thread(self._catalog.pin, snapshot_id, pinned)
+
+    async def release(self, snapshot_id: str) -> None:
+        """Lift a quarantine: the snapshot may be used again from now on. Raises NotFoundError."""
+        kind, name = await asyncio.to_thread(self._catalog.release, snapshot_id)
+        if kind == TEMPLATE_KIND and self._templates is not None:
+            await self._templates.find()
+        elif kind == SNAPSHOT_KIND and name in self._runners:
+            self._runners[name].note(Offer(snapshot_id))
+
+    async def remove(self, snapshot_id: str, *, force: bool) -> None:
+        """Remove a snapshot and free its space. Raises NotFoundError, ConfigError when it is pinned."""
+        await asyncio.to_thread(self._catalog.remove, snapshot_id, force=force)
+        self._withdraw(snapshot_id)
 
     # Inside
 
     async def _new_runner(self, model: Model, around: Surroundings) -> Runner:
         settings = self._config.models.get(model.name, ModelConfig())
+        spec = self._specs[model.name] = spec_of(model, settings) if self._config.templates else None
         return Runner(
             model,
             settings,
             around,
             key=await asyncio.to_thread(self._key_of, model, settings),
+            template_key=await asyncio.to_thread(self._template_key_of, spec) if spec is not None else {},
             snapshot_id=await asyncio.to_thread(self._catalog.latest, model.name),
+            canary_of=self._canary_of,
             log_path=self._data_dir.logs / f"{model.name}.log",
         )
+
+    async def _canary_of(self, snapshot_id: str) -> str | None:
+        return await asyncio.to_thread(self._catalog.canary, snapshot_id)
+
+    async def _find_templates(self, host: Host) -> Templates:
+        specs = {spec for spec in self._specs.values() if spec is not None}
+        templates = Templates(
+            {spec: await asyncio.to_thread(self._template_key_of, spec) for spec in specs},
+            host=host,
+            catalog=self._catalog,
+            observers=self._observers,
+            log_path=self._data_dir.logs / "template.log",
+            step_timeout=self._config.start_timeout,
+            may_begin=self._may_make_template,
+            quiet=self._is_quiet,
+            offer=self._offer_template,
+            captured=self._retire_older,
+        )
+        await templates.find()
+        return templates
+
+    def _is_quiet(self) -> bool:
+        replicas = [runner.replica for runner in self._runners.values()]
+        return all(
+            replica.state in (State.ASLEEP, State.READY) and not replica.waiting and not replica.in_flight
+            for replica in replicas
+        )
+
+    def _may_make_template(self, spec: TemplateSpec) -> bool:
+        """Whether a model that could use it has been awake here, and there is room for a worker without a model."""
+        taken = sum(resident.bytes for resident in self._residents())
+        return taken + engine_bytes(spec.engine) <= self._budget and any(
+            self._specs[name] == spec and runner.replica.sleeps for name, runner in self._runners.items()
+        )
+
+    def _offer_template(self, spec: TemplateSpec, template_id: str | None) -> None:
+        for name, runner in self._runners.items():
+            if self._specs[name] == spec:
+                runner.note(OfferTemplate(template_id))
+
+    async def _fall_asleep(self, runner: Runner, *, capture: bool) -> None:
+        """Until it has been asleep; a request that waits may have woken it again by then."""
+        runner.press(capture=capture)
+        before = runner.replica.sleeps
+        while runner.replica.state is not State.ASLEEP and runner.replica.sleeps == before:
+            await self._changed.wait()
 
     def _runner(self, name: str) -> Runner:
         runner = self._runners.get(name)
@@ -198,17 +292,41 @@ class Node:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+        if self._templates is not None:
+            self._templates.consider()
 
-    def _retire_older(self, model: str, snapshot_id: str) -> None:
+    def _retire_older(self, kind: str, name: str, snapshot_id: str) -> None:
         """Free the space of the snapshots this one replaces, off the loop and off any request's path."""
-        task = asyncio.create_task(asyncio.to_thread(self._catalog.drop_older, model, snapshot_id))
-        self._tasks.add(task)
-        task.add_done_callback(self._retired)
+        self._in_background(
+            asyncio.to_thread(self._catalog.drop_older, name, snapshot_id, kind=kind),
+            "older snapshots could not be removed: %s",
+        )
 
-    def _retired(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("older snapshots could not be removed: %s", error)
+    def _quarantine(self, snapshot_id: str, error: DormouseError) -> None:
+        """Called in the middle of a replica's effects: what may give it a new event comes later."""
+        asyncio.get_running_loop().call_soon(self._withdraw, snapshot_id)
+        self._in_background(
+            asyncio.to_thread(self._catalog.quarantine, snapshot_id, str(error)),
+            "a quarantine could not be remembered; it holds until this node ends: %s",
+        )
+
+    def _withdraw(self, snapshot_id: str) -> None:
+        for runner in self._runners.values():
+            runner.note(Withdraw(snapshot_id))
+        if self._templates is not None:
+            self._templates.withdraw(snapshot_id)
+
+    def _in_background(self, work: Coroutine[Any, Any, None], complaint: str) -> None:
+        """Work that nobody waits for but the end of the node; `complaint` goes to the log when it fails."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error(complaint, error)
+
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(ended)
 
     async def _publish(self) -> None:
         """Write the state after changes, not more often than the interval, until the node ends."""
@@ -225,6 +343,8 @@ class Node:
                     await self._ending.wait()
 
     async def _end_workers(self) -> None:
+        if self._templates is not None:
+            await self._templates.close()
         for runner in self._runners.values():
             runner.shut_down()
         try:

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from dormouse.errors import DormouseError
-from dormouse.node.replica import Start
+from dormouse.node.replica import Start, StartPath
+from dormouse.snapshot.capture import SNAPSHOT_KIND
 from dormouse.snapshot.service import CaptureResult, WorkerHandle
 
 
 class Host(Protocol):
     """`dormouse.snapshot.service.HostService`: see there for what each call promises."""
 
-    async def start_worker(self, *, log_path: Path) -> WorkerHandle: ...
+    async def start_worker(self, *, log_path: Path, checkpoint: str | None = None) -> WorkerHandle: ...
 
-    async def capture(self, worker: WorkerHandle, *, model: str, key: dict[str, str]) -> CaptureResult: ...
+    async def capture(
+        self, worker: WorkerHandle, *, model: str, key: dict[str, str], kind: str = SNAPSHOT_KIND
+    ) -> CaptureResult: ...
 
-    async def restore(self, snapshot_id: str, *, key: dict[str, str]) -> WorkerHandle: ...
+    async def restore(
+        self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None
+    ) -> WorkerHandle: ...
 
     async def stop_worker(self, worker: WorkerHandle) -> None: ...
 
@@ -46,16 +51,38 @@ class Model(Protocol):
     @property
     def context(self) -> int: ...
 
+    @property
+    def checkpoint(self) -> str | None: ...
+
 
 class Catalog(Protocol):
-    """The snapshots on disk. Both calls block; the node makes them in a thread."""
+    """The snapshots and templates on disk, each of a `kind` and a name (a model's, a template's). All calls block; the
+    node makes them in a thread. They raise StoreError, and NotFoundError for an id that is not there."""
 
-    def latest(self, model: str) -> str | None:
-        """The id of the newest snapshot of a model."""
+    def latest(self, name: str, *, kind: str = SNAPSHOT_KIND) -> str | None:
+        """The id of the newest one that is not quarantined."""
 
-    def drop_older(self, model: str, snapshot_id: str) -> None:
-        """Remove the model's snapshots that are older than this one and free what only they used. Newer ones stay:
-        this call may come late."""
+    def canary(self, snapshot_id: str) -> str | None:
+        """The answer of the canary that was stored with it (canary.py)."""
+
+    def drop_older(self, name: str, snapshot_id: str, *, kind: str = SNAPSHOT_KIND) -> None:
+        """Remove those that are older than this one and free what only they used, quarantined ones too, but not those
+        that are pinned. Newer ones stay: this call may come late."""
+
+    def quarantine(self, snapshot_id: str, reason: str) -> None:
+        """Remember that it must not be used, and why."""
+
+    def release(self, snapshot_id: str) -> tuple[str, str]:
+        """Lift its quarantine; returns kind and name."""
+
+    def pin(self, snapshot_id: str, pinned: bool) -> None:
+        """Have it kept when newer ones come, or not any more."""
+
+    def remove(self, snapshot_id: str, *, force: bool) -> None:
+        """Remove it and free its space. Raises ConfigError when it is pinned, unless told to `force`."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All of them as JSON-ready rows, oldest first."""
 
 
 class Observer(Protocol):
@@ -65,7 +92,11 @@ class Observer(Protocol):
 
     def start_failed(self, model: str, error: DormouseError) -> None: ...
 
-    def fell_back(self, model: str, error: DormouseError) -> None: ...
+    def fell_back(self, model: str, path: StartPath, error: DormouseError) -> None: ...
+
+    def retried(self, model: str, error: DormouseError) -> None: ...
+
+    def quarantined(self, model: str, error: DormouseError) -> None: ...
 
     def captured(self, model: str, result: CaptureResult, phases: Mapping[str, float]) -> None: ...
 

@@ -1,5 +1,5 @@
-"""What a running node leaves in `data_dir/run`: `node.lock`, held as long as it lives and holding its pid, and
-`node.json`, its state for other commands (replaced atomically, removed at the end). Both are 0600."""
+"""What a running node leaves in `data_dir/run`: `node.lock`, held as long as it lives and holding its pid; `node.json`,
+its state for other commands (replaced atomically, removed at the end); `admin.sock`, its admin API. All are 0600."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dormouse.node.runner import ModelStatus
 
 _LOCK = "node.lock"
 _STATE = "node.json"
+ADMIN_SOCKET = "admin.sock"
 _TRIES = 5
 _TRY_INTERVAL = 0.01
 
@@ -91,5 +92,15 @@ def read_node(run_dir: Path) -> NodeState | None:
         return msgspec.json.decode(state.read_bytes(), type=NodeState) if state.exists() else None
     else:
         return None
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def short_path(folder: Path) -> Iterator[str]:
+    """Another name of a folder, for socket addresses, which may have no more than 108 bytes."""
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}"
     finally:
         os.close(fd)

@@ -1,24 +1,28 @@
 """The life of one model's replica as a pure state machine: events in, effects out, time as an argument.
 
-                 +--------------------------- Failed --------------------------+
-                 v                                                              |
     Request -> asleep -> restoring --Done--> ready -> quiescing -> capturing -> (Done: asleep)
                  |           | Failed          ^          |            | Failed
                  |           v                 |          v            v
                  +------> starting --Done------+------ resuming <------+        any of these -> stopping -> asleep
+
+A start takes the first path that is open: its snapshot, a template of its engine (a worker that has no model yet), or
+cold. A path that fails is told (`Fallback`) and the next one is taken, so a waiter never gets one for another.
 
 Each state but asleep and ready has exactly one operation under way; the runner (runner.py) carries it out and reports
 `Done` or `Failed`. So there is never more than one worker, and a result can't be mistaken for another's. A request
 holds a waiter's number from `Request` until `Leave`; every waiter gets exactly one `Serve` or `Fail`, unless it leaves
 first.
 
-Two choices worth knowing:
+Three choices worth knowing:
 
 - A request that arrives while the worker is being quiesced makes it resume at once: that takes milliseconds. One that
   arrives during the capture itself waits for the commit and the restore: a dump can't be interrupted safely, and with
   the snapshot committed the same wait is never paid again.
 - A capture that fails leaves the worker running; the next attempt comes after twice the keep-alive, and after three
   failures the idle model is stopped without a snapshot, for memory held by an idle model is what users pay for.
+- A snapshot that fails to restore, or whose worker dies before it has answered anyone, is tried once more and then
+  quarantined: it is never used again, and the next idle time makes a new one. What is not the snapshot's fault (this
+  host is out of something, the snapshot belongs to another host) never counts against it; damage does so at once.
 """
 
 from __future__ import annotations
@@ -26,16 +30,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from typing import Literal
 
-from dormouse.errors import BusyError, DormouseError, StoppingError
+from dormouse.errors import (
+    BusyError,
+    DamagedError,
+    DeadlineError,
+    DiskFullError,
+    DormouseError,
+    HostError,
+    IncompatibleError,
+    NotFoundError,
+    StoppingError,
+    UntrustedError,
+)
 
 MAX_CAPTURE_FAILURES = 3
+MAX_RESTORE_FAILURES = 2
 STOP_RETRY = 5.0
 _FIRST_GUESS = 5.0
 
-StartPath = Literal["hot", "snapshot", "cold"]
+StartPath = Literal["hot", "snapshot", "template", "cold"]
 
 
 class State(StrEnum):
@@ -60,6 +76,31 @@ class Start:
 
     def __str__(self) -> str:
         return f"{self.path}; {self.seconds:.3f}"
+
+
+class Verdict(Enum):
+    """What a failed restore says about the snapshot."""
+
+    SUSPECT = auto()
+    """It may be bad: once more, then never again."""
+    BAD = auto()
+    """It is bad: never again."""
+    UNFIT = auto()
+    """It is not for this host and these settings, or gone. Elsewhere or later it may be good."""
+    INNOCENT = auto()
+    """This host could not do it now."""
+
+
+def judge(error: DormouseError) -> Verdict:
+    """The verdict on a snapshot whose restore failed with this error."""
+    match error:
+        case IncompatibleError() | NotFoundError() | UntrustedError():
+            return Verdict.UNFIT
+        case DamagedError():
+            return Verdict.BAD
+        case HostError() | BusyError() | StoppingError() | DiskFullError():
+            return Verdict.INNOCENT
+    return Verdict.SUSPECT
 
 
 # Events
@@ -89,9 +130,11 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The operation under way has failed. After a failed start nothing runs; after a failed capture the worker does."""
+    """The operation under way has failed. After a failed start nothing runs; after a failed capture the worker does.
+    `restored`: a worker had been restored and answered, what failed came after that."""
 
     error: DormouseError
+    restored: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +151,30 @@ class WorkerDied:
 
 @dataclass(frozen=True)
 class Sleep:
-    """Sleep as soon as no request runs, whatever the keep-alive says."""
+    """Sleep as soon as no request runs, whatever the keep-alive says; `capture`: and make a new snapshot."""
+
+    capture: bool = False
+
+
+@dataclass(frozen=True)
+class Offer:
+    """There is a snapshot of this model that may be used."""
+
+    snapshot_id: str
+
+
+@dataclass(frozen=True)
+class Withdraw:
+    """A snapshot must not be used any more."""
+
+    snapshot_id: str
+
+
+@dataclass(frozen=True)
+class OfferTemplate:
+    """The template of the model's engine from now on; None: there is none."""
+
+    template_id: str | None
 
 
 @dataclass(frozen=True)
@@ -121,7 +187,20 @@ class Shutdown:
     """Stop now and for good."""
 
 
-Event = Request | Leave | Done | Failed | Abandoned | WorkerDied | Sleep | Tick | Shutdown
+Event = (
+    Request
+    | Leave
+    | Done
+    | Failed
+    | Abandoned
+    | WorkerDied
+    | Sleep
+    | Offer
+    | Withdraw
+    | OfferTemplate
+    | Tick
+    | Shutdown
+)
 
 
 # Effects
@@ -137,6 +216,13 @@ class Restore:
     """Restore a worker from a snapshot and resume it."""
 
     snapshot_id: str
+
+
+@dataclass(frozen=True)
+class RestoreTemplate:
+    """Restore a worker without a model, resume it and load the model."""
+
+    template_id: str
 
 
 @dataclass(frozen=True)
@@ -185,7 +271,24 @@ class Ready:
 
 @dataclass(frozen=True)
 class Fallback:
-    """Tell: a snapshot could not be used."""
+    """Tell: a start path was not taken to its end, another follows if anyone still waits."""
+
+    path: StartPath
+    snapshot_id: str
+    error: DormouseError
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Tell: a snapshot has failed and gets one more chance."""
+
+    snapshot_id: str
+    error: DormouseError
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """Remember: a snapshot or template must never be used again."""
 
     snapshot_id: str
     error: DormouseError
@@ -198,8 +301,12 @@ class CaptureFailed:
     error: DormouseError
 
 
-Operation = StartCold | Restore | Quiesce | Capture | Resume | Stop
-Effect = Operation | Serve | Fail | Ready | Fallback | CaptureFailed
+Starting = StartCold | Restore | RestoreTemplate
+Operation = Starting | Quiesce | Capture | Resume | Stop
+Told = Ready | Fallback | Retry | Quarantine | CaptureFailed
+Effect = Operation | Serve | Fail | Told
+
+_PATHS: Mapping[type[Starting], StartPath] = {StartCold: "cold", Restore: "snapshot", RestoreTemplate: "template"}
 
 
 @dataclass(frozen=True)
@@ -225,7 +332,9 @@ class Replica:
         self.model = model
         self.state = State.ASLEEP
         self.since = now
+        self.sleeps = 0
         self.snapshot_id = snapshot_id if snapshots else None
+        self.template_id: str | None = None
         self.last_error: DormouseError | None = None
         self.idle_since: float | None = None
         self._keep_alive = keep_alive
@@ -234,8 +343,12 @@ class Replica:
         self._snapshots = snapshots
         self._waiters: dict[int, _Waiter] = {}
         self._running: set[int] = set()
+        self._attempt: Starting = StartCold()
+        self._proven = True
+        self._restore_failures = 0
         self._capture_failures = 0
         self._pressed = False
+        self._recapture = False
         self._closing = False
         self._began = now
         self._starts = 0
@@ -278,20 +391,20 @@ class Replica:
             case Request():
                 self._request(event.waiter, now)
             case Leave():
-                self._waiters.pop(event.waiter, None)
-                self._running.discard(event.waiter)
+                self._leave(event.waiter)
             case Done():
                 self._done(event, now)
             case Failed():
-                self._failed(event.error, now)
+                self._failed(event, now)
             case Abandoned():
                 self._enter(State.ASLEEP, now)
             case WorkerDied():
                 if self.state is State.READY:
-                    self.last_error = event.error
-                    self._operate(State.STOPPING, Stop(), now)
+                    self._worker_died(event.error, now)
             case Sleep():
-                self._pressed = self.state is not State.ASLEEP
+                self._press(event.capture)
+            case Offer() | Withdraw() | OfferTemplate():
+                self._take_note(event)
             case Shutdown():
                 self._closing = True
                 self._fail_waiters(_shutting_down(self.model))
@@ -316,6 +429,40 @@ class Replica:
         else:
             self._waiters[waiter] = _Waiter(now, self._starts)
 
+    def _leave(self, waiter: int) -> None:
+        self._waiters.pop(waiter, None)
+        if waiter in self._running:
+            self._running.discard(waiter)
+            self._proven = True
+            self._restore_failures = 0
+
+    def _press(self, capture: bool) -> None:
+        self._pressed = self.state is not State.ASLEEP
+        if self._pressed and capture:
+            self._recapture = True
+            self._capture_failures = 0
+
+    def _take_note(self, event: Offer | Withdraw | OfferTemplate) -> None:
+        match event:
+            case Offer():
+                if self._snapshots and self.snapshot_id is None:
+                    self._use(event.snapshot_id)
+            case Withdraw():
+                if self.snapshot_id == event.snapshot_id:
+                    self._use(None)
+            case OfferTemplate():
+                self.template_id = event.template_id if self._snapshots else None
+
+    def _use(self, snapshot_id: str | None) -> None:
+        self.snapshot_id = snapshot_id
+        self._restore_failures = 0
+
+    def _worker_died(self, error: DormouseError, now: float) -> None:
+        self.last_error = error
+        if isinstance(self._attempt, Restore) and not self._proven:
+            self._suspect(self._attempt.snapshot_id, error)
+        self._operate(State.STOPPING, Stop(), now)
+
     def _done(self, event: Done, now: float) -> None:
         match self.state:
             case State.STARTING | State.RESTORING:
@@ -328,7 +475,7 @@ class Replica:
                 else:
                     self._operate(State.CAPTURING, Capture(), now)
             case State.CAPTURING:
-                self.snapshot_id = event.snapshot_id
+                self._use(event.snapshot_id)
                 self._capture_failures = 0
                 self._enter(State.ASLEEP, now)
             case State.RESUMING:
@@ -337,24 +484,18 @@ class Replica:
                 self._enter(State.ASLEEP, now)
 
     def _started(self, event: Done, now: float) -> None:
-        path: StartPath = "snapshot" if self.state is State.RESTORING else "cold"
-        self._last_start = Start(path, now - self._began)
+        self._last_start = Start(_PATHS[type(self._attempt)], now - self._began)
+        self._proven = False
         self._starts += 1
         self.last_error = None
         self._effects.append(Ready(self._last_start, event.phases))
         self._enter(State.READY, now)
 
-    def _failed(self, error: DormouseError, now: float) -> None:
-        self.last_error = error
+    def _failed(self, event: Failed, now: float) -> None:
+        error = self.last_error = event.error
         match self.state:
             case State.RESTORING:
-                assert self.snapshot_id is not None
-                self._effects.append(Fallback(self.snapshot_id, error))
-                self.snapshot_id = None
-                if self._waiters:
-                    self._operate(State.STARTING, StartCold(), now)
-                else:
-                    self._enter(State.ASLEEP, now)
+                self._restore_failed(event, now)
             case State.STARTING:
                 self._fail_waiters(error)
                 self._enter(State.ASLEEP, now)
@@ -373,6 +514,63 @@ class Replica:
                 self._fail_waiters(error)
                 self._retry_stop_at = now + STOP_RETRY
 
+    def _restore_failed(self, event: Failed, now: float) -> None:
+        attempt = self._attempt
+        assert not isinstance(attempt, StartCold)
+        if isinstance(attempt, Restore):
+            again = self._snapshot_failed(attempt.snapshot_id, event)
+            following: Starting = RestoreTemplate(self.template_id) if self.template_id else StartCold()
+        else:
+            again, following = False, StartCold()
+            self._template_failed(attempt.template_id, event)
+        if not self._waiters:
+            self._enter(State.ASLEEP, now)
+        else:
+            self._start(attempt if again else following, now)
+
+    def _snapshot_failed(self, snapshot_id: str, event: Failed) -> bool:
+        """Whether to try it again at once."""
+        error = event.error
+        match Verdict.INNOCENT if event.restored else judge(error):
+            case Verdict.SUSPECT:
+                hopeful = self._suspect(snapshot_id, error)
+                if hopeful and not isinstance(error, DeadlineError):  # who waits has waited long enough
+                    return True
+            case Verdict.BAD:
+                self._effects.append(Quarantine(snapshot_id, error))
+                self._forget(snapshot_id)
+            case Verdict.UNFIT:
+                self._forget(snapshot_id)
+            case Verdict.INNOCENT:
+                pass
+        self._effects.append(Fallback("snapshot", snapshot_id, error))
+        return False
+
+    def _suspect(self, snapshot_id: str, error: DormouseError) -> bool:
+        """Count a failure; whether the snapshot may be used once more."""
+        if self.snapshot_id != snapshot_id:
+            return False
+        self._restore_failures += 1
+        if self._restore_failures < MAX_RESTORE_FAILURES:
+            self._effects.append(Retry(snapshot_id, error))
+            return True
+        self._effects.append(Quarantine(snapshot_id, error))
+        self._use(None)
+        return False
+
+    def _forget(self, snapshot_id: str) -> None:
+        if self.snapshot_id == snapshot_id:
+            self._use(None)
+
+    def _template_failed(self, template_id: str, event: Failed) -> None:
+        """A template costs little to make anew, so it gets no second chance; but one whose worker came up is not to
+        blame for a model that can't be loaded."""
+        if not event.restored and judge(event.error) in (Verdict.SUSPECT, Verdict.BAD):
+            self._effects.append(Quarantine(template_id, event.error))
+        if self.template_id == template_id and judge(event.error) is not Verdict.INNOCENT:
+            self.template_id = None
+        self._effects.append(Fallback("template", template_id, event.error))
+
     def _capture_failed(self, error: DormouseError) -> None:
         self._capture_failures += 1
         self._effects.append(CaptureFailed(error))
@@ -382,9 +580,11 @@ class Replica:
         if self.state is State.ASLEEP and self._waiters:
             self._began = now
             if self.snapshot_id is not None:
-                self._operate(State.RESTORING, Restore(self.snapshot_id), now)
+                self._start(Restore(self.snapshot_id), now)
+            elif self.template_id is not None:
+                self._start(RestoreTemplate(self.template_id), now)
             else:
-                self._operate(State.STARTING, StartCold(), now)
+                self._start(StartCold(), now)
         elif self.state is State.READY and self._closing:
             self._operate(State.STOPPING, Stop(), now)
         elif self.state is State.READY:
@@ -407,7 +607,8 @@ class Replica:
             self._effects.append(Serve(number, start or Start("hot", now - waiter.arrived)))
 
     def _fall_asleep(self, now: float) -> None:
-        if self._snapshots and self.snapshot_id is None and self._capture_failures < MAX_CAPTURE_FAILURES:
+        wanted = self.snapshot_id is None or self._recapture
+        if self._snapshots and wanted and self._capture_failures < MAX_CAPTURE_FAILURES:
             self._operate(State.QUIESCING, Quiesce(), now)
         else:
             self._operate(State.STOPPING, Stop(), now)
@@ -415,6 +616,10 @@ class Replica:
     def _fail_waiters(self, error: DormouseError) -> None:
         self._effects += [Fail(waiter, error) for waiter in self._waiters]
         self._waiters.clear()
+
+    def _start(self, attempt: Starting, now: float) -> None:
+        self._attempt = attempt
+        self._operate(State.STARTING if isinstance(attempt, StartCold) else State.RESTORING, attempt, now)
 
     def _operate(self, state: State, operation: Operation, now: float) -> None:
         self._enter(state, now)
@@ -427,7 +632,8 @@ class Replica:
         self.idle_since = None
         self._retry_stop_at = None
         if state is State.ASLEEP:
-            self._pressed = False
+            self._pressed = self._recapture = False
+            self.sleeps += 1
 
 
 def _shutting_down(model: str) -> StoppingError:

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from dormouse.config import ModelConfig
-from dormouse.engine.messages import Delta, Finished, Load, Prompt, Sampling
-from dormouse.errors import DormouseError, EngineError
+from dormouse.engine.messages import Delta, Finished, Load, Prompt, Resumed, Sampling
+from dormouse.errors import DeadlineError, DormouseError, EngineError, StoreError
+from dormouse.node import canary
 from dormouse.node import replica as machine
 from dormouse.node.link import WorkerLink
 from dormouse.node.memory import estimate, resident_bytes
 from dormouse.node.parts import Host, Model, Observer
 from dormouse.node.replica import Replica, Start, State
 from dormouse.phases import Phases
+from dormouse.snapshot.capture import SNAPSHOT_KIND
 from dormouse.snapshot.service import CaptureResult, WorkerHandle
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,8 @@ class Surroundings:
     max_queue: int
     make_room: Callable[[Runner], Awaitable[None]]
     changed: Callable[[], None]
-    captured: Callable[[str, str], None]
+    captured: Callable[[str, str, str], None]
+    quarantine: Callable[[str, DormouseError], None]
     wall_clock: Callable[[], float]
 
 
@@ -95,13 +98,18 @@ class Runner:
         around: Surroundings,
         *,
         key: dict[str, str],
+        template_key: dict[str, str],
         snapshot_id: str | None,
+        canary_of: Callable[[str], Awaitable[str | None]],
         log_path: Path,
     ) -> None:
         self.model = model
         self.admitted = False
         self._around = around
         self._key = key
+        self._template_key = template_key
+        self._canary_of = canary_of
+        self._canary: str | None = None
         self._log_path = log_path
         self._loop = asyncio.get_running_loop()
         self._load = Load(
@@ -128,6 +136,7 @@ class Runner:
         self._link: WorkerLink | None = None
         self._operation: asyncio.Task[machine.Done] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._restored = False
         self._estimate = estimate(model, self._load.engine)
 
     # For the node
@@ -170,9 +179,13 @@ class Runner:
         """The request is over."""
         self._dispatch(machine.Leave(waiter))
 
-    def press(self) -> None:
-        """Sleep as soon as no request runs."""
-        self._dispatch(machine.Sleep())
+    def press(self, *, capture: bool = False) -> None:
+        """Sleep as soon as no request runs; `capture`: and make a new snapshot."""
+        self._dispatch(machine.Sleep(capture))
+
+    def note(self, event: machine.Offer | machine.Withdraw | machine.OfferTemplate) -> None:
+        """Which snapshot or template there is."""
+        self._dispatch(event)
 
     def shut_down(self) -> None:
         """Fail all waiters and end the worker."""
@@ -211,14 +224,17 @@ class Runner:
             case machine.Fail():
                 if not (future := self._futures[effect.waiter]).done():
                     future.set_exception(effect.error)
-            case machine.Ready() | machine.Fallback() | machine.CaptureFailed():
+            case machine.Ready() | machine.Fallback() | machine.Retry() | machine.CaptureFailed():
                 self._tell(effect)
+            case machine.Quarantine():
+                self._tell(effect)
+                self._around.quarantine(effect.snapshot_id, effect.error)
             case _:
                 assert self._operation is None
                 self._operation = self._loop.create_task(self._work(effect))
                 self._operation.add_done_callback(self._ended)
 
-    def _tell(self, effect: machine.Ready | machine.Fallback | machine.CaptureFailed) -> None:
+    def _tell(self, effect: machine.Told) -> None:
         name = self.model.name
         match effect:
             case machine.Ready():
@@ -226,9 +242,17 @@ class Runner:
                 for observer in self._around.observers:
                     observer.started(name, effect.start, effect.phases)
             case machine.Fallback():
-                log.warning("snapshot %s of model %s was not used: %s", effect.snapshot_id, name, effect.error)
+                log.warning("%s %s of model %s was not used: %s", effect.path, effect.snapshot_id, name, effect.error)
                 for observer in self._around.observers:
-                    observer.fell_back(name, effect.error)
+                    observer.fell_back(name, effect.path, effect.error)
+            case machine.Retry():
+                log.warning("snapshot %s of model %s gets one more try: %s", effect.snapshot_id, name, effect.error)
+                for observer in self._around.observers:
+                    observer.retried(name, effect.error)
+            case machine.Quarantine():
+                log.error("%s is quarantined for model %s: %s", effect.snapshot_id, name, effect.error)
+                for observer in self._around.observers:
+                    observer.quarantined(name, effect.error)
             case machine.CaptureFailed():
                 log.warning("model %s was not captured: %s", name, effect.error)
                 for observer in self._around.observers:
@@ -236,10 +260,8 @@ class Runner:
 
     def _work(self, operation: machine.Operation) -> Coroutine[Any, Any, machine.Done]:
         match operation:
-            case machine.StartCold():
-                return self._bring_up(None)
-            case machine.Restore():
-                return self._bring_up(operation.snapshot_id)
+            case machine.StartCold() | machine.Restore() | machine.RestoreTemplate():
+                return self._bring_up(operation)
             case machine.Quiesce():
                 return self._quiesce()
             case machine.Capture():
@@ -273,7 +295,7 @@ class Runner:
             return machine.Abandoned()
         if isinstance(error, TimeoutError):
             message = f"{self.replica.state} model {self.model.name} took longer than {self._around.step_timeout:g} s"
-            error = EngineError(message, remedy="Raise start_timeout, or look into the worker's log")
+            error = DeadlineError(message, remedy="Raise start_timeout, or look into the worker's log")
         elif not isinstance(error, DormouseError):
             log.error("%s of model %s failed", self.replica.state, self.model.name, exc_info=error)
             error = EngineError(f"internal error while {self.replica.state} model {self.model.name}: {error!r}")
@@ -282,21 +304,25 @@ class Runner:
         if self.replica.state is State.STARTING:
             for observer in self._around.observers:
                 observer.start_failed(self.model.name, error)
-        return machine.Failed(error)
+        return machine.Failed(error, restored=self._restored)
 
     # Operations
 
-    async def _bring_up(self, snapshot_id: str | None) -> machine.Done:
+    async def _bring_up(self, operation: machine.Starting) -> machine.Done:
         phases = Phases()
+        self._restored = False
         await self._end_worker()
         with phases.time("room"):
             await self._around.make_room(self)
         try:
             async with asyncio.timeout(self._around.step_timeout):
-                if snapshot_id is None:
-                    await self._start_cold(phases)
-                else:
-                    await self._restore(snapshot_id, phases)
+                match operation:
+                    case machine.StartCold():
+                        await self._start_cold(phases)
+                    case machine.Restore():
+                        await self._restore(operation.snapshot_id, phases)
+                    case machine.RestoreTemplate():
+                        await self._start_from_template(operation.template_id, phases)
         except BaseException:
             await self._end_worker()
             raise
@@ -304,7 +330,9 @@ class Runner:
 
     async def _start_cold(self, phases: Phases) -> None:
         with phases.time("host"):
-            self._handle = await self._around.host.start_worker(log_path=self._log_path)
+            self._handle = await self._around.host.start_worker(
+                log_path=self._log_path, checkpoint=self.model.checkpoint
+            )
         link = await self._connect(self._handle, fresh=True)
         with phases.time("load"):
             loaded = await link.load(self._load)
@@ -312,14 +340,44 @@ class Runner:
 
     async def _restore(self, snapshot_id: str, phases: Phases) -> None:
         with phases.time("host"):
-            self._handle = await self._around.host.restore(snapshot_id, key=self._key)
+            self._handle = await self._around.host.restore(snapshot_id, key=self._key, checkpoint=self.model.checkpoint)
         link = await self._connect(self._handle, fresh=False)
         with phases.time("resume"):
-            resumed = await link.resume(str(self._log_path))
+            resumed = await self._resume_restored(link)
+        with phases.time("canary"):
+            await self._judge(link, snapshot_id)
         phases |= _details("host", self._handle.phases) | _details("resume", resumed.phases)
 
+    async def _resume_restored(self, link: WorkerLink) -> Resumed:
+        try:
+            return await link.resume(str(self._log_path))
+        except StoreError:
+            self._restored = True  # the process is back: it is the model's weights that can't be read
+            raise
+
+    async def _judge(self, link: WorkerLink, snapshot_id: str) -> None:
+        """The canary's verdict on a restored worker, before anyone is served."""
+        expected = await self._canary_of(snapshot_id)
+        if expected is not None:
+            await canary.judge(link, expected, f"snapshot {snapshot_id} of {self.model.name}")
+
+    async def _start_from_template(self, template_id: str, phases: Phases) -> None:
+        with phases.time("host"):
+            self._handle = await self._around.host.restore(
+                template_id, key=self._template_key, checkpoint=self.model.checkpoint
+            )
+        link = await self._connect(self._handle, fresh=False)
+        with phases.time("resume"):
+            await link.resume(str(self._log_path))
+        self._restored = True
+        with phases.time("load"):
+            loaded = await link.load(self._load)
+        phases |= _details("host", self._handle.phases) | _details("load", loaded.phases)
+
     async def _connect(self, handle: WorkerHandle, *, fresh: bool) -> WorkerLink:
-        self._link = await WorkerLink.open(self.model.name, handle.control, fresh=fresh, on_lost=self._lost)
+        self._link = await WorkerLink.open(
+            self.model.name, handle.control, fresh=fresh, on_lost=self._lost, segments=handle.segments
+        )
         return self._link
 
     def _lost(self, error: DormouseError) -> None:
@@ -330,6 +388,7 @@ class Runner:
     async def _quiesce(self) -> machine.Done:
         assert self._link is not None
         async with asyncio.timeout(self._around.step_timeout):
+            self._canary = await canary.ask(self._link)
             quiesced = await self._link.quiesce()
         return machine.Done(phases=quiesced.phases)
 
@@ -339,7 +398,7 @@ class Runner:
         try:
             async with asyncio.timeout(self._around.step_timeout):
                 with phases.time("host"):
-                    result = await self._around.host.capture(self._handle, model=self.model.name, key=self._key)
+                    result = await self._around.host.capture(self._handle, model=self.model.name, key=self._full_key())
         except TimeoutError:
             await self._end_worker()  # the capture may yet go on: its worker must never serve again
             raise
@@ -349,6 +408,10 @@ class Runner:
         self._tell_captured(result, phases)
         return machine.Done(snapshot_id=result.snapshot_id, phases=phases)
 
+    def _full_key(self) -> dict[str, str]:
+        """The key as it is stored with a snapshot."""
+        return self._key | ({canary.FIELD: self._canary} if self._canary is not None else {})
+
     def _tell_captured(self, result: CaptureResult, phases: Phases) -> None:
         name = self.model.name
         log.info(
@@ -357,7 +420,7 @@ class Runner:
         )
         for observer in self._around.observers:
             observer.captured(name, result, phases)
-        self._around.captured(name, result.snapshot_id)
+        self._around.captured(SNAPSHOT_KIND, name, result.snapshot_id)
 
     async def _resume(self) -> machine.Done:
         if self._link is None:

@@ -33,6 +33,11 @@ from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest
 
 SNAPSHOT_KIND = "snapshot"
+"""Of a worker with a model, by the model's name."""
+TEMPLATE_KIND = "template"
+"""Of a worker that has an engine and no model, by engine and options."""
+PROCESS_KIND = "process"
+"""Of a job: any other process tree."""
 
 _INVENTORY = "inventory.img"
 
@@ -65,11 +70,13 @@ def capture(
     now: Callable[[], float],
     still_wanted: Callable[[], bool],
     timeout: float,
+    like: str | None = None,
     criu_options: Sequence[str] = (),
 ) -> CaptureResult:
     """Dump and commit a tree as a manifest of `kind` and `name`; it is then stopped and the caller's to kill or to
     continue (`continue_tree`). `timeout` is CRIU's, in seconds; `still_wanted` is asked last before the commit. A tree
-    that was restored from a snapshot shares with it all pages that have not changed.
+    that was restored from a snapshot shares with it all pages that have not changed; another tree shares those that
+    are the same at the same addresses in the snapshot `like`.
 
     Raises SnapshotError, DiskFullError or StoreError; nothing was stored then, and the tree runs on, unless CRIU was
     killed or hung within it: then its home is closed, for what CRIU leaves half done can't be trusted.
@@ -78,7 +85,7 @@ def capture(
     snapshot_id = new_snapshot_id()
     try:
         with store.begin() as transaction:
-            with phases.time("dump"), Ingest(transaction) as ingest, _parent(store, tree.snapshot_id) as parent:
+            with phases.time("dump"), Ingest(transaction) as ingest, _parent(store, tree.snapshot_id or like) as parent:
                 mapped = mapped_files(tree.home.processes())
                 images, memory = _dump(tree, ingest, parent, criu, timeout, criu_options)
             body = SnapshotBody(
@@ -113,7 +120,7 @@ def capture(
 
 @contextlib.contextmanager
 def _parent(store: Store, snapshot_id: str | None) -> Iterator[ParentMemory | None]:
-    """The memory of the snapshot a tree came from, if it is still there."""
+    """The memory of the snapshot to share pages with, if it is still there."""
     if snapshot_id is None:
         yield None
         return
@@ -121,7 +128,7 @@ def _parent(store: Store, snapshot_id: str | None) -> Iterator[ParentMemory | No
         try:
             parent = ParentMemory(decode_body(store.manifest(snapshot_id).body, snapshot_id), reader)
         except (NotFoundError, DamagedError) as error:
-            log.warning("all pages are stored anew, the snapshot they came from can't be used: %s", error)
+            log.warning("no pages are shared with snapshot %s: %s", snapshot_id, error)
             parent = None
         yield parent
 

@@ -2,12 +2,14 @@
 
 An image is two little-endian 32-bit magics and then entries: a 32-bit length and a proto2 message each (CRIU's
 images/*.proto). Read are: page maps (which pages of a process or of shared memory a `pages-N.img` holds), the mappings
-of a process (`mm`), the process tree (`pstree`) and whether a task was stopped (`core`). Written are page maps alone.
+of a process (`mm`) and the names of their files (`files`), the process tree (`pstree`), and of `core` the machine and
+whether the task was stopped. Written are page maps alone.
 Whatever is not understood raises DamagedError; unknown fields are skipped, as protobuf demands.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -23,16 +25,22 @@ _PAGEMAP_MAGIC = 0x56084025
 _MM_MAGIC = 0x57492820
 _PSTREE_MAGIC = 0x50273030
 _CORE_MAGIC = 0x55053847
+_FILES_MAGIC = 0x56303138
+_INVENTORY_MAGIC = 0x58313116
 
+_INVENTORY_VERSIONS = (1, 2)
 _IN_PARENT, _PRESENT = 1, 4  # the flags of a page map's entry; 2 (lazy) says nothing to a restore that is not lazy
 _MAX_ENTRY = 16 << 20
 _MAX_PAGES = 1 << 31
 _ADDRESS_LIMIT = 1 << 57
 
 _WRITE = 2  # PROT_WRITE
-_PRIVATE, _ANONYMOUS, _GROWS_DOWN = 0x02, 0x20, 0x0100  # MAP_*
-_PRIVATE_ANONYMOUS_AREA = 1 << 9  # VMA_ANON_PRIVATE in CRIU's image.h
+_SHARED, _PRIVATE, _ANONYMOUS, _GROWS_DOWN = 0x01, 0x02, 0x20, 0x0100  # MAP_*
+_FILE_AREA = 1 << 6 | 1 << 7  # VMA_FILE_PRIVATE, VMA_FILE_SHARED in CRIU's image.h
+_PRIVATE_ANONYMOUS_AREA = 1 << 9  # VMA_ANON_PRIVATE
+_GUARD_AREA = 1 << 16  # no mapping, but a note about a part of one; these come after all mappings
 _TASK_STOPPED = 3
+_MACHINES = {1: "x86_64", 2: "arm", 3: "aarch64", 4: "ppc64le", 5: "s390x", 6: "mips64", 7: "loongarch64", 8: "riscv64"}
 
 
 class Run(NamedTuple):
@@ -44,11 +52,17 @@ class Run(NamedTuple):
 
 class Mapping(NamedTuple):
     """One mapping of a process. `plain` is private anonymous memory that the process may write to and that does not
-    grow by itself."""
+    grow by itself; `sparse` any private anonymous memory: what was never written there is zero. `file` is the number of
+    its file in the `files` image and `offset` where in it the mapping begins."""
 
     start: int
     end: int
     plain: bool
+    sparse: bool = False
+    shared: bool = False
+    protection: int = 0
+    file: int | None = None
+    offset: int = 0
 
 
 class Task(NamedTuple):
@@ -143,8 +157,10 @@ class PagemapParser:
             return None
         run = Run(_required(values, 1, self._what), values.get(5) or _required(values, 2, self._what))
         flags = values.get(4, _PRESENT)
-        if values.get(3) or flags & _IN_PARENT or not flags & _PRESENT:
-            raise _malformed(self._what, "it has pages that are in another image")
+        if values.get(3) or flags & _IN_PARENT:
+            raise _malformed(self._what, "it has pages that are in the images of an earlier dump (a parent)")
+        if not flags & _PRESENT:
+            raise _malformed(self._what, "it has pages that were never written (a lazy dump)")
         end = run.address + run.pages * PAGE
         if run.address % PAGE or run.address < self._end or not 0 < run.pages < _MAX_PAGES or end > _ADDRESS_LIMIT:
             raise _malformed(self._what, f"its entry at {run.address:#x} with {run.pages} pages makes no sense")
@@ -173,26 +189,67 @@ def parse_mappings(data: bytes, what: str) -> list[Mapping]:
     mappings = []
     for message in entries(data, _MM_MAGIC, what):
         for number, value in fields(message, what):
-            if number == 14 and isinstance(value, bytes):
-                mappings.append(_mapping(value, what))
+            if number == 14 and isinstance(value, bytes) and (mapping := _mapping(value, what)) is not None:
+                mappings.append(mapping)
     return mappings
 
 
-def _mapping(message: bytes, what: str) -> Mapping:
+def _mapping(message: bytes, what: str) -> Mapping | None:
     values = _numbers(message, what)
-    start, end, protection, flags, status = (_required(values, number, what) for number in (1, 2, 5, 6, 7))
-    plain = (
-        bool(protection & _WRITE)
-        and flags & (_PRIVATE | _ANONYMOUS | _GROWS_DOWN) == _PRIVATE | _ANONYMOUS
-        and bool(status & _PRIVATE_ANONYMOUS_AREA)
+    start, end, offset, file, protection, flags, status = (
+        _required(values, number, what) for number in (1, 2, 3, 4, 5, 6, 7)
     )
-    return Mapping(start, end, plain)
+    if start >= end or start % PAGE or end % PAGE:
+        raise _malformed(what, f"its mapping from {start:#x} to {end:#x} makes no sense")
+    if status & _GUARD_AREA:
+        return None
+    sparse = flags & (_PRIVATE | _ANONYMOUS) == _PRIVATE | _ANONYMOUS and bool(status & _PRIVATE_ANONYMOUS_AREA)
+    return Mapping(
+        start,
+        end,
+        plain=sparse and bool(protection & _WRITE) and not flags & _GROWS_DOWN,
+        sparse=sparse,
+        shared=bool(flags & _SHARED),
+        protection=protection,
+        file=file if status & _FILE_AREA else None,
+        offset=offset,
+    )
 
 
 def parse_tree(data: bytes, what: str) -> list[Task]:
     """The processes of a `pstree` image, parents first. Raises DamagedError."""
     found = (_numbers(message, what) for message in entries(data, _PSTREE_MAGIC, what))
     return [Task(_required(values, 1, what), values.get(2, 0)) for values in found]
+
+
+def parse_file_names(data: bytes, what: str) -> dict[int, str]:
+    """The names of the regular files in a `files` image, by number. Raises DamagedError."""
+    names = {}
+    for message in entries(data, _FILES_MAGIC, what):
+        for number, value in fields(message, what):
+            if number == 3 and isinstance(value, bytes):
+                file = dict(fields(value, what))
+                name, identity = file.get(6), file.get(1)
+                if isinstance(name, bytes) and isinstance(identity, int):
+                    names[identity] = os.fsdecode(name)
+    return names
+
+
+def machine_of(data: bytes, what: str) -> str | None:
+    """The machine that the task of a `core` image ran on, as `platform.machine` names it; None for one that is not
+    known here. Raises DamagedError."""
+    for message in entries(data, _CORE_MAGIC, what):
+        return _MACHINES.get(_required(_numbers(message, what), 1, what))
+    raise _malformed(what, "it is empty")
+
+
+def check_inventory(data: bytes, what: str) -> None:
+    """Raises DamagedError when an `inventory` image is none that this program knows."""
+    # It alone has no common magic before its own: it is what tells that all others have one.
+    message = next(entries(_LENGTH.pack(_COMMON_MAGIC) + data, _INVENTORY_MAGIC, what), b"")
+    version = _required(_numbers(message, what), 1, what)
+    if version not in _INVENTORY_VERSIONS:
+        raise _malformed(what, f"it is of version {version}")
 
 
 def was_stopped(data: bytes, what: str) -> bool:

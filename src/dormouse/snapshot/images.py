@@ -7,18 +7,21 @@ and then only page chunks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from dormouse.errors import DamagedError, IncompatibleError
+from dormouse.errors import DamagedError, IncompatibleError, SnapshotError
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.memory_map import AddressSpace, check
 from dormouse.snapshot.tree import External
-from dormouse.store.chunk import DIGEST_SIZE, Digest
+from dormouse.store.chunk import DIGEST_SIZE, Buffer, Digest
 
 BODY_VERSION = 1
 INLINE_LIMIT = 64 << 10
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 
 
 class ImageFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,17 +95,42 @@ def decode_body(data: bytes, snapshot_id: str) -> SnapshotBody:
                 remedy="Update dormouse, or remove the snapshot with `dormouse rm`",
             )
         body = msgspec.msgpack.decode(data, type=SnapshotBody)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DamagedError(
-            f"the manifest of snapshot {snapshot_id} is malformed: {error}",
-            remedy="Remove it with `dormouse rm`; the model then starts cold and is captured anew",
-        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _malformed(snapshot_id, error) from error
     for image in body.images:
-        if len(image.digests) % DIGEST_SIZE or (image.inline is not None and len(image.inline) != image.size):
-            raise DamagedError(
-                f"the manifest of snapshot {snapshot_id} is malformed at image {image.name}",
-                remedy="Remove it with `dormouse rm`; the model then starts cold and is captured anew",
-            )
+        if not _is_sound(image):
+            raise _malformed(snapshot_id, f"at image {image.name!r}")
     for space in body.memory:
         check(space, f"the manifest of snapshot {snapshot_id}")
+    names = [image.name for image in body.images]
+    names += (name for space in body.memory for name in (space.pagemap_name, space.pages_name))
+    if len(set(names)) != len(names):
+        raise _malformed(snapshot_id, "it has two images of one name")
     return body
+
+
+def is_image_name(name: str) -> bool:
+    """Whether this can be the name of an image: one that stays in its folder, and prints."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _is_sound(image: ImageFile) -> bool:
+    whole = image.inline is None or (len(image.inline) == image.size and not image.digests)
+    return is_image_name(image.name) and image.size >= 0 and len(image.digests) % DIGEST_SIZE == 0 and whole
+
+
+def _malformed(snapshot_id: str, why: object) -> DamagedError:
+    return DamagedError(
+        f"the manifest of snapshot {snapshot_id} is malformed: {why}",
+        remedy="Remove it with `dormouse rm`; the model then starts cold and is captured anew",
+    )
+
+
+def image_bytes(body: SnapshotBody, name: str, plain: Callable[[Digest], Buffer]) -> bytes:
+    """All of one image; `plain` gives a chunk's bytes. Raises SnapshotError when there is none, DamagedError."""
+    image = body.image(name)
+    if image is None:
+        raise SnapshotError(f"the snapshot has no image {name}")
+    if image.inline is not None:
+        return image.inline
+    return b"".join(plain(digest) for digest in image.chunk_list())

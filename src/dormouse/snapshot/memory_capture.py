@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import NamedTuple
 
 from dormouse.errors import StoreError
@@ -22,6 +22,7 @@ from dormouse.snapshot.images import SnapshotBody
 from dormouse.snapshot.memory_map import (
     AddressSpace,
     Piece,
+    Places,
     Span,
     Spans,
     Window,
@@ -87,14 +88,16 @@ def capture_memory(pid: int, host_pid: int, pagemap: int, ingest: Ingest, parent
     windows: list[tuple[int, Future[list[StoredPages]]]] = []
     pages = 0
     with ProcessMemory(host_pid) as memory:
+        sparse = Places(memory.anonymous())
         try:
             for span in _spans(pagemap, parser):
                 pages += span.mask.bit_count()
-                job = _window_job(memory, pid, span, parent)
+                job = _window_job(memory, pid, span, sparse.mask(span.number), parent)
                 windows.append((span.number, ingest.run(job)))
         finally:
-            stored = [(number, future.result()) for number, future in windows]
-    return _address_space(pid, parser.finish(), pages, dict(stored))
+            wait([future for _number, future in windows])  # all of them: they use `memory`
+    stored = {number: future.result() for number, future in windows}
+    return address_space(pid, parser.finish(), pages, stored)
 
 
 def drain(pipe: int) -> None:
@@ -116,11 +119,11 @@ def _spans(pagemap: int, parser: PagemapParser) -> Iterator[Span]:
 
 
 def _window_job(
-    memory: ProcessMemory, pid: int, span: Span, parent: ParentMemory | None
+    memory: ProcessMemory, pid: int, span: Span, sparse: int, parent: ParentMemory | None
 ) -> Callable[[memoryview, Put], list[StoredPages]]:
     def job(buffer: memoryview, put: Put) -> list[StoredPages]:
         memory.read(span.number, span.mask, buffer)
-        kept = squeeze(buffer, span.mask)
+        kept = squeeze(buffer, span.mask, sparse)
         old = parent.window(pid, span.number) if parent is not None else None
         return store_window(buffer, kept, old, put)
 
@@ -150,7 +153,8 @@ def _as_stored(piece: Piece, digests: list[Digest]) -> StoredPages:
     return StoredPages(digests[piece.chunk], int.from_bytes(piece.held, "little"), used_mask(piece))
 
 
-def _address_space(pid: int, pages_id: int, pages: int, windows: Mapping[int, list[StoredPages]]) -> AddressSpace:
+def address_space(pid: int, pages_id: int, pages: int, windows: Mapping[int, list[StoredPages]]) -> AddressSpace:
+    """What was stored of each window, by number, as an address space."""
     numbers: dict[Digest, int] = {}
     made = []
     for number, stored in sorted(windows.items()):

@@ -7,11 +7,13 @@ A window covers WINDOW bytes of addresses and begins at a multiple of that, so t
 the same places and share the chunks that are equal. A chunk of a window holds some of its pages, one after another in
 ascending order; `held` tells which (bit i: page i of the window). A window may take its pages from several chunks: an
 incremental capture adds a chunk with the pages that changed and goes on using the others from where they were; `used`
-tells which pages count. A page that no piece has is zero.
+tells which pages count. A page that no piece has is what its mapping has by itself: zero, or, in a private mapping of a
+file, what the file has. So zero pages may be left out of the former only.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -79,6 +81,31 @@ class AddressSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def used_pages(self) -> int:
         """Pages that are not zero."""
         return sum(used_mask(piece).bit_count() for window in self.windows for piece in window.pieces)
+
+
+class Places:
+    """Some ranges of addresses: (start, end) of each, from and to page borders, in any order."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        for start, end in sorted(ranges):
+            if self._ranges and start <= self._ranges[-1][1]:
+                self._ranges[-1] = (self._ranges[-1][0], max(end, self._ranges[-1][1]))
+            elif start < end:
+                self._ranges.append((start, end))
+
+    def mask(self, number: int) -> int:
+        """The pages of window `number` that lie in a range."""
+        base = number * WINDOW
+        mask = 0
+        at = bisect_right(self._ranges, base, key=lambda found: found[1])
+        for start, end in self._ranges[at : at + PAGES]:
+            if start >= base + WINDOW:
+                break
+            first = max(0, (start - base) // PAGE)
+            last = min(PAGES, (end - base) // PAGE)
+            mask |= ((1 << (last - first)) - 1) << first
+        return mask
 
 
 class Span(NamedTuple):
@@ -164,19 +191,21 @@ def runs_of(windows: Iterable[Window]) -> Iterator[Run]:
         yield Run(address, pages)
 
 
-def squeeze(pages: memoryview, mask: int) -> int:
-    """Move the pages of `mask`, which lie one after another in `pages`, together so that none of them is all zero; the
-    mask of those that are left. The others are gone from `pages`."""
+def squeeze(pages: memoryview, mask: int, sparse: int) -> int:
+    """Drop those pages of `mask`, which lie one after another in `pages`, that are all zero and in `sparse` (where what
+    is not there is zero), and move the others together; the mask of those that are left."""
     filled = _filled(pages[: mask.bit_count() * PAGE])
+    kept = packed = at = 0
+    for first, count in mask_runs(mask):
+        keep = (filled >> at | ~(sparse >> first)) & (1 << count) - 1
+        kept |= keep << first
+        packed |= keep << at
+        at += count
     target = 0
-    for first, count in mask_runs(filled):
+    for first, count in mask_runs(packed):
         if first * PAGE != target:
             pages[target : target + count * PAGE] = pages[first * PAGE : (first + count) * PAGE]
         target += count * PAGE
-    kept = at = 0
-    for first, count in mask_runs(mask):
-        kept |= (filled >> at & (1 << count) - 1) << first
-        at += count
     return kept
 
 
@@ -239,6 +268,15 @@ def assemble(window: Window, chunk: Callable[[int], Buffer]) -> memoryview:
     return packed
 
 
+def check_length(length: int, held: int, digest: Digest) -> None:
+    """Raises DamagedError when a chunk's length is not that of the pages it is said to hold."""
+    if length != held.bit_count() * PAGE:
+        raise DamagedError(
+            f"chunk {digest.hex()} has {length} bytes where {held.bit_count()} pages are expected",
+            remedy="Remove the snapshot with `dormouse rm`; it is then captured anew",
+        )
+
+
 def inherit(parent: Sequence[Piece], kept: int) -> list[Piece] | None:
     """The parent's pieces cut down to the pages `kept`, or None when storing the window anew is better: too many
     pieces, or more than half of what they hold is not used any more."""
@@ -256,23 +294,8 @@ def inherit(parent: Sequence[Piece], kept: int) -> list[Piece] | None:
 
 def plain_windows(windows: Iterable[Window], mappings: Sequence[Mapping]) -> set[int]:
     """The numbers of those windows of which every page lies in mappings that are plain (see Mapping)."""
-    plain = [(mapping.start, mapping.end) for mapping in mappings if mapping.plain]
-    found: set[int] = set()
-    at = 0
-    for window in windows:
-        base = window.number * WINDOW
-        while at < len(plain) and plain[at][1] <= base:
-            at += 1
-        covered = 0
-        for start, end in plain[at:]:
-            if start >= base + WINDOW:
-                break
-            first = max(0, (start - base) // PAGE)
-            last = min(PAGES, (end - base) // PAGE)
-            covered |= ((1 << (last - first)) - 1) << first
-        if not window_mask(window) & ~covered:
-            found.add(window.number)
-    return found
+    plain = Places((mapping.start, mapping.end) for mapping in mappings if mapping.plain)
+    return {window.number for window in windows if not window_mask(window) & ~plain.mask(window.number)}
 
 
 def check(space: AddressSpace, what: str) -> None:

@@ -2,7 +2,7 @@
 
     plan:   which windows go through the pipe, which are filled afterwards        (fill_plan, pure)
     pipe:   page map and pages, written anew from the windows that CRIU shall see (pagemap_parts, page_parts)
-    fill:   pool: read, check, decode, assemble -> process_vm_writev              (fill)
+    fill:   pool: read, check, decode, assemble -> process_vm_writev              (Fill)
 
 CRIU puts pages into place with one thread, and each byte goes through a pipe before. What is withheld from it is not
 in the page map it sees, so it makes the mapping and leaves it empty; then many threads write the pages there.
@@ -11,17 +11,21 @@ in the page map it sees, so it makes the mapping and leaves it empty; then many 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Self
 
-from dormouse.errors import DamagedError
-from dormouse.snapshot.criu_images import PAGE, Task, encode_pagemap
 from dormouse.snapshot.criu_images import Mapping as ProcessMapping
+from dormouse.snapshot.criu_images import Task, encode_pagemap
 from dormouse.snapshot.memory_map import (
+    WINDOW,
     AddressSpace,
     Window,
     assemble,
+    check_length,
     held_mask,
     plain_windows,
     runs_of,
@@ -32,6 +36,9 @@ from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.store import Reader
 from dormouse.transfer.budget import default_threads
 from dormouse.transfer.readahead import ReadAhead
+
+AHEAD_BYTES = 96 << 20
+"""What is decoded before the processes are there to take it."""
 
 
 @dataclass(frozen=True)
@@ -88,61 +95,87 @@ def page_parts(plan: MemoryPlan, chunks: ReadAhead) -> Iterator[Buffer]:
         for window in plan.piped:
             parts = {piece.chunk: next(stream) for piece in window.pieces}
             for piece in window.pieces:
-                _check_length(len(parts[piece.chunk]), held_mask(piece), digests[piece.chunk])
+                check_length(len(parts[piece.chunk]), held_mask(piece), digests[piece.chunk])
             yield assemble(window, parts.__getitem__)
     finally:
         stream.close()
 
 
 class Fill:
-    """Writes withheld windows into stopped processes."""
+    """Writes withheld windows into stopped processes. A context manager: at its end no thread of it is left."""
 
-    def __init__(self, plans: Iterable[MemoryPlan], reader: Reader) -> None:
+    def __init__(self, plans: Iterable[MemoryPlan], reader: Reader, *, threads: int | None = None) -> None:
         """Finds all chunks. Raises DamagedError for one that is in no pack."""
         self._plans = [plan for plan in plans if plan.filled]
         self._reader = reader
         located = reader.locate({digest for plan in self._plans for digest in _digests(plan)})
         self._chunks = {chunk.digest: chunk for chunk in located}
+        self._lists = {plan.space.pid: plan.space.chunk_list() for plan in self._plans}
+        self._ahead: dict[tuple[int, int], Future[memoryview]] = {}
+        self._lock = threading.Lock()
+        self._running = self._ended = False
+        # One more than decode and write, for the one that waits for the disk on behalf of the others.
+        self._pool = ThreadPoolExecutor((threads or default_threads()) + 1, thread_name_prefix="fill")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        with self._lock:
+            self._running = self._ended = True
+        self._pool.shutdown(cancel_futures=True)
 
     @property
     def pids(self) -> list[int]:
         """The processes to be filled, as their images name them."""
         return [plan.space.pid for plan in self._plans]
 
-    def read_ahead(self) -> None:
-        """Have the kernel read what will be wanted, in the order of the packs, while CRIU is busy."""
+    def begin(self) -> None:
+        """While CRIU is busy: have the kernel read what will be wanted, in the order of the packs, and decode as much
+        as may wait in memory."""
+        windows = ((plan.space.pid, window) for plan in self._plans for window in plan.filled)
+        with self._lock:
+            if self._running:
+                return
+            self._pool.submit(self._advise)
+            for pid, window in itertools.islice(windows, AHEAD_BYTES // WINDOW):
+                self._ahead[pid, window.number] = self._pool.submit(self._pages, pid, window)
+
+    def run(self, host_pids: Mapping[int, int]) -> None:
+        """Fill the processes, whose pids in this namespace are `host_pids`. Raises DamagedError, SnapshotError."""
+        with self._lock:
+            self._running = True
+        with contextlib.ExitStack() as memories:
+            jobs = []
+            try:
+                for plan in self._plans:
+                    memory = memories.enter_context(ProcessMemory(host_pids[plan.space.pid]))
+                    jobs += [self._pool.submit(self._fill, memory, plan.space.pid, window) for window in plan.filled]
+                for job in jobs:
+                    job.result()
+            finally:  # before the memories close: no thread may use a closed descriptor
+                self._pool.shutdown(cancel_futures=True)
+
+    def _advise(self) -> None:
         for chunk in sorted(self._chunks.values(), key=lambda chunk: (chunk.pack, chunk.offset)):
+            if self._ended:
+                return
             self._reader.advise(chunk)
 
-    def run(self, host_pids: Mapping[int, int], *, threads: int | None = None) -> None:
-        """Fill the processes, whose pids in this namespace are `host_pids`. Raises DamagedError, SnapshotError."""
-        with contextlib.ExitStack() as exits:
-            pool = exits.enter_context(ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="fill"))
-            jobs = []
-            for plan in self._plans:
-                memory = exits.enter_context(ProcessMemory(host_pids[plan.space.pid]))
-                digests = plan.space.chunk_list()
-                jobs += [pool.submit(self._fill, memory, window, digests) for window in plan.filled]
-            exits.callback(lambda: pool.shutdown(cancel_futures=True))
-            for job in jobs:
-                job.result()
+    def _fill(self, memory: ProcessMemory, pid: int, window: Window) -> None:
+        # The futures of `begin` were in the pool's queue before this one, so what is waited for is running or done.
+        ahead = self._ahead.pop((pid, window.number), None)
+        pages = ahead.result() if ahead is not None else self._pages(pid, window)
+        memory.write(window.number, window_mask(window), pages)
 
-    def _fill(self, memory: ProcessMemory, window: Window, digests: list[Digest]) -> None:
+    def _pages(self, pid: int, window: Window) -> memoryview:
+        digests = self._lists[pid]
         for piece in window.pieces:
             digest = digests[piece.chunk]
-            _check_length(self._chunks[digest].plain_length, held_mask(piece), digest)
-        pages = assemble(window, lambda number: self._reader.plain(self._chunks[digests[number]]))
-        memory.write(window.number, window_mask(window), pages)
+            check_length(self._chunks[digest].plain_length, held_mask(piece), digest)
+        return assemble(window, lambda number: self._reader.plain(self._chunks[digests[number]]))
 
 
 def _digests(plan: MemoryPlan) -> Iterator[Digest]:
     digests = plan.space.chunk_list()
     return (digests[piece.chunk] for window in plan.filled for piece in window.pieces)
-
-
-def _check_length(length: int, held: int, digest: Digest) -> None:
-    if length != held.bit_count() * PAGE:
-        raise DamagedError(
-            f"chunk {digest.hex()} has {length} bytes where {held.bit_count()} pages are expected",
-            remedy="Remove the snapshot with `dormouse rm`; it is then captured anew",
-        )

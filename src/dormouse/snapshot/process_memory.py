@@ -7,7 +7,8 @@ import ctypes
 import errno
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Self
 
 from dormouse.errors import SnapshotError
@@ -40,6 +41,18 @@ class ProcessMemory:
     def __exit__(self, *_exception: object) -> None:
         os.close(self._mem)
 
+    def anonymous(self) -> Iterator[tuple[int, int]]:
+        """The (start, end) of the mappings of no file: a page of theirs that was never written is zero."""
+        try:
+            lines = Path(f"/proc/{self.pid}/maps").read_text(errors="replace").splitlines()
+        except OSError as error:
+            raise _failed("listed", self.pid, error) from error
+        for line in lines:
+            place, _protection, _offset, _device, inode, *name = line.split(maxsplit=5)
+            if inode == "0" and (not name or name[0] in ("[heap]", "[stack]") or name[0].startswith("[anon:")):
+                start, _dash, end = place.partition("-")
+                yield int(start, 16), int(end, 16)
+
     def read(self, window: int, mask: int, into: memoryview) -> int:
         """Read the pages `mask` of a window, packed, into a buffer; their bytes. Raises SnapshotError."""
         return self._transfer(_libc.process_vm_readv, os.preadv, window, mask, into, "read")
@@ -54,9 +67,10 @@ class ProcessMemory:
         total = sum(length for _address, length in runs)
         address, _kept = _address_of(local)
         here = (ctypes.c_uint64 * 2)(address, total)
-        if fast(self.pid, here, 1, *_many(runs), 0) == total:
+        done = fast(self.pid, here, 1, *_many(runs), 0)
+        if done == total:
             return total
-        code = ctypes.get_errno()
+        code = ctypes.get_errno() if done < 0 else 0  # after a part it is some earlier call's
         if code not in (0, errno.EFAULT):
             error = OSError(code, os.strerror(code))
             raise _failed(what, self.pid, error) from error

@@ -89,14 +89,15 @@ def restore(
             with phases.time("plan"):
                 work = _Work(images, chunks, fill)
             command = _Command(criu, inherit, criu_options, timeout)
-            pid, control = _run_criu(home, body, work, command, phases)
-            try:
-                with phases.time("fill"):
-                    work.complete(home)
-            except BaseException:
-                if control is not None:
-                    control[0].close()
-                raise
+            with work.fill:
+                pid, control = _run_criu(home, body, work, command, phases)
+                try:
+                    with phases.time("fill"):
+                        work.complete(home)
+                except BaseException:
+                    if control is not None:
+                        control[0].close()
+                    raise
     except BaseException:
         home.close()
         raise
@@ -229,8 +230,5 @@ def _run_criu(
 def _read_ahead(stream: RestoreStream, body: SnapshotBody, fill: Fill) -> None:
     """Not before CRIU runs: until then its own program must come from the same disk, and nothing works without it."""
     stream.connected.wait()
-    try:
-        fill.read_ahead()
-    except StoreError as error:
-        log.warning("no read-ahead of chunks: %s", error)  # the fill meets the same, and its error counts
+    fill.begin()
     prefetch(body.mapped)

@@ -1,7 +1,8 @@
 """The host checkpoint service as the node sees it: async calls to the child process of service_main.py.
 
 The child owns the cells, runs CRIU and moves all bytes, so none of that work shares the gateway's process. Requests
-and replies are packets on a socket pair (service_messages.py); a worker's control socket comes back with its reply.
+and replies are packets on a socket pair (service_messages.py); a worker's control socket comes back with its reply,
+and so do the segments with its model's weights, which the service holds in memory for all workers of a model.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from dormouse.errors import SnapshotError
 from dormouse.snapshot import service_messages as messages
-from dormouse.snapshot.capture import CaptureResult
+from dormouse.snapshot.capture import SNAPSHOT_KIND, CaptureResult
+from dormouse.transfer.handles import SegmentHandle, adopt
 
 __all__ = ["CaptureResult", "HostService", "WorkerHandle"]
 
@@ -30,12 +34,14 @@ _END_TIMEOUT = 10.0
 @dataclass(frozen=True)
 class WorkerHandle:
     """A live worker in its cell. `control` is the node's end of the control socket (AF_UNIX stream, the receiver
-    owns it). `pid` is the worker's in the host's pid namespace. `phases`: seconds by name."""
+    owns it), `segments` what must be sent through it (and closed by the receiver, too). `pid` is the worker's in the
+    host's pid namespace. `phases`: seconds by name."""
 
     cell_id: str
     pid: int
     control: socket.socket
     phases: dict[str, float] = field(default_factory=dict)
+    segments: Sequence[SegmentHandle] = ()
 
 
 class HostService:
@@ -58,32 +64,43 @@ class HostService:
         await service._living()
         return service
 
-    async def start_worker(self, *, log_path: Path) -> WorkerHandle:
-        """A new cell with a fresh worker in it (its first message is Hello); its output goes to `log_path`."""
-        process = await self._living()
-        reply, control = await process.ask(messages.StartWorker(call=process.new_call(), log_path=str(log_path)))
-        return _handle(reply, control)
+    async def start_worker(self, *, log_path: Path, checkpoint: str | None = None) -> WorkerHandle:
+        """A new cell with a fresh worker in it (its first message is Hello); its output goes to `log_path`.
 
-    async def capture(self, worker: WorkerHandle, *, model: str, key: dict[str, str]) -> CaptureResult:
-        """Snapshot a quiesced worker, commit, then kill it. `key` is the compatibility key.
+        With the id of a model's checkpoint, its segment fills meanwhile, or is shared if another worker has it. Raises
+        NotFoundError, DamagedError when there is no such checkpoint; what goes wrong later, the worker is told.
+        """
+        process = await self._living()
+        request = messages.StartWorker(call=process.new_call(), log_path=str(log_path), checkpoint=checkpoint)
+        return _handle(*await process.ask(request))
+
+    async def capture(
+        self, worker: WorkerHandle, *, model: str, key: dict[str, str], kind: str = SNAPSHOT_KIND
+    ) -> CaptureResult:
+        """Snapshot a quiesced worker, commit, then kill it. `key` is the compatibility key; `kind` and `model` are the
+        manifest's kind and name.
 
         On any error (SnapshotError, DiskFullError, StoreError) the worker is alive and as it was: send it Resume.
         """
         process = self._process
         if process is None or process.ended is not None:
             raise SnapshotError(f"the worker of {model} is gone, and the service that made it")
-        request = messages.CaptureWorker(call=process.new_call(), cell_id=worker.cell_id, model=model, key=key)
+        request = messages.CaptureWorker(
+            call=process.new_call(), cell_id=worker.cell_id, kind=kind, model=model, key=key
+        )
         reply, _none = await process.ask(request)
         assert isinstance(reply, messages.Captured)
         return CaptureResult(reply.snapshot_id, reply.raw_bytes, reply.stored_bytes, reply.phases)
 
-    async def restore(self, snapshot_id: str, *, key: dict[str, str]) -> WorkerHandle:
-        """A worker restored from a snapshot; send it Resume first.
+    async def restore(self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None) -> WorkerHandle:
+        """A worker restored from a snapshot; send it its segments, then Resume. `checkpoint` as for `start_worker`.
 
         Raises IncompatibleError (names the field), DamagedError, SnapshotError, NotFoundError; nothing runs then.
         """
         process = await self._living()
-        request = messages.RestoreSnapshot(call=process.new_call(), snapshot_id=snapshot_id, key=key)
+        request = messages.RestoreSnapshot(
+            call=process.new_call(), snapshot_id=snapshot_id, key=key, checkpoint=checkpoint
+        )
         return _handle(*await process.ask(request))
 
     async def stop_worker(self, worker: WorkerHandle) -> None:
@@ -177,9 +194,9 @@ class _Process:
         """The caller was cancelled before its answer came: nobody will ever stop that worker, so do it here."""
         if answer.exception() is not None:
             return
-        reply, control = answer.result()
-        if control is not None:
-            control.close()
+        reply, descriptors = answer.result()
+        for descriptor in descriptors:
+            os.close(descriptor)
         if isinstance(reply, messages.Started) and self.ended is None:
             stop = messages.StopCell(call=self.new_call(), cell_id=reply.cell_id)
             task = self._loop.create_task(self.ask(stop))
@@ -188,7 +205,9 @@ class _Process:
 
     def _receive(self) -> None:
         try:
-            packet, fds, _flags, _addr = socket.recv_fds(self._sock, messages.MAX_PACKET, 1, socket.MSG_CMSG_CLOEXEC)
+            packet, fds, _flags, _addr = socket.recv_fds(
+                self._sock, messages.MAX_PACKET, messages.MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+            )
         except BlockingIOError:
             return
         except OSError as error:
@@ -197,9 +216,8 @@ class _Process:
         if not packet:
             self._end("it closed its socket")
             return
-        control = socket.socket(fileno=fds[0]) if fds else None
         reply = messages.decode_reply(packet)
-        self._pending.pop(reply.call).set_result((reply, control))
+        self._pending.pop(reply.call).set_result((reply, fds))
 
     def _end(self, why: str) -> None:
         if self.ended is not None:
@@ -212,7 +230,7 @@ class _Process:
         self._pending.clear()
 
 
-_Answer = tuple[messages.Reply, socket.socket | None]
+_Answer = tuple[messages.Reply, list[int]]
 
 
 def _answered(answer: _Answer) -> _Answer:
@@ -221,9 +239,16 @@ def _answered(answer: _Answer) -> _Answer:
     return answer
 
 
-def _handle(reply: messages.Reply, control: socket.socket | None) -> WorkerHandle:
-    assert isinstance(reply, messages.Started) and control is not None
-    return WorkerHandle(cell_id=reply.cell_id, pid=reply.pid, control=control, phases=reply.phases)
+def _handle(reply: messages.Reply, descriptors: list[int]) -> WorkerHandle:
+    assert isinstance(reply, messages.Started)
+    control, *of_segments = descriptors
+    return WorkerHandle(
+        cell_id=reply.cell_id,
+        pid=reply.pid,
+        control=socket.socket(fileno=control),
+        phases=reply.phases,
+        segments=adopt(reply.segments, iter(of_segments)),
+    )
 
 
 def _spawn(data_dir: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:

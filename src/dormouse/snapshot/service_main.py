@@ -13,29 +13,39 @@ import argparse
 import logging
 import os
 import secrets
+import shutil
 import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
+from dormouse.checkpoint.pool import SegmentPool
 from dormouse.errors import DamagedError, DormouseError, HostError, SnapshotError
 from dormouse.phases import Phases
 from dormouse.snapshot import service_messages as messages
-from dormouse.snapshot.capture import SNAPSHOT_KIND, capture
+from dormouse.snapshot.capture import capture
 from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.snapshot.restore import note_damage, restore
 from dormouse.snapshot.tree import External, ProcessTree
 from dormouse.store.store import Store
+from dormouse.transfer.handles import SegmentHandle
 from dormouse.transfer.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
 _MAX_CALLS = 16
 _CRIU_TIMEOUT = 600.0
+
+Answer = tuple[messages.Reply, list[int]]
+"""A reply and the descriptors that go with it; sent, then closed."""
+_Worker = tuple[int, socket.socket, Mapping[str, float]]
+_R = TypeVar("_R", messages.StartWorker, messages.RestoreSnapshot)
+
 _PROBE_TIMEOUT = 20.0
 _MAX_LOG = 16 << 20
 
@@ -45,12 +55,29 @@ _PASSED_ON = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHON
 _PASSED_ON_PREFIXES = ("LC_", "OMP_", "MKL_", "CUDA_", "NVIDIA_", "TORCH_")
 
 
-def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a new worker."""
+def worker_command() -> list[str]:
+    """How a worker is started. Without address randomisation two workers of one engine have the same pages at the same
+    places, and their snapshots share them; a snapshot keeps its addresses for its whole life anyway.
+
+    Raises HostError.
+    """
+    setarch = shutil.which("setarch")
+    if setarch is None:
+        raise HostError("setarch is not installed", remedy="Install the package util-linux")
+    worker = [sys.executable, "-m", "dormouse.engine.worker", "--control-fd", str(CONTROL_FD)]
+    return [setarch, "--addr-no-randomize", *worker]
+
+
+def worker_environment(environment: Mapping[str, str], hash_seed: int) -> dict[str, str]:
+    """The environment of a new worker. One seed of Python's string hashes per host makes dictionaries equal too."""
     passed = {
         name: value for name, value in environment.items() if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)
     }
-    return passed | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    return (
+        passed
+        | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        | {"PYTHONHASHSEED": str(hash_seed)}
+    )
 
 
 def rotate_log(path: Path) -> None:
@@ -101,6 +128,8 @@ class Service:
         self._lock = threading.Lock()
         self._workers: dict[str, ProcessTree] = {}
         self._damaged: set[str] = set()
+        self._segments = SegmentPool(store)
+        self._latest: dict[str, str] = {}  # by engine, the snapshot that was captured or restored last
 
     def close(self) -> None:
         """End what no worker uses. Workers are the caller's to stop."""
@@ -114,20 +143,42 @@ class Service:
         for snapshot_id in damaged:
             note_damage(self._store, snapshot_id)
 
-    def answer(self, request: messages.Request) -> tuple[messages.Reply, socket.socket | None]:
+    def answer(self, request: messages.Request) -> Answer:
         """Carry out one request. Raises DormouseError."""
         match request:
             case messages.StartWorker():
-                return self._start(request)
+                return self._with_segments(request, self._start)
             case messages.CaptureWorker():
-                return self._capture(request), None
+                return self._capture(request), []
             case messages.RestoreSnapshot():
-                return self._restore(request)
+                return self._with_segments(request, self._restore)
             case messages.StopCell():
                 self._stop(request.cell_id)
-                return messages.Stopped(call=request.call), None
+                return messages.Stopped(call=request.call), []
 
-    def _start(self, request: messages.StartWorker) -> tuple[messages.Reply, socket.socket | None]:
+    def _with_segments(self, request: _R, bring_up: Callable[[_R, str], _Worker]) -> Answer:
+        """Have the model's segment fill while its worker starts or is restored."""
+        cell_id = secrets.token_hex(6)
+        handles: list[SegmentHandle] = []
+        try:
+            if request.checkpoint is not None:
+                handles.append(self._segments.take(request.checkpoint, cell_id))
+            pid, control, phases = bring_up(request, cell_id)
+        except BaseException:
+            for handle in handles:
+                handle.close()
+            self._segments.release(cell_id)
+            raise
+        started = messages.Started(
+            call=request.call,
+            cell_id=cell_id,
+            pid=pid,
+            phases=dict(phases),
+            segments=[handle.info for handle in handles],
+        )
+        return started, [control.detach(), *(fd for handle in handles for fd in handle.descriptors())]
+
+    def _start(self, request: messages.StartWorker, cell_id: str) -> _Worker:
         phases = Phases()
         with phases.time("cell"):
             cell = self._spare.take()
@@ -136,17 +187,17 @@ class Service:
             log_fd = os.open(request.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
                 spawned = cell.spawn(
-                    [sys.executable, "-m", "dormouse.engine.worker", "--control-fd", str(CONTROL_FD)],
-                    env=worker_environment(os.environ),
+                    worker_command(),
+                    env=worker_environment(os.environ, self._store.key.number("worker hash seed")),
                     fds={1: log_fd, 2: log_fd},
                     control=CONTROL_FD,
                     pid_floor=worker_pid_floor(),
                 )
             finally:
                 os.close(log_fd)
-            assert spawned.inode is not None
+            assert spawned.inode is not None and spawned.control is not None
             tree = ProcessTree(cell, spawned.pid, (External("socket", spawned.inode),))
-            return self._started(request.call, tree, phases), spawned.control
+            return self._started(cell_id, tree), spawned.control, phases
         except OSError as error:
             cell.close()
             raise SnapshotError(f"could not start a worker: {error}") from error
@@ -154,7 +205,7 @@ class Service:
             cell.close()
             raise
 
-    def _restore(self, request: messages.RestoreSnapshot) -> tuple[messages.Reply, socket.socket | None]:
+    def _restore(self, request: messages.RestoreSnapshot, cell_id: str) -> _Worker:
         try:
             restored = restore(
                 request.snapshot_id,
@@ -168,8 +219,10 @@ class Service:
             with self._lock:
                 self._damaged.add(request.snapshot_id)
             raise
+        self._latest[request.key.get("engine", "")] = request.snapshot_id
         try:
-            return self._started(request.call, restored.tree, restored.phases), restored.control
+            assert restored.control is not None
+            return self._started(cell_id, restored.tree), restored.control, restored.phases
         except BaseException:
             if restored.control is not None:
                 restored.control.close()
@@ -185,13 +238,15 @@ class Service:
             worker,
             self._store,
             self._criu,
-            kind=SNAPSHOT_KIND,
+            kind=request.kind,
             name=request.model,
             key=self._full_key(request.key),
             now=time.time,
             still_wanted=lambda: request.cell_id in self._workers,
             timeout=_CRIU_TIMEOUT,
+            like=self._latest.get(request.key.get("engine", "")),
         )
+        self._latest[request.key.get("engine", "")] = result.snapshot_id
         self._stop(request.cell_id)
         return messages.Captured(
             call=request.call,
@@ -201,18 +256,18 @@ class Service:
             phases=result.phases,
         )
 
-    def _started(self, call: int, worker: ProcessTree, phases: dict[str, float]) -> messages.Started:
+    def _started(self, cell_id: str, worker: ProcessTree) -> int:
         pid = worker.home.outer_pid(worker.pid)
-        cell_id = secrets.token_hex(6)
         with self._lock:
             self._workers[cell_id] = worker
-        return messages.Started(call=call, cell_id=cell_id, pid=pid, phases=dict(phases))
+        return pid
 
     def _stop(self, cell_id: str) -> None:
         with self._lock:
             worker = self._workers.pop(cell_id, None)
         if worker is not None:
             worker.home.close()
+        self._segments.release(cell_id)
 
     def _full_key(self, key: dict[str, str]) -> dict[str, str]:
         return key | {"criu": self._criu.version_text}
@@ -223,22 +278,22 @@ def serve(sock: socket.socket, service: Service) -> None:
     sending = threading.Lock()
 
     def run(request: messages.Request) -> None:
-        control = None
+        descriptors: list[int] = []
         try:
             try:
-                reply, control = service.answer(request)
+                reply, descriptors = service.answer(request)
             except DormouseError as error:
                 reply = messages.refused(request.call, error)
             except Exception as error:
                 log.exception("%s failed", type(request).__name__)
                 reply = messages.refused(request.call, SnapshotError(f"unexpected {type(error).__name__}: {error}"))
             with sending:
-                socket.send_fds(sock, [messages.encode(reply)], [control.fileno()] if control else [])
+                socket.send_fds(sock, [messages.encode(reply)], descriptors)
         except OSError as error:
             log.warning("an answer could not be sent, the node is gone: %s", error)
         finally:
-            if control is not None:
-                control.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     def prepare() -> None:
         try:

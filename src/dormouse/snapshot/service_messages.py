@@ -1,7 +1,7 @@
 """What the node and the host checkpoint service say to each other: one msgpack struct per SOCK_SEQPACKET packet.
 
-Every request carries a `call` number and gets exactly one reply with it, in any order. `Started` comes with one
-descriptor, the node's end of the worker's control socket.
+Every request carries a `call` number and gets exactly one reply with it, in any order. `Started` comes with
+descriptors: the node's end of the worker's control socket, then those of its segments (transfer/handles.py).
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import msgspec
 
 from dormouse import errors
+from dormouse.transfer.handles import MAX_SEGMENTS, SegmentInfo
 
 MAX_PACKET = 128 << 10
+MAX_DESCRIPTORS = 1 + 2 * MAX_SEGMENTS
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
@@ -18,24 +20,27 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 
 class StartWorker(_Message, frozen=True, tag="start_worker"):
-    """A fresh worker in a new cell, its output appended to `log_path`."""
+    """A fresh worker in a new cell, its output appended to `log_path`, while the segment of the checkpoint fills."""
 
     log_path: str
+    checkpoint: str | None = None
 
 
 class CaptureWorker(_Message, frozen=True, tag="capture"):
     """Snapshot the quiesced worker of a cell, then kill it."""
 
     cell_id: str
+    kind: str
     model: str
     key: dict[str, str]
 
 
 class RestoreSnapshot(_Message, frozen=True, tag="restore"):
-    """Restore a snapshot in a new cell."""
+    """Restore a snapshot in a new cell, while the segment of the checkpoint fills."""
 
     snapshot_id: str
     key: dict[str, str]
+    checkpoint: str | None = None
 
 
 class StopCell(_Message, frozen=True, tag="stop"):
@@ -45,11 +50,12 @@ class StopCell(_Message, frozen=True, tag="stop"):
 
 
 class Started(_Message, frozen=True, tag="started"):
-    """A worker runs; the packet carries its control socket. `pid` is the host's."""
+    """A worker runs; the packet carries its control socket and segments. `pid` is the host's."""
 
     cell_id: str
     pid: int
     phases: dict[str, float]
+    segments: list[SegmentInfo]
 
 
 class Captured(_Message, frozen=True, tag="captured"):

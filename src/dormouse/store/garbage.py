@@ -11,13 +11,12 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dormouse.errors import DamagedError, DiskFullError
+from dormouse.errors import DamagedError, DiskFullError, UntrustedError
 from dormouse.store.codec import Codec
 from dormouse.store.files import sync_folder, system_errors
 from dormouse.store.index import dead_packs, drop_pack, drop_unplaced, move_chunks
 from dormouse.store.layout import Layout
 from dormouse.store.pack import PackWriter, pack_size
-from dormouse.store.reader import Reader
 from dormouse.store.reconcile import reconcile
 
 log = logging.getLogger(__name__)
@@ -40,8 +39,9 @@ def collect(layout: Layout, wait: float) -> GarbageReport:
         with layout.change():
             reconcile(layout)
             _check_liveness(layout)
+            unreadable = _unneeded_unreadable_packs(layout)
         before = _size(layout)
-        deleted = _delete_dead_packs(layout, wait)
+        deleted = _delete_dead_packs(layout, unreadable, wait)
         results = [_rewrite(layout, number, wait) for number in _sparse_packs(layout)]
         return GarbageReport(before - _size(layout), deleted, results.count(True), results.count(False))
 
@@ -61,14 +61,29 @@ def _check_liveness(layout: Layout) -> None:
             )
 
 
-def _delete_dead_packs(layout: Layout, wait: float) -> int:
+def _unneeded_unreadable_packs(layout: Layout) -> set[int]:
+    """Packs with a damaged table or another key's, when nothing that a manifest needs is missing: nobody needs them."""
+    return set() if layout.index.missing() else set(layout.pack_numbers()) - layout.index.packs()
+
+
+def _catch_up(layout: Layout) -> None:
+    """A committer that was killed since the collection began may have left a manifest that the index does not know.
+    The caller holds the change lock."""
+    if layout.manifest_ids() != layout.index.manifest_ids():
+        reconcile(layout)
+        _check_liveness(layout)
+
+
+def _delete_dead_packs(layout: Layout, unreadable: set[int], wait: float) -> int:
     with layout.unused(wait), layout.change():
+        _catch_up(layout)
         with layout.index.change() as connection:
             dead = dead_packs(connection)
             for number in dead:
                 drop_pack(connection, number)
             drop_unplaced(connection)
         layout.checkpoint("gc dead forgotten")
+        dead += unreadable - layout.index.packs()
         _unlink(layout, dead)
     layout.checkpoint("gc dead deleted")
     return len(dead)
@@ -95,14 +110,14 @@ def _rewrite(layout: Layout, number: int, wait: float) -> bool:
     """Copy what is needed of a pack into a new one and delete the old; False when it had to be left as it is."""
     writer = layout.new_writer()
     try:
-        with Reader(layout.packs, layout.index, layout.in_use()) as reader:
+        with layout.reader() as reader:
             for chunk in layout.index.chunks_of(number, live_only=True):
                 writer.append(chunk.digest, Codec(chunk.codec), chunk.plain_length, reader.stored(chunk))
         writer.finish()
         layout.checkpoint("gc copied")
         with layout.unused(wait), layout.change():
             return _switch(layout, number, writer)
-    except (DamagedError, DiskFullError) as error:
+    except (DamagedError, UntrustedError, DiskFullError) as error:
         log.warning("pack %s keeps its dead space: %s", layout.pack(number), error)
         return False
     finally:
@@ -110,6 +125,7 @@ def _rewrite(layout: Layout, number: int, wait: float) -> bool:
 
 
 def _switch(layout: Layout, old: int, writer: PackWriter) -> bool:
+    _catch_up(layout)
     live = {chunk.digest for chunk in layout.index.chunks_of(old, live_only=True)}
     if not live <= writer.entries.keys():
         return False  # a capture has come to need more of the pack while it was copied; next time

@@ -1,6 +1,9 @@
 """The index: an SQLite table of what the packs and manifests hold, for fast answers. It is never the truth: it can be
 thrown away at any time and is filled again from the files (store.py does that, under the store's change lock).
 
+It is not believed either: rows of manifests are signed, and those of chunks carry the signature of what they point to.
+An index that another key signed is of no use, and is built anew.
+
 A chunk has one row. `damaged` is set when its bytes were found wrong or missing; such a chunk still answers to its
 manifests (with an error that names it), but a new capture stores it afresh, which heals the row.
 """
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,24 +21,27 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dormouse.errors import BusyError, DamagedError, DiskFullError, StoreError
+from dormouse.errors import BusyError, DamagedError, DiskFullError, StoreError, UntrustedError
 from dormouse.store.chunk import Digest
-from dormouse.store.files import create_file, disk_full, system_errors
+from dormouse.store.files import check_ours, create_file, disk_full, system_errors
+from dormouse.store.key import Key, same
 from dormouse.store.manifest import Manifest
-from dormouse.store.pack import StoredChunk
+from dormouse.store.marks import NO_MARKS, Marks
+from dormouse.store.pack import MAC_SIZE, StoredChunk
 
 VERSION = 1
 
+_REBUILD_REMEDY = "If this persists, stop dormouse and delete that file: it is built anew, no snapshot is lost"
 _FileId = tuple[int, int]
 _BATCH = 500
-_COLUMNS = "digest, checksum, pack, offset, stored_length, plain_length, codec"
+_COLUMNS = "digest, mac, pack, offset, stored_length, plain_length, codec"
 _SCHEMA = f"""
 BEGIN;
 CREATE TABLE packs (id INTEGER PRIMARY KEY) STRICT;
 CREATE TABLE chunks (
     id INTEGER PRIMARY KEY,
     digest BLOB NOT NULL UNIQUE,
-    checksum BLOB NOT NULL,
+    mac BLOB NOT NULL,
     pack INTEGER REFERENCES packs (id),  -- NULL: a manifest names it, no pack has it
     offset INTEGER NOT NULL,
     stored_length INTEGER NOT NULL,
@@ -48,7 +55,8 @@ CREATE TABLE manifests (
     kind TEXT NOT NULL,
     name TEXT NOT NULL,
     created REAL NOT NULL,
-    raw_bytes INTEGER NOT NULL
+    raw_bytes INTEGER NOT NULL,
+    mac BLOB NOT NULL
 ) STRICT;
 CREATE TABLE manifest_chunks (
     manifest TEXT NOT NULL REFERENCES manifests (id) ON DELETE CASCADE,
@@ -57,6 +65,7 @@ CREATE TABLE manifest_chunks (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX manifests_of_chunk ON manifest_chunks (chunk);
 CREATE TABLE notes (text TEXT NOT NULL) STRICT;
+CREATE TABLE signer (key_id BLOB NOT NULL) STRICT;
 PRAGMA user_version = {VERSION};
 COMMIT;
 """
@@ -67,7 +76,7 @@ _IS_LIVE = "EXISTS (SELECT 1 FROM manifest_chunks r WHERE r.chunk = chunks.id)"
 @dataclass(frozen=True)
 class ManifestRow:
     """A manifest in a list. `raw_bytes` are plain, `stored_bytes` what its chunks take in the packs, `shared_bytes`
-    the part of those that other manifests use too."""
+    the part of those that other manifests use too; `marks` come from beside the manifest, not from the index."""
 
     id: str
     kind: str
@@ -76,13 +85,15 @@ class ManifestRow:
     raw_bytes: int
     stored_bytes: int
     shared_bytes: int
+    marks: Marks = NO_MARKS
 
 
 class Index:
     """Used by any number of threads; each call takes a connection of a pool for as long as it lasts."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: Key) -> None:
         self._path = path
+        self._key = key
         self._lock = threading.Lock()
         self._idle: list[tuple[_FileId, sqlite3.Connection]] = []
         self._closed = False
@@ -106,12 +117,14 @@ class Index:
             if self._query(_LIST_SCHEMA) != _expected_schema():
                 return "its tables are not what they should be"
             verdicts = self._query("PRAGMA integrity_check(1)")
+            for row in self._query("SELECT id, kind, name, created, raw_bytes, mac FROM manifests"):
+                self._check_row(*row)
             with self.change() as connection:  # a damaged header can make it read-only
                 connection.execute(f"PRAGMA user_version = {VERSION}")
         except DiskFullError:
             raise
         except StoreError as error:
-            return str(error.__cause__)
+            return str(error.__cause__ or error.message)
         return None if verdicts == [("ok",)] else f"{verdicts[0][0]}"
 
     def create(self, note: str) -> None:
@@ -122,10 +135,11 @@ class Index:
             for path in (f"{self._path}-wal", f"{self._path}-shm", self._path):
                 Path(path).unlink(missing_ok=True)
             os.close(create_file(self._path))
-        with self._connection() as connection:
+        with self._own_errors(), contextlib.closing(self._connect()) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(_SCHEMA)
             connection.execute("INSERT INTO notes VALUES (?)", (note,))
+            connection.execute("INSERT INTO signer VALUES (?)", (self._key.id,))
 
     def notes(self) -> list[str]:
         """Why this index was built anew, if it was."""
@@ -156,6 +170,10 @@ class Index:
     def unplaced(self) -> list[Digest]:
         """The chunks that manifests name and no pack has."""
         return [digest for (digest,) in self._query("SELECT digest FROM chunks WHERE pack IS NULL")]
+
+    def missing(self) -> bool:
+        """Whether manifests need chunks that are in no pack, or were found damaged."""
+        return bool(self._query(f"SELECT 1 FROM chunks WHERE (pack IS NULL OR damaged) AND {_IS_LIVE} LIMIT 1"))
 
     def chunks_of(self, pack: int, *, live_only: bool = False) -> list[StoredChunk]:
         """The chunks whose row points to a pack, in the order of its file."""
@@ -190,10 +208,11 @@ class Index:
         return {manifest for (manifest,) in self._query("SELECT id FROM manifests")}
 
     def manifests(self, kind: str | None, name: str | None) -> list[ManifestRow]:
-        """All manifests, or those of a kind or name, oldest first."""
+        """All manifests, or those of a kind or name, oldest first. Raises DamagedError for a row that was altered."""
         rows = self._query(
             """
-            SELECT m.id, m.kind, m.name, m.created, m.raw_bytes, CAST(total(c.stored_length) AS INTEGER), CAST(total(
+            SELECT m.id, m.kind, m.name, m.created, m.raw_bytes, m.mac,
+                CAST(total(c.stored_length) AS INTEGER), CAST(total(
                 CASE WHEN EXISTS (SELECT 1 FROM manifest_chunks o WHERE o.chunk = c.id AND o.manifest <> m.id)
                 THEN c.stored_length END) AS INTEGER)
             FROM manifests m
@@ -204,7 +223,15 @@ class Index:
             """,
             (kind, kind, name, name),
         )
-        return [ManifestRow(*row) for row in rows]
+        for row in rows:
+            self._check_row(*row[:6])
+        return [ManifestRow(*row[:5], *row[6:]) for row in rows]
+
+    def _check_row(self, manifest_id: str, kind: str, name: str, created: float, raw_bytes: int, mac: bytes) -> None:
+        if not same(mac, _row_mac(self._key, manifest_id, kind, name, created, raw_bytes)):
+            raise DamagedError(
+                f"the index {self._path} has an altered row for manifest {manifest_id}", remedy=_REBUILD_REMEDY
+            )
 
     def refs_of(self, manifest_id: str) -> set[Digest]:
         """The chunks that the index believes a manifest needs."""
@@ -237,14 +264,20 @@ class Index:
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """A connection for the block alone. Foreign errors become errors of ours here and nowhere else."""
         with system_errors(self._path, "opening the index"):
-            status = self._path.stat()
+            status = self._path.lstat()
+        check_ours(self._path, status)
         file = (status.st_dev, status.st_ino)
-        try:
-            connection = self._take(file) or self._connect()
+        with self._own_errors():
+            connection = self._take(file) or self._connect_checked()
             try:
                 yield connection
             finally:
                 self._put_back(file, connection)
+
+    @contextlib.contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        try:
+            yield
         except (sqlite3.Error, UnicodeDecodeError) as error:  # sqlite3 can't even tell of a schema of broken text
             raise self._translated(error) from error
 
@@ -257,12 +290,29 @@ class Index:
         self._drop_idle()  # another process has built the index anew: those are connections to the old one
         return None
 
+    def _connect_checked(self) -> sqlite3.Connection:
+        """A connection to an index of our own key: whoever changes the key has the index built anew."""
+        connection = self._connect()
+        try:
+            signers = connection.execute("SELECT key_id FROM signer").fetchall()
+            if signers != [(self._key.id,)]:
+                raise UntrustedError(
+                    f"the index {self._path} was made with another key than {self._key.id.hex()}",
+                    remedy="The store's key was changed while it was open: start dormouse again",
+                )
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
     def _connect(self) -> sqlite3.Connection:
         uri = f"{self._path.absolute().as_uri()}?mode=rw"
         connection = sqlite3.connect(uri, uri=True, timeout=60, isolation_level=None, check_same_thread=False)
         try:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA cell_size_check = ON")
         except BaseException:
             connection.close()
             raise
@@ -290,7 +340,7 @@ class Index:
         kind = DamagedError if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else StoreError
         return kind(
             f"the index {self._path} failed: {error}",
-            remedy="If this persists, stop dormouse and delete that file: it is built anew, no snapshot is lost",
+            remedy=_REBUILD_REMEDY,
         )
 
 
@@ -309,10 +359,10 @@ def add_pack(connection: sqlite3.Connection, pack: int, chunks: Iterable[StoredC
     connection.executemany(
         f"""
         INSERT INTO chunks ({_COLUMNS}) VALUES (?, ?, {pack:d}, ?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE SET
-        checksum = excluded.checksum, pack = excluded.pack, offset = excluded.offset, codec = excluded.codec,
+        mac = excluded.mac, pack = excluded.pack, offset = excluded.offset, codec = excluded.codec,
         stored_length = excluded.stored_length, plain_length = excluded.plain_length, damaged = 0 WHERE damaged
         """,
-        ((c.digest, c.checksum, c.offset, c.stored_length, c.plain_length, c.codec) for c in chunks),
+        ((c.digest, c.mac, c.offset, c.stored_length, c.plain_length, c.codec) for c in chunks),
     )
 
 
@@ -343,10 +393,10 @@ def drop_unplaced(connection: sqlite3.Connection) -> None:
     connection.execute(f"DELETE FROM chunks WHERE pack IS NULL AND NOT {_IS_LIVE}")
 
 
-def add_manifest(connection: sqlite3.Connection, manifest: Manifest, raw_bytes: int) -> None:
+def add_manifest(connection: sqlite3.Connection, manifest: Manifest, raw_bytes: int, key: Key) -> None:
     """A new manifest; chunks it names that are in no known pack get a row that says so."""
     row = (manifest.id, manifest.kind, manifest.name, manifest.created, raw_bytes)
-    connection.execute("INSERT INTO manifests VALUES (?, ?, ?, ?, ?)", row)
+    connection.execute("INSERT INTO manifests VALUES (?, ?, ?, ?, ?, ?)", (*row, _row_mac(key, *row)))
     refs = [(digest,) for digest in set(manifest.refs)]
     connection.executemany(
         f"INSERT INTO chunks ({_COLUMNS}, damaged) VALUES (?, x'', NULL, 0, 0, 0, 0, 1) ON CONFLICT DO NOTHING", refs
@@ -360,6 +410,12 @@ def add_manifest(connection: sqlite3.Connection, manifest: Manifest, raw_bytes: 
 def drop_manifest(connection: sqlite3.Connection, manifest_id: str) -> None:
     """Forget a manifest; its chunks stay until garbage is collected."""
     connection.execute("DELETE FROM manifests WHERE id = ?", (manifest_id,))
+
+
+def _row_mac(key: Key, manifest_id: str, kind: str, name: str, created: float, raw_bytes: int) -> bytes:
+    texts = [text.encode() for text in (manifest_id, kind, name)]
+    lengths = struct.pack("<3Qdq", *map(len, texts), created, raw_bytes)
+    return key.rows.mac(MAC_SIZE, b"".join(texts), lengths)
 
 
 def _batches(digests: Iterable[Digest]) -> Iterator[list[Digest]]:

@@ -1,5 +1,6 @@
 """Manifests: the roots of the store. A manifest is one small file (docs/formats.md) that holds its owner's opaque body
-and names every chunk it needs; the presence of the file is what makes it committed, its removal what makes it gone."""
+and names every chunk it needs; the presence of the file is what makes it committed, its removal what makes it gone.
+It is signed with the store's key."""
 
 from __future__ import annotations
 
@@ -8,16 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
-import xxhash
 
 from dormouse.errors import DamagedError, StoreError
 from dormouse.store.chunk import DIGEST_SIZE, Digest
 from dormouse.store.files import PREAMBLE_SIZE, check_preamble, preamble
+from dormouse.store.key import Key, same
 
 MAGIC = b"DORMMNFT"
 VERSION = 1
 
-_CHECKSUM_SIZE = 16
+_MAC_SIZE = 32
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -57,7 +58,7 @@ def manifest_name(manifest_id: str) -> str:
     return f"{manifest_id}.manifest"
 
 
-def encode_manifest(manifest: Manifest, raw_bytes: int) -> bytes:
+def encode_manifest(manifest: Manifest, raw_bytes: int, key: Key) -> bytes:
     """The manifest as a file. `raw_bytes` are the plain bytes of all its refs."""
     record = msgspec.msgpack.encode(
         _Record(
@@ -70,17 +71,19 @@ def encode_manifest(manifest: Manifest, raw_bytes: int) -> bytes:
             refs=b"".join(manifest.refs),
         )
     )
-    return preamble(MAGIC, VERSION) + xxhash.xxh3_128_digest(record) + record
+    head = preamble(MAGIC, VERSION, key.id)
+    return head + key.manifests.mac(_MAC_SIZE, record, head) + record
 
 
-def decode_manifest(data: bytes, manifest_id: str) -> tuple[Manifest, int]:
-    """The manifest and its raw bytes. Raises DamagedError, or StoreError for a newer version."""
+def decode_manifest(data: bytes, manifest_id: str, key: Key) -> tuple[Manifest, int]:
+    """The manifest and its raw bytes. Raises DamagedError, UntrustedError when another key signed it, or StoreError for
+    a newer version. Not a byte of the record is looked at before its signature was found right."""
     what = f"the manifest {manifest_id}"
-    check_preamble(data, MAGIC, VERSION, what)
-    checksum = data[PREAMBLE_SIZE : PREAMBLE_SIZE + _CHECKSUM_SIZE]
-    body = memoryview(data)[PREAMBLE_SIZE + _CHECKSUM_SIZE :]
-    if xxhash.xxh3_128_digest(body) != checksum:
-        raise _damaged(what, "it does not match its checksum")
+    check_preamble(data, MAGIC, VERSION, key.id, what)
+    head, mac = data[:PREAMBLE_SIZE], data[PREAMBLE_SIZE : PREAMBLE_SIZE + _MAC_SIZE]
+    body = memoryview(data)[PREAMBLE_SIZE + _MAC_SIZE :]
+    if not same(mac, key.manifests.mac(_MAC_SIZE, body, head)):
+        raise _damaged(what, "it does not match its signature")
     try:
         record = msgspec.msgpack.decode(body, type=_Record)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -14,8 +14,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-import xxhash
-
 from dormouse.errors import DamagedError, StoreError
 from dormouse.store.chunk import MAX_CHUNK, Buffer, Digest
 from dormouse.store.codec import Codec
@@ -23,20 +21,28 @@ from dormouse.store.files import (
     PREAMBLE_SIZE,
     VERIFY_REMEDY,
     check_preamble,
+    closing_fd,
     create_file,
+    discard,
+    open_ours,
     preamble,
+    read_all,
+    reading,
     system_errors,
     write_all,
 )
+from dormouse.store.key import Key, same
 
 MAGIC = b"DORMPACK"
 END_MAGIC = b"DORMPEND"
 VERSION = 1
 ALIGNMENT = 4096
+MAC_SIZE = 16
 
-_CHECKED = struct.Struct("<32sBI")
+_IDENTITY = struct.Struct("<32sBI")
 _ENTRY = struct.Struct("<32s16sQIIB7x")
 _TRAILER = struct.Struct("<QQ16s8s")
+_MAX_OFFSET = 1 << 60
 _CODECS = frozenset(Codec)
 
 
@@ -44,7 +50,7 @@ class StoredChunk(NamedTuple):
     """Where and how a chunk is stored. `pack` is the number of its pack."""
 
     digest: Digest
-    checksum: bytes
+    mac: bytes
     pack: int
     offset: int
     stored_length: int
@@ -52,11 +58,9 @@ class StoredChunk(NamedTuple):
     codec: int
 
 
-def checksum_of(digest: Digest, codec: int, plain_length: int, stored: Buffer) -> bytes:
-    """XXH3-128 of a chunk's identity and payload, so that a row that points to another chunk's bytes is found too."""
-    state = xxhash.xxh3_128(_CHECKED.pack(digest, codec, plain_length))
-    state.update(stored)
-    return state.digest()
+def chunk_mac(key: Key, digest: Digest, codec: int, plain_length: int, stored: Buffer) -> bytes:
+    """The signature of a chunk's identity and payload, so that a row that points to other bytes is found too."""
+    return key.chunks.mac(MAC_SIZE, stored, _IDENTITY.pack(digest, codec, plain_length))
 
 
 def aligned(length: int) -> int:
@@ -78,8 +82,10 @@ def pack_name(number: int) -> str:
 class PackWriter:
     """One growing pack. `append` may be called by many threads; the file is theirs one after another."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: Key) -> None:
         self.path = path
+        self.installed = False
+        self._key = key
         self.entries: dict[Digest, StoredChunk] = {}
         self._lock = threading.Lock()
         self._end = ALIGNMENT
@@ -89,7 +95,7 @@ class PackWriter:
 
     def append(self, digest: Digest, codec: Codec, plain_length: int, stored: Buffer) -> bool:
         """Add a chunk; False when it is there already."""
-        checksum = checksum_of(digest, codec, plain_length, stored)
+        mac = chunk_mac(self._key, digest, codec, plain_length, stored)
         with self._lock:
             if self._fd < 0:
                 raise StoreError(f"{self.path.name} takes no more chunks: its transaction has ended")
@@ -99,50 +105,59 @@ class PackWriter:
             with system_errors(self.path, "writing to", len(stored)):
                 write_all(self._fd, stored, offset)
             self._end += aligned(len(stored))
-            self.entries[digest] = StoredChunk(digest, checksum, 0, offset, len(stored), plain_length, codec)
+            self.entries[digest] = StoredChunk(digest, mac, 0, offset, len(stored), plain_length, codec)
         return True
 
     def finish(self) -> None:
         """Write preamble, table and trailer and make the bytes durable."""
         table = b"".join(_packed(entry) for entry in self.entries.values())
         with system_errors(self.path, "writing to", len(table)):
-            write_all(self._fd, preamble(MAGIC, VERSION), 0)
-            write_all(self._fd, table + _trailer(self._end, table), self._end)
+            write_all(self._fd, preamble(MAGIC, VERSION, self._key.id), 0)
+            write_all(self._fd, table + _trailer(self._key, self._end, table), self._end)
             os.fsync(self._fd)
 
+    def install(self, target: Path) -> None:
+        """Give the finished pack its name; the caller syncs the folder."""
+        self.path.rename(target)
+        self.installed = True
+
     def close(self) -> None:
-        """Let go of the file; what was not renamed before is removed. Idempotent."""
+        """Let go of the file; what was not installed before is removed. Idempotent."""
         with self._lock:
             fd, self._fd = self._fd, -1
         if fd >= 0:
-            self.path.unlink(missing_ok=True)
-            os.close(fd)
+            try:
+                if not self.installed:
+                    discard(self.path)
+            finally:
+                os.close(fd)
 
 
 def _packed(entry: StoredChunk) -> bytes:
-    return _ENTRY.pack(entry.digest, entry.checksum, entry.offset, entry.stored_length, entry.plain_length, entry.codec)
+    return _ENTRY.pack(entry.digest, entry.mac, entry.offset, entry.stored_length, entry.plain_length, entry.codec)
 
 
-def _trailer(offset: int, table: bytes) -> bytes:
+def _trailer(key: Key, offset: int, table: bytes) -> bytes:
     count = len(table) // _ENTRY.size
-    return _TRAILER.pack(offset, count, _table_checksum(offset, count, table), END_MAGIC)
+    return _TRAILER.pack(offset, count, _table_mac(key, offset, count, table), END_MAGIC)
 
 
-def _table_checksum(offset: int, count: int, table: bytes) -> bytes:
-    return xxhash.xxh3_128_digest(struct.pack("<QQ", offset, count) + table)
+def _table_mac(key: Key, offset: int, count: int, table: bytes) -> bytes:
+    return key.tables.mac(MAC_SIZE, table, struct.pack("<QQ", offset, count))
 
 
-def read_table(path: Path, number: int) -> list[StoredChunk]:
-    """The table of a committed pack. Raises DamagedError, StoreError for a newer version, FileNotFoundError."""
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        what = f"the pack {path.name}"
-        check_preamble(os.pread(file.fileno(), PREAMBLE_SIZE, 0), MAGIC, VERSION, what)
-        offset, count = _read_trailer(file.fileno(), size, what)
-        body = os.pread(file.fileno(), size - offset, offset)
+def read_table(path: Path, number: int, key: Key) -> list[StoredChunk]:
+    """The table of a committed pack. Raises DamagedError, UntrustedError, StoreError for a newer version,
+    FileNotFoundError."""
+    what = f"the pack {path.name}"
+    with reading(path), closing_fd(open_ours(path)) as fd:
+        size = os.fstat(fd).st_size
+        check_preamble(read_all(fd, PREAMBLE_SIZE, 0), MAGIC, VERSION, key.id, what)
+        offset, count = _read_trailer(fd, size, what)
+        body = read_all(fd, size - offset, offset)
     table, trailer = body[: -_TRAILER.size], body[-_TRAILER.size :]
-    if _TRAILER.unpack(trailer)[2] != _table_checksum(offset, count, table):
-        raise _damaged(what, "its table of chunks does not match its checksum")
+    if len(body) != size - offset or not same(_TRAILER.unpack(trailer)[2], _table_mac(key, offset, count, table)):
+        raise _damaged(what, "its table of chunks does not match its signature")
     chunks = [_unpacked(fields, number) for fields in _ENTRY.iter_unpack(table)]
     for chunk in chunks:
         if not makes_sense(chunk) or chunk.offset + chunk.stored_length > offset:
@@ -151,10 +166,10 @@ def read_table(path: Path, number: int) -> list[StoredChunk]:
 
 
 def _read_trailer(fd: int, size: int, what: str) -> tuple[int, int]:
-    trailer = os.pread(fd, _TRAILER.size, max(0, size - _TRAILER.size))
+    trailer = read_all(fd, _TRAILER.size, max(0, size - _TRAILER.size))
     if size < ALIGNMENT + _TRAILER.size or len(trailer) != _TRAILER.size:
         raise _damaged(what, "it is cut short")
-    offset, count, _checksum, magic = _TRAILER.unpack(trailer)
+    offset, count, _mac, magic = _TRAILER.unpack(trailer)
     if magic != END_MAGIC:
         raise _damaged(what, "it does not end as a pack does")
     if offset < ALIGNMENT or offset % ALIGNMENT or offset + count * _ENTRY.size + _TRAILER.size != size:
@@ -163,8 +178,8 @@ def _read_trailer(fd: int, size: int, what: str) -> tuple[int, int]:
 
 
 def _unpacked(fields: tuple[bytes, bytes, int, int, int, int], number: int) -> StoredChunk:
-    digest, checksum, offset, stored_length, plain_length, codec = fields
-    return StoredChunk(Digest(digest), checksum, number, offset, stored_length, plain_length, codec)
+    digest, mac, offset, stored_length, plain_length, codec = fields
+    return StoredChunk(Digest(digest), mac, number, offset, stored_length, plain_length, codec)
 
 
 def makes_sense(chunk: StoredChunk) -> bool:
@@ -172,7 +187,7 @@ def makes_sense(chunk: StoredChunk) -> bool:
     if chunk.codec == Codec.ZERO:
         placed = chunk.offset == 0 == chunk.stored_length
     else:
-        placed = chunk.offset >= ALIGNMENT and chunk.offset % ALIGNMENT == 0 and chunk.stored_length > 0
+        placed = ALIGNMENT <= chunk.offset <= _MAX_OFFSET and chunk.offset % ALIGNMENT == 0 and chunk.stored_length > 0
     sized = chunk.stored_length <= chunk.plain_length <= MAX_CHUNK and chunk.plain_length >= 0
     return placed and sized and chunk.codec in _CODECS
 

@@ -1,21 +1,23 @@
-"""Reads chunks: locate, read, check, decode. While a reader is open, garbage collection deletes nothing, so whatever
-it has located stays readable until it is closed."""
+"""Reads chunks: locate, read, check the signature, decode. While a reader is open, garbage collection deletes nothing,
+so whatever it has located stays readable until it is closed."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
 from dormouse.errors import BusyError, DamagedError, StoreError
 from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.codec import Codec, decode
-from dormouse.store.files import VERIFY_REMEDY, FileLock, system_errors
+from dormouse.store.files import VERIFY_REMEDY, FileLock, open_ours, read_all, read_into, reading
 from dormouse.store.index import Index
-from dormouse.store.pack import StoredChunk, checksum_of, makes_sense, pack_name
+from dormouse.store.key import Key, same
+from dormouse.store.pack import StoredChunk, chunk_mac, makes_sense, pack_name
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +25,9 @@ log = logging.getLogger(__name__)
 class Reader:
     """Open packs of one store; `stored` and `plain` may be called by many threads at once. Close it when done."""
 
-    def __init__(self, packs: Path, index: Index, in_use: FileLock) -> None:
+    def __init__(self, packs: Path, index: Index, key: Key, in_use: FileLock) -> None:
         self._packs = packs
+        self._key = key
         self._index = index
         self._in_use = in_use
         self._files: dict[int, int] = {}
@@ -59,14 +62,17 @@ class Reader:
         stored = self._read(chunk) if chunk.stored_length else b""
         if len(stored) != chunk.stored_length:
             raise self._damaged(chunk, "the pack ends before it")
-        if checksum_of(chunk.digest, chunk.codec, chunk.plain_length, stored) != chunk.checksum:
-            raise self._damaged(chunk, "its bytes do not match their checksum")
+        mac = chunk_mac(self._key, chunk.digest, chunk.codec, chunk.plain_length, stored)
+        if not same(mac, chunk.mac):
+            raise self._damaged(chunk, "its bytes do not match their signature")
         return stored
 
     def advise(self, chunk: StoredChunk) -> None:
-        """Tell the kernel that a chunk's stored bytes will soon be read. Raises DamagedError when its pack is gone."""
-        with system_errors(self._packs / pack_name(chunk.pack), "reading"):
-            os.posix_fadvise(self._file(chunk), chunk.offset, chunk.stored_length, os.POSIX_FADV_WILLNEED)
+        """Tell the kernel that a chunk's stored bytes will soon be read. A hint: a pack that is gone or unreadable is
+        an error of the read itself."""
+        if chunk.stored_length and makes_sense(chunk):  # no length would mean the rest of the pack
+            with contextlib.suppress(StoreError), self._pack(chunk) as fd:
+                os.posix_fadvise(fd, chunk.offset, chunk.stored_length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close the packs and let garbage be collected. No call may be under way. Idempotent."""
@@ -82,12 +88,22 @@ class Reader:
         self.close()
 
     def _read(self, chunk: StoredChunk) -> Buffer:
-        with system_errors(self._packs / pack_name(chunk.pack), "reading"):
-            fd = self._file(chunk)
+        with self._pack(chunk) as fd:
             if chunk.codec == Codec.RAW:  # handed on as it is, so it needs memory of its own
-                return os.pread(fd, chunk.stored_length, chunk.offset)
+                return read_all(fd, chunk.stored_length, chunk.offset)
             buffer = self._scratch(chunk.stored_length)
-            return buffer[: os.preadv(fd, [buffer], chunk.offset)]
+            return buffer[: read_into(fd, buffer, chunk.offset)]
+
+    @contextlib.contextmanager
+    def _pack(self, chunk: StoredChunk) -> Iterator[int]:
+        """A chunk's pack, open; whatever fails with it in the block is damage of the chunk."""
+        try:
+            with reading(self._packs / pack_name(chunk.pack)):
+                yield self._file(chunk.pack)
+        except FileNotFoundError:
+            raise self._damaged(chunk, "the pack is missing") from None
+        except DamagedError as error:
+            raise self._damaged(chunk, "the disk can't read it") from error
 
     def _scratch(self, length: int) -> memoryview:
         """This thread's own memory for coded bytes, used again and again: fresh memory costs a page fault per 4 KiB."""
@@ -96,15 +112,11 @@ class Reader:
             scratch = self._local.scratch = memoryview(bytearray(length))
         return scratch[:length]
 
-    def _file(self, chunk: StoredChunk) -> int:
+    def _file(self, number: int) -> int:
         with self._lock:
-            fd = self._files.get(chunk.pack)
+            fd = self._files.get(number)
             if fd is None:
-                try:
-                    fd = os.open(self._packs / pack_name(chunk.pack), os.O_RDONLY | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    raise self._damaged(chunk, "the pack is missing") from None
-                self._files[chunk.pack] = fd
+                fd = self._files[number] = open_ours(self._packs / pack_name(number))
             return fd
 
     def _damaged(self, chunk: StoredChunk, why: str) -> DamagedError:

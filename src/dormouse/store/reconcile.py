@@ -8,10 +8,11 @@ import logging
 import os
 import sqlite3
 
-from dormouse.errors import DamagedError
-from dormouse.store.files import system_errors, try_lock
+from dormouse.errors import DamagedError, UntrustedError
+from dormouse.store.files import sync_folder, system_errors, try_lock
 from dormouse.store.index import add_manifest, add_pack, drop_manifest
 from dormouse.store.layout import Layout
+from dormouse.store.marks import drop_marks, orphans
 from dormouse.store.pack import read_table
 
 log = logging.getLogger(__name__)
@@ -20,9 +21,12 @@ log = logging.getLogger(__name__)
 def reconcile(layout: Layout) -> None:
     """Clean up and bring the index up to date. Raises StoreError for files of a newer version."""
     _remove_leftovers(layout)
+    _make_durable(layout)
     problem = layout.index.problem()
     if problem is not None:
         _start_over(layout, problem)
+    for path in orphans(layout.manifests, layout.manifest_ids()):
+        drop_marks(path)
     with layout.index.change() as connection:
         _compare_packs(layout, connection)
         _compare_manifests(layout, connection)
@@ -43,12 +47,20 @@ def _remove_leftovers(layout: Layout) -> None:
             path.unlink()
         for path in layout.packs.glob("*.tmp"):
             with contextlib.suppress(FileNotFoundError):  # its writer has ended just now
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
                     if try_lock(fd):
                         path.unlink()
                 finally:
                     os.close(fd)
+
+
+def _make_durable(layout: Layout) -> None:
+    """A process that died between a rename or removal and its sync may have left names that a power cut would undo.
+    What is built upon from here on must not."""
+    for folder in (layout.packs, layout.manifests):
+        with system_errors(folder, "syncing"):
+            sync_folder(folder)
 
 
 def _compare_packs(layout: Layout, connection: sqlite3.Connection) -> None:
@@ -62,8 +74,8 @@ def _compare_packs(layout: Layout, connection: sqlite3.Connection) -> None:
     # The newest pack first: of two copies of a chunk, the newer is a repaired one or the goal of a rewrite.
     for number in sorted(files - known, reverse=True):
         try:
-            add_pack(connection, number, read_table(layout.pack(number), number))
-        except DamagedError as error:
+            add_pack(connection, number, read_table(layout.pack(number), number, layout.key))
+        except (DamagedError, UntrustedError) as error:
             log.warning("%s", error)
 
 
@@ -74,6 +86,6 @@ def _compare_manifests(layout: Layout, connection: sqlite3.Connection) -> None:
         drop_manifest(connection, manifest_id)
     for manifest_id in sorted(files - known):
         try:
-            add_manifest(connection, *layout.read_manifest(manifest_id))
-        except DamagedError as error:
+            add_manifest(connection, *layout.read_manifest(manifest_id), layout.key)
+        except (DamagedError, UntrustedError) as error:
             log.warning("%s", error)

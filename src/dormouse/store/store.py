@@ -1,7 +1,8 @@
 """The store: chunks and manifests on disk, shared by any number of threads and processes.
 
     begin() -> Transaction.put(chunk) ... -> commit(manifest)      everything or nothing, durable when it returns
-    manifest(id) -> reader().locate(refs) -> plain(chunk)          every byte checked against its checksum
+    manifest(id) -> reader().locate(refs) -> plain(chunk)          every byte checked against its signature
+    mark(id, marks) -> marks(id)                                   notes that may change, beside the manifest
     remove(id) -> collect_garbage()                                space comes back when nobody needs a chunk
 
 The truth is in two kinds of files that never change once they have their name: packs (chunks) and manifests (what is
@@ -11,16 +12,18 @@ needed). The index over them can be lost at any time. docs/formats.md has the by
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 from dormouse.store import garbage, verify
 from dormouse.store.chunk import Buffer, Digest
-from dormouse.store.files import private_folder, sync_folder, system_errors
+from dormouse.store.files import sync_folder, system_errors
 from dormouse.store.garbage import GarbageReport
 from dormouse.store.index import ManifestRow, drop_manifest
-from dormouse.store.layout import Checkpoint, Layout, no_manifest
+from dormouse.store.layout import Checkpoint, Layout, no_manifest, open_layout
 from dormouse.store.manifest import Manifest
+from dormouse.store.marks import Marks, drop_marks, read_marks, write_marks
 from dormouse.store.pack import StoredChunk
 from dormouse.store.reader import Reader
 from dormouse.store.reconcile import reconcile
@@ -32,6 +35,7 @@ __all__ = [
     "GarbageReport",
     "Manifest",
     "ManifestRow",
+    "Marks",
     "Reader",
     "Store",
     "StoredChunk",
@@ -45,17 +49,18 @@ class Store:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self.key = layout.key
 
     @classmethod
-    def open(cls, path: Path, *, checkpoint: Checkpoint = lambda _step: None) -> Self:
+    def open(cls, path: Path, *, key_file: Path | None = None, checkpoint: Checkpoint = lambda _step: None) -> Self:
         """Open the store in folder `path`, made when missing. Finishes or undoes what a crash left behind, and builds
         the index anew (with a warning in the log) when it is missing or unusable.
 
-        `checkpoint` is told the name of each step whose crash outcome docs/formats.md lists. Raises StoreError.
+        `key_file` holds the store's key, by default `key` beside the folder; it is made when there is neither a key nor
+        a manifest. `checkpoint` is told the name of each step whose crash outcome docs/formats.md lists. Raises
+        StoreError, and UntrustedError when the key is missing or the files are open to other users.
         """
-        layout = Layout(path, checkpoint)
-        for folder in (path, layout.packs, layout.manifests):
-            private_folder(folder)
+        layout = open_layout(path, key_file or path.parent / "key", checkpoint)
         try:
             with layout.change():
                 reconcile(layout)
@@ -85,7 +90,7 @@ class Store:
 
     def reader(self) -> Reader:
         """A reader; no chunk is deleted while it is open. Blocks for the moments in which garbage is deleted."""
-        return Reader(self._layout.packs, self._layout.index, self._layout.in_use())
+        return self._layout.reader()
 
     def read(self, digest: Digest) -> Buffer:
         """One chunk's plain bytes, checked. Raises DamagedError that names the chunk and its pack."""
@@ -98,12 +103,35 @@ class Store:
             return reader.locate(digests)
 
     def manifest(self, manifest_id: str) -> Manifest:
-        """A committed manifest, checked. Raises NotFoundError, DamagedError."""
+        """A committed manifest, checked. Raises NotFoundError, DamagedError, UntrustedError."""
         return self._layout.read_manifest(manifest_id)[0]
 
     def manifests(self, *, kind: str | None = None, name: str | None = None) -> list[ManifestRow]:
-        """All manifests, or those of a kind or name, oldest first."""
-        return self._layout.index.manifests(kind, name)
+        """All manifests, or those of a kind or name, oldest first. Raises DamagedError when the index was altered."""
+        rows = self._layout.index.manifests(kind, name)
+        return [replace(row, marks=read_marks(self._layout.marks(row.id))) for row in rows]
+
+    def unreadable(self) -> set[str]:
+        """The ids of manifests that have no row in `manifests`, because they are damaged or another key signed them."""
+        return self._layout.manifest_ids() - self._layout.index.manifest_ids()
+
+    def marks(self, manifest_id: str) -> Marks:
+        """What was noted about a manifest. Raises NotFoundError."""
+        self._require(manifest_id)
+        return read_marks(self._layout.marks(manifest_id))
+
+    def mark(self, manifest_id: str, marks: Marks) -> None:
+        """Note this about a manifest, in place of what was noted. Durable when it returns; after a crash there are the
+        old marks or the new. Raises NotFoundError, DiskFullError."""
+        with self._layout.change():
+            self._require(manifest_id)
+            self._layout.checkpoint("mark")
+            write_marks(self._layout.marks(manifest_id), marks, lambda: self._layout.checkpoint("marks written"))
+            self._layout.checkpoint("marks named")
+
+    def _require(self, manifest_id: str) -> None:
+        if not self._layout.manifest(manifest_id).exists():
+            raise no_manifest(manifest_id)
 
     def remove(self, manifest_id: str) -> None:
         """Remove a manifest, damaged or not; its chunks go with the next garbage collection. Raises NotFoundError."""
@@ -116,6 +144,8 @@ class Store:
                     raise no_manifest(manifest_id) from None
                 sync_folder(path.parent)
             self._layout.checkpoint("manifest removed")
+            drop_marks(self._layout.marks(manifest_id))
+            self._layout.checkpoint("marks removed")
             with self._layout.index.change() as connection:
                 drop_manifest(connection, manifest_id)
 

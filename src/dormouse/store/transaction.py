@@ -5,7 +5,7 @@ Many threads may `put` at once: hashing, looking up and coding run side by side,
 
 from __future__ import annotations
 
-import os
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +14,14 @@ from typing import Self
 from dormouse.errors import StoreError
 from dormouse.store.chunk import MAX_CHUNK, Buffer, Digest, digest_of
 from dormouse.store.codec import Codec, encode
-from dormouse.store.files import FileLock, create_file, sync_folder, system_errors, write_all
+from dormouse.store.files import FileLock, discard, replace_file, sync_folder, system_errors
 from dormouse.store.index import add_manifest, add_pack
 from dormouse.store.layout import Layout
 from dormouse.store.manifest import Manifest, encode_manifest, manifest_name
+from dormouse.store.marks import drop_marks
 from dormouse.store.pack import PackWriter
+
+log = logging.getLogger(__name__)
 
 
 class Transaction:
@@ -107,38 +110,40 @@ class Transaction:
         """The files first, they are the truth; then the index. Undone when the index refuses (its disk may be full)."""
         if target.exists():
             raise StoreError(f"there is a manifest {manifest.id} already", remedy="Commit it under another id")
-        made = [target]
+        number = None
         try:
             with self._layout.index.change() as connection:
                 if self._writer.entries:
                     number = self._layout.install(self._writer)
-                    made.append(self._layout.pack(number))
                     add_pack(connection, number, self._writer.entries.values())
                 self._layout.checkpoint("pack named")
-                add_manifest(connection, manifest, raw_bytes)
-                self._write_manifest(target, encode_manifest(manifest, raw_bytes))
+                add_manifest(connection, manifest, raw_bytes, self._layout.key)
+                self._write_manifest(manifest.id, target, encode_manifest(manifest, raw_bytes, self._layout.key))
                 self._layout.checkpoint("manifest named")
         except BaseException:
-            for path in made:
-                path.unlink(missing_ok=True)
+            self._undo(target, number)
             raise
 
-    def _write_manifest(self, target: Path, data: bytes) -> None:
-        temporary = target.with_suffix(".tmp")
-        with system_errors(target, "committing", len(data)):
-            fd = create_file(temporary)
-            try:
-                write_all(fd, data, 0)
-                os.fsync(fd)
-                self._layout.checkpoint("manifest written")
-                temporary.rename(target)
-            finally:
-                temporary.unlink(missing_ok=True)
-                os.close(fd)
+    def _undo(self, target: Path, number: int | None) -> None:
+        """The manifest first, and for certain: one that stays, or comes back with a power cut, must find its pack."""
+        try:
+            target.unlink(missing_ok=True)
             sync_folder(target.parent)
+        except OSError as error:
+            log.warning("%s may stay although its commit failed: %s", target, error)
+            return
+        if number is not None:
+            discard(self._layout.pack(number))
+
+    def _write_manifest(self, manifest_id: str, target: Path, data: bytes) -> None:
+        drop_marks(self._layout.marks(manifest_id))  # a removal that was killed has left them
+        with system_errors(target, "committing", len(data)):
+            replace_file(target, data, lambda: self._layout.checkpoint("manifest written"))
 
     def _end(self) -> None:
         if not self._ended:
             self._ended = True
-            self._writer.close()
-            self._in_use.release()
+            try:
+                self._writer.close()
+            finally:
+                self._in_use.release()

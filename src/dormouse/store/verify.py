@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dormouse.errors import DamagedError, NotFoundError
+from dormouse.errors import DamagedError, NotFoundError, UntrustedError
 from dormouse.store.chunk import Digest, digest_of
 from dormouse.store.layout import Layout
 from dormouse.store.pack import StoredChunk, read_table
@@ -44,7 +44,7 @@ class VerifyReport:
 
 def verify(layout: Layout, *, deep: bool, progress: Progress) -> VerifyReport:
     """Check every pack, chunk and manifest; `deep` also decodes each chunk and compares it with its name."""
-    with Reader(layout.packs, layout.index, layout.in_use()) as reader:
+    with layout.reader() as reader:
         packs = {number: layout.index.chunks_of(number) for number in layout.index.packs()}
         packs.update({number: [] for number in layout.pack_numbers() if number not in packs})
         total = sum(chunk.stored_length for chunks in packs.values() for chunk in chunks)
@@ -73,7 +73,7 @@ def _problem_of(reader: Reader, chunk: StoredChunk, *, deep: bool) -> str | None
             reader.stored(chunk)
         elif digest_of(reader.plain(chunk)) != chunk.digest:
             return f"chunk {chunk.digest.hex()} decodes to other bytes than its name says"
-    except DamagedError as error:
+    except (DamagedError, UntrustedError) as error:
         return error.message
     return None
 
@@ -86,10 +86,10 @@ def _chunk_damage(layout: Layout, chunk: StoredChunk, problem: str) -> Damage:
 def _check_table(layout: Layout, number: int, rows: list[StoredChunk]) -> Iterator[Damage]:
     path = layout.pack(number)
     try:
-        table = {chunk.digest: chunk for chunk in read_table(path, number)}
+        table = {chunk.digest: chunk for chunk in read_table(path, number, layout.key)}
     except FileNotFoundError:
         return  # each of its chunks tells
-    except DamagedError as error:
+    except (DamagedError, UntrustedError) as error:
         yield Damage(error.message, path.name, None, tuple(layout.index.users_of(row.digest for row in rows)))
         return
     for row in rows:
@@ -102,7 +102,7 @@ def _check_manifests(layout: Layout) -> Iterator[Damage]:
     for manifest_id in sorted(layout.manifest_ids() | layout.index.manifest_ids()):
         try:
             manifest, _raw_bytes = layout.read_manifest(manifest_id)
-        except (DamagedError, NotFoundError) as error:
+        except (DamagedError, NotFoundError, UntrustedError) as error:
             yield Damage(error.message, manifests=(manifest_id,))
             continue
         if set(manifest.refs) != layout.index.refs_of(manifest_id):
