@@ -312,7 +312,7 @@ def cooperative(*, home: str, model: str) -> None:
 
 
 async def _cooperative(home: Path, model: str) -> None:
-    config = ServeConfig(data_dir=home, models={model: ModelConfig(keep_alive=float("inf"))})
+    config = ServeConfig(data_dir=home, models={model: ModelConfig(keep_alive=float("inf"))}, templates=False)
     store = DataDir(home).store
     before = allocated_bytes([store])
     watch = Watch()
