@@ -78,7 +78,7 @@ def start_subject(words: list[str], exits: ExitStack) -> tuple[ProcessTree, Cont
     spawned = cell.spawn(
         [sys.executable, str(_SUBJECTS), *words],
         # Threads that wait for each other actively take the CPU from those they wait for, see docs/benchmarks.md.
-        env=worker_environment(os.environ) | {"OMP_WAIT_POLICY": "PASSIVE"},
+        env=worker_environment(os.environ, 0) | {"OMP_WAIT_POLICY": "PASSIVE"},
         fds={2: sys.stderr.fileno()},
         control=CONTROL_FD,
         pid_floor=worker_pid_floor(),

@@ -129,6 +129,8 @@ def _reasons(rows: Sequence[dict[str, Any]]) -> list[Text]:
 def resolve(store: Store, prefix: str) -> str:
     """The one snapshot id that begins with `prefix`. Raises NotFoundError, also when there are several."""
     found = [row.id for row in snapshots_of(store) if prefix and row.id.startswith(prefix)]
+    if not found and prefix in store.unreadable():
+        return prefix  # it can still be named, to be told why and to be removed
     if len(found) != 1:
         what = f"{len(found)} snapshots begin with" if found else "no snapshot is called"
         raise NotFoundError(f"{what} {prefix!r}", remedy="`dormouse ls` shows all ids")
@@ -141,8 +143,8 @@ def details(data_dir: DataDir, snapshot_id: str) -> dict[str, Any]:
         raise NotFoundError(f"no snapshot is called {snapshot_id!r}", remedy="Nothing has been captured here yet")
     with Store.open(data_dir.store) as store:
         identity = resolve(store, snapshot_id)
-        row = next(row for row in snapshot_rows(store) if row["id"] == identity)
         body = decode_body(store.manifest(identity).body, identity)
+        row = next(row for row in snapshot_rows(store) if row["id"] == identity)
         chunks = {chunk.digest: chunk for chunk in store.locate(body.references())}
         places = _places(store, identity, chunks)
     stored = {digest: chunk.stored_length for digest, chunk in chunks.items()}
@@ -243,28 +245,18 @@ def _body(data_dir: DataDir, snapshot_id: str) -> Iterator[tuple[SnapshotBody, S
         yield decode_body(store.manifest(identity).body, identity), store
 
 
-def render_mappings(rows: list[dict[str, Any]]) -> Table:
-    """The mappings as a table, as /proc/PID/maps orders them."""
-    table = Table(title="mappings", title_justify="left")
-    for column in ("pid", "from", "to", "", "pages", "stored", "zero", "bytes", "what"):
-        table.add_column(column, justify="left" if column in ("", "what") else "right", overflow="fold")
+def render_mappings(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The mappings as lines (paths are long, and lines can be searched), in the order of /proc/PID/maps."""
+    line = "{:>7} {:>25} {:4} {:>9} {:>9} {:>9} {:>9}  {}"
+    yield line.format("pid", "addresses", "", "pages", "stored", "zero", "bytes", "what")
+    counted = ("pages", "stored_pages", "zero_pages")
     for row in rows:
-        table.add_row(
-            str(row["pid"]),
-            f"{row['start']:x}",
-            f"{row['end']:x}",
-            row["permissions"],
-            str(row["pages"]),
-            str(row["stored_pages"]),
-            str(row["zero_pages"]),
-            human(row["stored_bytes"]),
-            escape(row["what"]),
-        )
-    stored = ("pages", "stored_pages", "zero_pages")
-    table.add_section()
-    table.add_row("all", "", "", "", *(str(sum(row[field] for row in rows)) for field in stored),
-                  human(sum(row["stored_bytes"] for row in rows)), "")  # fmt: skip
-    return table
+        addresses = f"{row['start']:x}-{row['end']:x}"
+        counts = (row[field] for field in counted)
+        yield line.format(row["pid"], addresses, row["permissions"], *counts, human(row["stored_bytes"]), row["what"])
+    sums = (sum(row[field] for row in rows) for field in (*counted, "stored_bytes"))
+    pages, stored, zero, size = sums
+    yield line.format("all", "", "", pages, stored, zero, human(size), "").rstrip()
 
 
 def render_details(details: dict[str, Any]) -> Group:

@@ -160,7 +160,7 @@ def inspect(
         show_memory(catalogue.memory(data_dir, snapshot_id, pid, address, length), address, raw, as_json)
     elif maps:
         mappings = catalogue.mappings(data_dir, snapshot_id, pid)
-        emit(mappings) if as_json else out.print(catalogue.render_mappings(mappings))
+        emit(mappings) if as_json else click.echo("\n".join(catalogue.render_mappings(mappings)))
     else:
         details = catalogue.details(data_dir, snapshot_id)
         emit(details) if as_json else out.print(catalogue.render_details(details))
@@ -331,7 +331,7 @@ def release(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Report
 
 
 @cli.command()
-@click.option("--quick", is_flag=True, help="Check stored checksums only; do not decode every chunk.")
+@click.option("--quick", is_flag=True, help="Check signatures only; do not decode every chunk.")
 @common
 def verify(quick: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Check every stored byte. Exit status 5 when anything is damaged."""

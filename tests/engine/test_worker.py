@@ -23,14 +23,17 @@ from dormouse.engine.messages import (
     Finished,
     Generate,
     Load,
+    Prepare,
     Quiesce,
     Resume,
     Sampling,
+    Segments,
     TextPrompt,
     ToWorker,
     WorkerError,
 )
 from dormouse.errors import EngineError
+from dormouse.transfer.handles import SegmentInfo
 
 from .conftest import write_null_model
 from .worker_client import WorkerClient
@@ -190,6 +193,38 @@ def test_quiesce_without_a_model_is_refused(tmp_path: Path) -> None:
     with WorkerClient(tmp_path / "log") as client:
         client.send(Quiesce())
         assert client.expect(WorkerError).message == "no engine is loaded"
+
+
+def test_a_prepared_worker_sleeps_and_wakes_without_a_model_and_loads_only_what_it_was_prepared_for(
+    tmp_path: Path, null_model: Path
+) -> None:
+    with WorkerClient(tmp_path / "log") as client:
+        client.prepare("null", threads=2)
+        client.quiesce()
+        client.resume()
+        client.send(Generate(id="a", prompt=PROMPT, sampling=Sampling(max_tokens=1)))
+        assert client.expect(Failed).message == "no model is loaded"
+        client.send(Prepare(engine="null"))
+        assert "has an engine already" in client.expect(WorkerError).message
+        client.send(Load(engine="null", path=str(null_model)))  # other threads
+        assert "this worker was prepared for" in client.expect(WorkerError).message
+        client.load(null_model, "null", threads=2)
+        assert client.ask(PROMPT, Sampling(max_tokens=4)).text
+
+
+def test_segments_without_their_descriptors_are_refused_and_strays_are_closed(tmp_path: Path, null_model: Path) -> None:
+    with WorkerClient(tmp_path / "log") as client:
+        descriptors = Path(f"/proc/{client.process.pid}/fd")
+        before = len(list(descriptors.iterdir()))
+        client.send(Segments(segments=[SegmentInfo("memfd", 4096, False)]))
+        assert "announced without its descriptor" in client.expect(WorkerError).message
+        frame = pack_frame(Segments(segments=[SegmentInfo("other", 4096, False)]))
+        socket.send_fds(client.socket, [frame], [0, 0, 0])
+        assert "can't map a segment of kind 'other'" in client.expect(WorkerError).message
+        assert len(list(descriptors.iterdir())) == before
+        with WorkerClient(tmp_path / "log") as other:
+            other.load(null_model, "null")
+            assert other.ask(PROMPT, Sampling(max_tokens=4)).text
 
 
 def test_shutdown_and_the_end_of_the_stream_end_the_process(tmp_path: Path, null_model: Path) -> None:

@@ -16,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fake_dump import MACHINE, fake_dump
 from test_memory_paths import assert_same, captured, memory, restored, start
 
 from dormouse.errors import ConfigError, DamagedError, SnapshotError
 from dormouse.snapshot.cell import Cell
-from dormouse.snapshot.criu_images import PAGE, Run, encode_pagemap, parse_pagemap
+from dormouse.snapshot.criu_images import PAGE, encode_pagemap, parse_pagemap
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.export import Exported, export
 from dormouse.snapshot.images import decode_body
@@ -30,7 +31,6 @@ from dormouse.snapshot.tree import External, Home, ProcessTree
 from dormouse.store.store import Store
 
 pytestmark = pytest.mark.root
-MACHINE = os.uname().machine
 
 
 def run_criu(home: Home, criu: Criu, *words: str, folder: Path) -> None:
@@ -171,24 +171,6 @@ def test_crit_reads_what_is_exported(store: Store, criu: Criu, tmp_path: Path) -
             assert all(entry["flags"] == "PE_PRESENT" for entry in entries[1:])
 
 
-def fake_dump(folder: Path) -> Path:
-    """The smallest folder that is taken for a dump: one process, two pages."""
-    folder.mkdir()
-
-    def image(name: str, magic: int, message: bytes, common: bytes = struct.pack("<I", 0x54564319)) -> None:
-        head = common + struct.pack("<II", magic, len(message))
-        (folder / name).write_bytes(head + message)
-
-    image("inventory.img", 0x58313116, b"\x08\x02", common=b"")
-    image("pstree.img", 0x50273030, b"\x08\x07\x10\x00\x18\x07\x20\x07")
-    image("core-7.img", 0x55053847, bytes([0x08, {"x86_64": 1, "aarch64": 3}[MACHINE]]))
-    vma = b"\x08\x80\x20\x10\x80\xc0\x01\x18\x00\x20\x00\x28\x03\x30\x22\x38\x81\x04\x40\x01"
-    image("mm-7.img", 0x57492820, b"\x72" + bytes([len(vma)]) + vma)
-    (folder / "pagemap-7.img").write_bytes(encode_pagemap(1, [Run(PAGE, 2)]))
-    (folder / "pages-1.img").write_bytes(b"a" * PAGE + bytes(PAGE))
-    return folder
-
-
 def test_the_smallest_dump_is_taken_in(store: Store, tmp_path: Path) -> None:
     folder = fake_dump(tmp_path / "dump")
     (folder / "dump.log").write_text("(00.1) hello")
@@ -262,7 +244,7 @@ def test_no_folder_is_refused(store: Store, tmp_path: Path) -> None:
 def test_only_a_new_or_empty_folder_is_written_to(store: Store, tmp_path: Path) -> None:
     identity = imported(fake_dump(tmp_path / "dump"), store)
     (tmp_path / "empty").mkdir()
-    assert export(identity, store, tmp_path / "empty").images == 7
+    assert export(identity, store, tmp_path / "empty").images == 8
     for folder, why in ((tmp_path / "empty", "not empty"), (tmp_path / "a" / "b", "no folder")):
         with pytest.raises(ConfigError, match=why):
             export(identity, store, folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.models import quiet
+from tests.models import lend, quiet
 from tests.snapshot.conftest import make_null_model
 from tests.snapshot.test_service import kill_children
 
@@ -82,11 +82,11 @@ async def answer(link: WorkerLink, text: str = "what does a dormouse do in winte
 
 
 @asynccontextmanager
-async def staged(data: DataDir, model: ImportedModel, log: Path) -> AsyncIterator[Stage]:
+async def staged(data: DataDir, model: ImportedModel, log: Path, patience: float = PATIENCE) -> AsyncIterator[Stage]:
     service = await HostService.start(data.root)
     stage = Stage(service, data, model, log)
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(patience):
             yield stage
     finally:
         for link in stage.links:
@@ -261,3 +261,30 @@ async def test_a_snapshot_resumed_without_its_weights_says_so(stage: Stage) -> N
     _handle, link = await stage._linked(bare, fresh=False)
     with pytest.raises(DormouseError, match="resumed without its weights"):
         await link.resume(str(stage.log))
+
+
+@pytest.mark.model
+def test_a_template_of_transformers_wakes_and_answers_as_a_cold_worker(
+    data_dir: DataDir, smollm2: ImportedModel, tmp_path: Path
+) -> None:
+    lend(smollm2, data_dir)
+    load = Load(engine="transformers", path=str(smollm2.path), kv_tokens=512)
+
+    async def body() -> None:
+        async with staged(data_dir, smollm2, tmp_path / "log", patience=280) as stage:
+            handle, link = await stage.cold(checkpoint=False)
+            prepared = await link.prepare(Prepare(engine="transformers"))
+            template, _raw = await stage.capture(handle, link)
+            handle, link = await stage.restored(template)
+            loaded = await link.load(load)
+            assert sum(loaded.phases.values()) < sum(prepared.phases.values())
+            text = await answer(link)
+            snapshot, raw = await stage.capture(handle, link)
+            assert raw < smollm2.weight_bytes * 2
+            _handle, again = await stage.restored(snapshot)
+            assert await answer(again) == text
+            _cold, fresh = await stage.cold()
+            await fresh.load(load)
+            assert await answer(fresh) == text
+
+    asyncio.run(body())

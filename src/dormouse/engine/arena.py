@@ -32,13 +32,11 @@ _MAP_NORESERVE = 0x4000
 _MAP_FIXED = 0x10
 _MAP_FIXED_NOREPLACE = 0x100000
 _PROT_NONE = 0
-_MADV_POPULATE_READ = 22
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 @dataclass(frozen=True)
@@ -92,20 +90,13 @@ class Arena:
                 handle.close()
 
     def wait(self) -> None:
-        """Block until every mapped segment is filled, and have the kernel enter its pages into this process's tables
-        at once rather than by a fault for every few. Raises what the filling failed with."""
-        if not self._reports:
-            return
+        """Block until every mapped segment is filled. Raises what the filling failed with."""
         while self._reports:
-            report = self._reports[-1]
+            report = self._reports.pop()
             try:
                 await_report(report)
             finally:
-                self._reports.pop()
                 os.close(report)
-        for slot in self._slots:
-            # Only a faster way to what page faults do: kernels before 5.14 refuse it, and all is the same but slower.
-            _libc.madvise(slot.address, slot.size, _MADV_POPULATE_READ)
 
     def unmap(self) -> None:
         """Take the segments away; their addresses stay reserved."""

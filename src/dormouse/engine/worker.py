@@ -28,6 +28,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 
+import msgspec
+
 from dormouse.engine.arena import Arena
 from dormouse.engine.frames import Inbox, pack_frame
 from dormouse.engine.messages import (
@@ -163,9 +165,11 @@ class Worker:
         with _much_that_stays():
             engine = self._fitting_engine(spec)
             loaded = engine.load(spec, self._arena, self._emit)
+        phases = Phases(loaded.phases)
+        with phases.time("weights"):
             self._arena.wait()
         self._engine = engine
-        self._send(loaded)
+        self._send(msgspec.structs.replace(loaded, phases=phases))
 
     def _fitting_engine(self, spec: Load) -> Engine:
         if self._prepared is None:

@@ -95,8 +95,8 @@ def import_images(
             dump = _Dump.read(files, machine)
         with phases.time("store"), Ingest(transaction) as ingest:
             counted = _Counted(progress, files.total())
-            memory = [_store_memory(part, files, ingest, counted) for part in dump.memory if part.pid is not None]
-            taken = {name for part in dump.memory if part.pid is not None for name in (part.pagemap, part.pages)}
+            memory = [_store_memory(pid, part, files, ingest, counted) for pid, part in dump.private()]
+            taken = {name for _pid, part in dump.private() for name in (part.pagemap, part.pages)}
             taken |= {image.name for image in own}
             images = [_store_image(name, files, ingest, counted) for name in files.names() if name not in taken]
         body = SnapshotBody(
@@ -224,6 +224,11 @@ class _Dump:
     root: int
     memory: list[_Memory]
 
+    def private(self) -> list[tuple[int, _Memory]]:
+        """The memory of processes, by pid."""
+        found = ((part.pid, part) for part in self.memory if part.pid is not None)
+        return sorted(found, key=lambda pair: pair[0])
+
     @classmethod
     def read(cls, files: _Folder, machine: str) -> _Dump:
         """Raises SnapshotError when the folder is not a whole dump of one tree of processes on such a machine."""
@@ -286,8 +291,7 @@ def _store_image(name: str, files: _Folder, ingest: Ingest, counted: _Counted) -
     return image
 
 
-def _store_memory(memory: _Memory, files: _Folder, ingest: Ingest, counted: _Counted) -> AddressSpace:
-    assert memory.pid is not None
+def _store_memory(pid: int, memory: _Memory, files: _Folder, ingest: Ingest, counted: _Counted) -> AddressSpace:
     fd = files.fd(memory.pages)
     windows: list[tuple[int, Future[list[StoredPages]]]] = []
     at = 0
@@ -301,7 +305,7 @@ def _store_memory(memory: _Memory, files: _Folder, ingest: Ingest, counted: _Cou
         wait([future for _number, future in windows])  # all of them: they use the file
     stored = {number: future.result() for number, future in windows}
     pages_id = int(memory.pages.removeprefix("pages-").removesuffix(".img"))
-    return address_space(memory.pid, pages_id, at // PAGE, stored)
+    return address_space(pid, pages_id, at // PAGE, stored)
 
 
 def _spans(runs: Sequence[Run]) -> Iterator[Span]:

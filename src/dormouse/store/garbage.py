@@ -39,8 +39,9 @@ def collect(layout: Layout, wait: float) -> GarbageReport:
         with layout.change():
             reconcile(layout)
             _check_liveness(layout)
+            unreadable = _unneeded_unreadable_packs(layout)
         before = _size(layout)
-        deleted = _delete_dead_packs(layout, wait)
+        deleted = _delete_dead_packs(layout, unreadable, wait)
         results = [_rewrite(layout, number, wait) for number in _sparse_packs(layout)]
         return GarbageReport(before - _size(layout), deleted, results.count(True), results.count(False))
 
@@ -60,14 +61,29 @@ def _check_liveness(layout: Layout) -> None:
             )
 
 
-def _delete_dead_packs(layout: Layout, wait: float) -> int:
+def _unneeded_unreadable_packs(layout: Layout) -> set[int]:
+    """Packs with a damaged table or another key's, when nothing that a manifest needs is missing: nobody needs them."""
+    return set() if layout.index.missing() else set(layout.pack_numbers()) - layout.index.packs()
+
+
+def _catch_up(layout: Layout) -> None:
+    """A committer that was killed since the collection began may have left a manifest that the index does not know.
+    The caller holds the change lock."""
+    if layout.manifest_ids() != layout.index.manifest_ids():
+        reconcile(layout)
+        _check_liveness(layout)
+
+
+def _delete_dead_packs(layout: Layout, unreadable: set[int], wait: float) -> int:
     with layout.unused(wait), layout.change():
+        _catch_up(layout)
         with layout.index.change() as connection:
             dead = dead_packs(connection)
             for number in dead:
                 drop_pack(connection, number)
             drop_unplaced(connection)
         layout.checkpoint("gc dead forgotten")
+        dead += unreadable - layout.index.packs()
         _unlink(layout, dead)
     layout.checkpoint("gc dead deleted")
     return len(dead)
@@ -109,6 +125,7 @@ def _rewrite(layout: Layout, number: int, wait: float) -> bool:
 
 
 def _switch(layout: Layout, old: int, writer: PackWriter) -> bool:
+    _catch_up(layout)
     live = {chunk.digest for chunk in layout.index.chunks_of(old, live_only=True)}
     if not live <= writer.entries.keys():
         return False  # a capture has come to need more of the pack while it was copied; next time

@@ -117,14 +117,14 @@ class Index:
             if self._query(_LIST_SCHEMA) != _expected_schema():
                 return "its tables are not what they should be"
             verdicts = self._query("PRAGMA integrity_check(1)")
+            for row in self._query("SELECT id, kind, name, created, raw_bytes, mac FROM manifests"):
+                self._check_row(*row)
             with self.change() as connection:  # a damaged header can make it read-only
                 connection.execute(f"PRAGMA user_version = {VERSION}")
         except DiskFullError:
             raise
-        except UntrustedError as error:
-            return error.message
         except StoreError as error:
-            return str(error.__cause__)
+            return str(error.__cause__ or error.message)
         return None if verdicts == [("ok",)] else f"{verdicts[0][0]}"
 
     def create(self, note: str) -> None:
@@ -170,6 +170,10 @@ class Index:
     def unplaced(self) -> list[Digest]:
         """The chunks that manifests name and no pack has."""
         return [digest for (digest,) in self._query("SELECT digest FROM chunks WHERE pack IS NULL")]
+
+    def missing(self) -> bool:
+        """Whether manifests need chunks that are in no pack, or were found damaged."""
+        return bool(self._query(f"SELECT 1 FROM chunks WHERE (pack IS NULL OR damaged) AND {_IS_LIVE} LIMIT 1"))
 
     def chunks_of(self, pack: int, *, live_only: bool = False) -> list[StoredChunk]:
         """The chunks whose row points to a pack, in the order of its file."""
@@ -219,15 +223,15 @@ class Index:
             """,
             (kind, kind, name, name),
         )
-        return [self._checked_row(row) for row in rows]
+        for row in rows:
+            self._check_row(*row[:6])
+        return [ManifestRow(*row[:5], *row[6:]) for row in rows]
 
-    def _checked_row(self, row: tuple[Any, ...]) -> ManifestRow:
-        manifest_id, kind, name, created, raw_bytes, mac, stored_bytes, shared_bytes = row
+    def _check_row(self, manifest_id: str, kind: str, name: str, created: float, raw_bytes: int, mac: bytes) -> None:
         if not same(mac, _row_mac(self._key, manifest_id, kind, name, created, raw_bytes)):
             raise DamagedError(
                 f"the index {self._path} has an altered row for manifest {manifest_id}", remedy=_REBUILD_REMEDY
             )
-        return ManifestRow(manifest_id, kind, name, created, raw_bytes, stored_bytes, shared_bytes)
 
     def refs_of(self, manifest_id: str) -> set[Digest]:
         """The chunks that the index believes a manifest needs."""

@@ -111,6 +111,10 @@ class Store:
         rows = self._layout.index.manifests(kind, name)
         return [replace(row, marks=read_marks(self._layout.marks(row.id))) for row in rows]
 
+    def unreadable(self) -> set[str]:
+        """The ids of manifests that have no row in `manifests`, because they are damaged or another key signed them."""
+        return self._layout.manifest_ids() - self._layout.index.manifest_ids()
+
     def marks(self, manifest_id: str) -> Marks:
         """What was noted about a manifest. Raises NotFoundError."""
         self._require(manifest_id)
