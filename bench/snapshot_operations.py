@@ -28,7 +28,7 @@ from dormouse.engine.messages import ChatPrompt, Delta, Sampling
 from dormouse.errors import DormouseError
 from dormouse.node.assemble import assemble_node
 from dormouse.node.node import Node
-from dormouse.node.replica import Start
+from dormouse.node.replica import Start, StartPath
 from dormouse.snapshot.capture import SNAPSHOT_KIND, CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
@@ -296,7 +296,13 @@ class Watch:
     def start_failed(self, model: str, error: DormouseError) -> None:
         raise error
 
-    def fell_back(self, model: str, error: DormouseError) -> None:
+    def fell_back(self, model: str, path: StartPath, error: DormouseError) -> None:
+        raise error
+
+    def retried(self, model: str, error: DormouseError) -> None:
+        raise error
+
+    def quarantined(self, model: str, error: DormouseError) -> None:
         raise error
 
     def capture_failed(self, model: str, error: DormouseError) -> None:
