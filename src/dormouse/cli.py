@@ -33,13 +33,14 @@ from dormouse.config import DataDir, default_data_dir, load_config
 from dormouse.errors import DormouseError, NotFoundError
 from dormouse.progress import Reporter
 from dormouse.snapshot.capture import SNAPSHOT_KIND
-from dormouse.snapshot.criu_setup import setup_criu
+from dormouse.snapshot.criu_setup import find_criu, setup_criu
 from dormouse.snapshot.pages import hex_lines
 from dormouse.store.key import Key, parse_key, read_key
 from dormouse.store.key_import import export_key, host_key, import_key
 from dormouse.store.store import Store
 
 INTERNAL_ERROR = 70
+LONGEST_JSON = 64 << 20
 
 out = Console()
 err = Console(stderr=True)
@@ -264,6 +265,8 @@ def inspect(
     """Show what is in a snapshot: its images, sizes, phases and compatibility key; or its memory."""
     if (address is None and raw) or (address is not None and maps):
         raise click.UsageError("--raw goes with --address, and --maps without")
+    if as_json and not raw and length > LONGEST_JSON:
+        raise click.UsageError(f"--json shows at most {LONGEST_JSON} bytes; --raw has no limit")
     if address is not None:
         show_memory(catalogue.memory(data_dir, snapshot_id, pid, address, length), address, raw, as_json)
     elif maps:
@@ -322,15 +325,17 @@ def import_images_(
     folder: Path, name: str | None, externals: tuple[str, ...], data_dir: DataDir, as_json: bool, reporter: Reporter
 ) -> None:
     """Take a folder of ordinary CRIU images (of `criu dump`) in as a snapshot."""
-    from dormouse.snapshot.import_images import host_key_of_imports, import_images, parse_external
+    from dormouse.snapshot.compatibility import system_key
+    from dormouse.snapshot.import_images import import_images, parse_external
 
+    key = system_key(gpu=False) | {"criu": find_criu(data_dir.root).version_text}
     ties = [parse_external(text) for text in externals]
     with Store.open(data_dir.create().store) as store, reporter:
         result = import_images(
             folder,
             store,
             name=name or folder.absolute().name,
-            key=host_key_of_imports(),
+            key=key,
             machine=platform.machine(),
             externals=ties,
             now=time.time,
@@ -340,7 +345,10 @@ def import_images_(
         emit({"id": result.snapshot_id, "raw_bytes": result.raw_bytes, "stored_bytes": result.stored_bytes})
     else:
         sizes = f"{catalogue.human(result.raw_bytes)}, {catalogue.human(result.stored_bytes)} stored"
-        out.print(f"Imported as {result.snapshot_id}: {sizes}. Nothing is known of the machine it was made on.")
+        out.print(
+            f"Imported as {result.snapshot_id}: {sizes}. Its compatibility key is this machine's: nothing is known of "
+            "the one it was made on."
+        )
 
 
 @cli.command()

@@ -16,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from fake_dump import MACHINE, fake_dump
 from test_memory_paths import assert_same, captured, memory, restored, start
 
+from dormouse.cli import cli
 from dormouse.errors import ConfigError, DamagedError, SnapshotError
 from dormouse.snapshot.cell import Cell
 from dormouse.snapshot.criu_images import PAGE, encode_pagemap, parse_pagemap
@@ -26,6 +28,7 @@ from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.export import Exported, export
 from dormouse.snapshot.images import decode_body
 from dormouse.snapshot.import_images import import_images, parse_external
+from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.restore import restore
 from dormouse.snapshot.tree import External, Home, ProcessTree
 from dormouse.store.store import Store
@@ -215,7 +218,8 @@ BAD = {
         "lazy",
     ),
     "a torn page map": (lambda folder: os.truncate(folder / "pagemap-7.img", 15), "ends in the middle"),
-    "a huge page map": (lambda folder: os.truncate(folder / "pagemap-7.img", 1 << 40), "at most"),
+    "a huge page map": (lambda folder: os.truncate(folder / "pagemap-7.img", 1 << 40), "lacks field 1"),
+    "a huge list of mappings": (lambda folder: os.truncate(folder / "mm-7.img", 1 << 40), "at most"),
 }
 
 
@@ -297,7 +301,9 @@ def test_a_socket_to_the_outside_survives_both_ways(
     cell.close()
     spawned.control.close()
     identity = imported(folder, store, externals=(External("socket", spawned.inode),))
-    made = restore(identity, store, criu, key={}, take_home=Cell.create, timeout=60)
+    made = restore(
+        identity, store, criu, key={}, take_home=Cell.create, timeout=60, digests=DigestCache(tmp_path / "digests")
+    )
     try:
         assert made.control is not None
         assert ask(made.control) == b"HELLO"
@@ -322,3 +328,25 @@ def ask(control: socket.socket) -> bytes:
         control.settimeout(20)
         control.sendall(b"hello")
         return control.recv(99)
+
+
+def test_both_verbs_at_the_command_line(store: Store, tmp_path: Path) -> None:
+    folder = fake_dump(tmp_path / "dump")
+
+    def dormouse(*words: str) -> dict[str, object]:
+        done = CliRunner().invoke(cli, [*words, "--json", "--data-dir", str(tmp_path / "data")], catch_exceptions=False)
+        found = json.loads(done.stdout)
+        assert isinstance(found, dict)
+        return found
+
+    taken = dormouse("import-images", str(folder), "--external", "pipe:5")
+    done = dormouse("export", str(taken["id"])[:5], str(tmp_path / "out"))
+    assert (done["pid"], done["externals"]) == (7, ["pipe:5"])
+    assert str(tmp_path / "out") in str(done["command"]) and "fd[3]:pipe:[5]" in str(done["command"])
+    (row,) = store.manifests()
+    assert (row.kind, row.name) == ("process", "dump")
+    assert dormouse("inspect", row.id)["key"].keys() == {"machine", "cpu_flags", "kernel", "criu"}
+    note = json.loads((tmp_path / "out" / "dormouse-import.json").read_text())
+    assert note["imported_from"] == str(folder)
+    again = dormouse("import-images", str(tmp_path / "out"), "--name", "twice")
+    assert dormouse("inspect", str(again["id"]))["model"] == "twice"

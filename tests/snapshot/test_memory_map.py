@@ -210,6 +210,7 @@ ONE = mask_bytes(1)
         space(Window(1, [Piece(0, ONE), Piece(0, ONE)])),
         space(Window(1 << 40, [Piece(0, ONE)])),
         space(Window(1, [Piece(0, bytes(32))])),
+        space(Window(1, [Piece(0, mask_bytes(1 << i)) for i in range(5)])),
     ],
 )
 def test_an_address_space_that_contradicts_itself_is_refused(broken: AddressSpace) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from dormouse.errors import DamagedError
+from dormouse.errors import DamagedError, SnapshotError
 from dormouse.snapshot.capture import CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.mapped_files import DigestCache
+from dormouse.snapshot.process_memory import ProcessMemory
 from dormouse.snapshot.restore import Restored, restore
 from dormouse.snapshot.tree import Home, ProcessTree, continue_tree
 from dormouse.store.store import Store
@@ -86,21 +90,33 @@ def captured(tree: ProcessTree, store: Store, criu: Criu) -> CaptureResult:
     return capture(
         *(tree, store, criu),
         **{"kind": "process", "name": "p", "key": {}, "now": time.time, "timeout": 60, "still_wanted": lambda: True},
+        digests=DigestCache(Path("/nowhere/digests")),
     )
 
 
 def restored(snapshot_id: str, store: Store, criu: Criu, *, fill: bool) -> Restored:
     """Restored, and stopped before it can do much."""
-    made = restore(snapshot_id, store, criu, key={}, take_home=Cell.create, timeout=60, inherit=(), fill=fill)
+    made = restore(
+        snapshot_id,
+        store,
+        criu,
+        key={},
+        take_home=Cell.create,
+        timeout=60,
+        inherit=(),
+        fill=fill,
+        digests=DigestCache(Path("/nowhere/digests")),
+    )
     for pid in made.tree.home.processes():
         os.kill(pid, signal.SIGSTOP)
     return made
 
 
 def memory(home: Home) -> dict[tuple[int, int], bytes]:
-    """(process by order of pid, address) -> page, of everything but what the kernel itself maps."""
+    """(pid in the cell, address) -> page, of everything but what the kernel itself maps."""
     pages = {}
-    for number, pid in enumerate(sorted(home.processes())):
+    for pid in home.processes():
+        number = int(Path(f"/proc/{pid}/status").read_text().split("NSpid:")[1].split("\n")[0].split()[-1])
         with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as mem:
             for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                 if any(name in line for name in ("[vvar", "[vsyscall]")):
@@ -220,3 +236,59 @@ def test_plain_criu_reads_a_page_map_of_ours(store: Store, criu: Criu, tmp_path:
         [crit, "show", str(tmp_path / "pagemap-1.img")], capture_output=True, text=True, check=True
     ).stdout
     assert '"pages_id": 3' in shown and '"nr_pages": 2' in shown
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_a_restore_that_fails_leaves_no_process_and_no_descriptor(
+    store: Store, criu: Criu, tmp_path: Path, fill: bool
+) -> None:
+    tree = start(tmp_path, "fork")
+    result = captured(tree, store, criu)
+    tree.home.close()
+    (pack,) = (tmp_path / "data" / "store").rglob("*.pack")
+    data = bytearray(pack.read_bytes())
+    data[len(data) // 2] ^= 1
+    pack.write_bytes(data)
+    cells = []
+
+    def take_home() -> Cell:
+        cells.append(Cell.create())
+        return cells[-1]
+
+    for _attempt in range(3):
+        before = open_descriptors()
+        with pytest.raises(DamagedError):
+            restore(result.snapshot_id, store, criu, key={}, take_home=take_home, timeout=60, inherit=(), fill=fill)
+        assert (cells[-1].processes(), cells[-1].alive) == ([], False)
+        assert open_descriptors() == before
+        assert not [thread.name for thread in threading.enumerate() if "MainThread" not in thread.name]
+
+
+def test_a_capture_that_fails_lets_the_process_run_on(
+    store: Store, criu: Criu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = start(tmp_path, "fork")
+    before = open_descriptors()
+    calls = itertools.count()
+
+    def failing(self: ProcessMemory, window: int, mask: int, into: memoryview) -> int:
+        if next(calls) == 5:
+            raise SnapshotError("the memory could not be read")
+        return read(self, window, mask, into)
+
+    read = ProcessMemory.read
+    monkeypatch.setattr(ProcessMemory, "read", failing)
+    with pytest.raises(SnapshotError, match="could not be read"):
+        captured(tree, store, criu)
+    assert open_descriptors() == before
+    assert store.manifests() == []
+    for pid in tree.home.processes():
+        assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "SR"
+    monkeypatch.undo()
+    captured(tree, store, criu)
+    tree.home.close()
+    assert store.verify().ok
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))

@@ -112,12 +112,13 @@ def test_only_the_chunks_asked_for_are_read(
 @pytest.mark.parametrize(
     ("address", "length", "error", "words"),
     [
-        (BASE - PAGE, 10, NotFoundError, "nothing is mapped at 0x7efffffff000 to 0x7f0000000000"),
+        (BASE - PAGE, 10, NotFoundError, "nothing is mapped at 0x7efffffff000 to 0x7efffffff00a"),
         (KERNEL.end, 1, NotFoundError, "nothing is mapped"),
         (FILE.start + 2 * PAGE, 1, NotFoundError, "/lib/x.so from offset 0x7000 on, unchanged"),
         (FILE.start, 3 * PAGE, NotFoundError, "0x7f0000802000 to 0x7f0000803000"),
         (SHARED.start, 1, NotFoundError, "shared memory, mapped shared"),
         (KERNEL.start, 1, NotFoundError, "the kernel's own"),
+        (BASE, 1 << 46, NotFoundError, "0x7f0000802000 to 0x7f0000900000"),
         (0, 1 << 63, NotFoundError, "nothing is mapped at 0x0 to 0x7f0000000000"),
         (-1, 1, RequestError, "no range"),
         (BASE, 0, RequestError, "no range"),
@@ -213,6 +214,16 @@ def test_any_range_is_what_was_there(memory: dict[int, bytes], at: int, length: 
     assert found == whole[at % PAGE : at % PAGE + length]
     (row,) = usage(process, lambda digest: len(chunks[digest]))
     assert row.stored_pages * PAGE == row.stored_bytes == sum(any(page) for page in memory.values()) * PAGE
+
+
+def test_memory_that_was_only_reserved_costs_nothing(store: Store, tmp_path: Path) -> None:
+    """Many programs reserve terabytes of addresses."""
+    reserved = Vma(1 << 44, 1 << 46, protection=0)
+    identity = taken_in(fake_dump(tmp_path / "dump", {(1 << 44) + PAGE: noise(3)}, [reserved]), store)
+    process = pages_module.process_map(decode_body(store.manifest(identity).body, identity), None, store.read)
+    found = read(process, extents(process, 1 << 44, (1 << 46) - (1 << 44)), store.read)
+    assert next(found)[PAGE : 2 * PAGE] == noise(3)
+    assert usage(process, lambda _digest: 5)[0].stored_pages == 1
 
 
 def test_a_huge_range_is_read_in_small_parts(store: Store, snapshot: str) -> None:

@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 def pack_frame(message: msgspec.Struct) -> bytes:
     """One message as the bytes of one frame. Raises EngineError when it would be longer than MAX_FRAME."""
-    body = _encoder.encode(message)
+    try:
+        body = _encoder.encode(message)
+    except RecursionError as error:
+        raise EngineError(f"a {type(message).__name__} message is nested too deeply") from error
     if len(body) > MAX_FRAME:
         raise EngineError(
             f"a {type(message).__name__} message of {len(body)} bytes is over the limit of {MAX_FRAME} bytes",
@@ -53,6 +56,6 @@ class Inbox(Generic[T]):
             del self._buffer[:end]
             try:
                 message = self._decoder.decode(body)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise EngineError(f"the peer sent a malformed message: {error}") from error
             yield message

@@ -38,6 +38,7 @@ from dormouse.jobs.replica import (
 )
 from dormouse.jobs.streams import FileSink, Input, LogSink, NumberedSink, Output, Sink
 from dormouse.snapshot.criu_setup import find_criu
+from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -107,11 +108,12 @@ class Keeper:
 
     def restore(self, stored: StoredJob, count: int, timeout: float, hook_timeout: float) -> None:
         """Bring `count` replicas back, or none: raises the first error."""
-        criu = find_criu(self._data_dir.root)
+        criu, digests = find_criu(self._data_dir.root), DigestCache(self._data_dir.root / CACHE_NAME)
         replicas: list[Replica] = []
         with Store.open(self._data_dir.store) as store, ThreadPoolExecutor(_RESTORES_AT_ONCE) as pool:
             calls = [
-                pool.submit(stored.restore, number, self.record, store, criu, timeout) for number in range(1, count + 1)
+                pool.submit(stored.restore, number, self.record, store, criu, digests, timeout)
+                for number in range(1, count + 1)
             ]
             errors = [error for call in calls if (error := call.exception()) is not None]
             replicas = [call.result() for call in calls if call.exception() is None]
@@ -247,7 +249,7 @@ class Keeper:
         try:
             if replica.number in self._codes:
                 raise SnapshotError(f"job {self.record.name} has just ended")
-            criu = find_criu(self._data_dir.root)
+            criu, digests = find_criu(self._data_dir.root), DigestCache(self._data_dir.root / CACHE_NAME)
             options = CaptureOptions(
                 leave_running=request.leave_running,
                 close_connections=request.close_connections,
@@ -256,7 +258,7 @@ class Keeper:
                 still_wanted=still_there,
             )
             with Store.open(self._data_dir.store) as store:
-                result = capture_replica(replica, store, criu, options)
+                result = capture_replica(replica, store, criu, digests, options)
             if not request.leave_running:
                 self._events.put(Captured(replica.number, result.snapshot_id))
         finally:

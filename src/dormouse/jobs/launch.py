@@ -22,6 +22,7 @@ from dormouse.jobs.record import JobRecord, Network, check_name, made_up_name, p
 from dormouse.jobs.replica import CaptureOptions, StoredJob, capture_replica
 from dormouse.jobs.survey import addresses_in_use
 from dormouse.snapshot.criu_setup import find_criu
+from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.tree import stopped_processes
 from dormouse.store.store import Store
 
@@ -93,8 +94,9 @@ def checkpoint(data_dir: DataDir, target: str, request: Request) -> dict[str, An
         hook_timeout=request.hook_timeout,
         timeout=request.timeout,
     )
+    digests = DigestCache(data_dir.root / CACHE_NAME)
     with Store.open(data_dir.create().store) as store, Guard(tree.pid, stopped_processes(tree.home)):
-        result = capture_replica(tree, store, criu, options)
+        result = capture_replica(tree, store, criu, digests, options)
     return {
         "id": result.snapshot_id,
         "name": tree.record.name,

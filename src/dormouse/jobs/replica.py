@@ -33,6 +33,7 @@ from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.compatibility import system_key
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.images import ImageFile, SnapshotBody, decode_body
+from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.restore import restore
 from dormouse.snapshot.tree import External, Home, ProcessTree, continue_tree, stopped_processes
 from dormouse.store.store import Store
@@ -134,7 +135,9 @@ class StoredJob:
         body = decode_body(manifest.body, snapshot_id)
         return cls(snapshot_id, body, record_of(body, snapshot_id))
 
-    def restore(self, number: int, record: JobRecord, store: Store, criu: Criu, timeout: float) -> Replica:
+    def restore(
+        self, number: int, record: JobRecord, store: Store, criu: Criu, digests: DigestCache, timeout: float
+    ) -> Replica:
         """One replica in a cell of its own; `record` may differ from the stored one in network and ports."""
         pipes = Pipes.make()
         inherit = [pipes.theirs[streams[0]] for streams in record.streams]
@@ -150,6 +153,7 @@ class StoredJob:
                 key=key,
                 take_home=lambda: self._cell(record, store),
                 timeout=timeout,
+                digests=digests,
                 inherit=inherit,
                 criu_options=options,
             )
@@ -190,7 +194,9 @@ def restore_options(record: JobRecord) -> list[str]:
     ]
 
 
-def capture_replica(replica: Replica, store: Store, criu: Criu, options: CaptureOptions) -> CaptureResult:
+def capture_replica(
+    replica: Replica, store: Store, criu: Criu, digests: DigestCache, options: CaptureOptions
+) -> CaptureResult:
     """Capture it. Afterwards its home is closed, or with `leave_running` it goes on. Raises SnapshotError, StoreError;
     it runs on then, unless CRIU itself was killed or hung."""
     found = survey(replica.home.processes(), replica.home.inner_socket, replica.home.insider())
@@ -213,6 +219,7 @@ def capture_replica(replica: Replica, store: Store, criu: Criu, options: Capture
                 now=time.time,
                 still_wanted=options.still_wanted,
                 timeout=options.timeout,
+                digests=digests,
                 criu_options=[*_ALWAYS, *restore_options(record)],
                 attach=lambda ingest: attachments(replica, record, ingest),
             )

@@ -38,16 +38,15 @@ def dump_command(
 
 
 def restore_command(
-    criu: Criu, directory: Path, *, inherited: Mapping[int, External], stopped: bool, options: Sequence[str] = ()
+    criu: Criu, directory: Path, *, inherited: Mapping[int, External], options: Sequence[str] = ()
 ) -> list[str]:
-    """`criu restore` where descriptor N of the criu process takes the place of `inherited[N]`. With `stopped`, the
-    restored processes wait for SIGCONT."""
+    """`criu restore` where descriptor N of the criu process takes the place of `inherited[N]`. The restored processes
+    are stopped and wait for SIGCONT."""
     return [
         *criu.argv_prefix,
         "restore",
         *_common(directory, "restore.log"),
-        "--restore-detached",
-        *(["--leave-stopped"] if stopped else []),
+        *("--restore-detached", "--leave-stopped"),
         *(word for fd, external in inherited.items() for word in ("--inherit-fd", f"fd[{fd}]:{_as_link(external)}")),
         *options,
     ]

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +24,13 @@ import msgspec
 from dormouse.errors import ConfigError, DamagedError, SnapshotError
 from dormouse.phases import Phases
 from dormouse.snapshot.capture import PROCESS_KIND, CaptureResult, new_snapshot_id
-from dormouse.snapshot.compatibility import cpu_flags
 from dormouse.snapshot.criu_images import (
     PAGE,
+    PagemapParser,
     Run,
     check_inventory,
     machine_of,
     parse_mappings,
-    parse_pagemap,
     parse_tree,
 )
 from dormouse.snapshot.export import INVENTORY
@@ -46,8 +45,10 @@ from dormouse.transfer.ingest import Ingest, Put
 
 Progress = Callable[[int, int], None]
 
-_PARSED_LIMIT = 256 << 20
-"""The longest image that is read as a whole: a page map of 10 million runs."""
+_PARSED_LIMIT = 64 << 20
+"""The longest image that is read as a whole. (Page maps are read in pieces.)"""
+_PIECE = 1 << 16
+_WINDOWS_AHEAD = 256
 _ORIGIN = "dormouse-import.json"
 _IGNORED = re.compile(r"stats-(dump|restore)|.*\.(log|pid)|inventory\.img\.lock")
 _OURS = re.compile(r"dormouse-[a-z]+\.(json|tar)")
@@ -61,12 +62,7 @@ class _Memory:
     pid: int | None
     pagemap: str
     pages: str
-    runs: list[Run]
     sparse: Places
-
-    @property
-    def size(self) -> int:
-        return PAGE * sum(run.pages for run in self.runs)
 
 
 def import_images(
@@ -122,15 +118,6 @@ def import_images(
                 )
             )
     return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, dict(phases))
-
-
-def host_key_of_imports() -> dict[str, str]:
-    """The compatibility key of images that come from elsewhere: this host's, for nothing is known of their origin."""
-    return {
-        "machine": platform.machine(),
-        "cpu_flags": cpu_flags(),
-        "kernel": platform.release(),
-    }
 
 
 def parse_external(text: str) -> External:
@@ -201,6 +188,14 @@ class _Folder:
                 raise self.refused(f"{name} became shorter while it was read")
             return bytes(data)
 
+    def runs(self, name: str, parser: PagemapParser) -> Iterator[Run]:
+        """The runs of a page map. Raises DamagedError."""
+        at = 0
+        with system_errors(self._path / name, "reading"):
+            while data := os.pread(self.fd(name), _PIECE, at):
+                at += len(data)
+                yield from parser.feed(data)
+
     def refused(self, why: str) -> SnapshotError:
         return SnapshotError(f"{self._path} can't be imported: {why}", remedy=_WHOLE_DUMP)
 
@@ -261,15 +256,15 @@ class _Dump:
 
 
 def _memory(name: str, files: _Folder) -> _Memory:
-    pages_id, runs = parse_pagemap(files.whole(name), name)
-    pid = process_of(name)
+    parser = PagemapParser(name)
+    expected = PAGE * sum(run.pages for run in files.runs(name, parser))
+    pages_id, pid = parser.finish(), process_of(name)
     mappings = parse_mappings(files.whole(f"mm-{pid}.img"), f"mm-{pid}.img") if pid is not None else []
     sparse = Places((mapping.start, mapping.end) for mapping in mappings if mapping.sparse)
-    memory = _Memory(pid, name, f"pages-{pages_id}.img", runs, sparse)
-    size = files.size(memory.pages)
-    if size != memory.size:
-        raise files.refused(f"{memory.pages} has {size} bytes, and {name} tells of {memory.size}")
-    return memory
+    pages = f"pages-{pages_id}.img"
+    if files.size(pages) != expected:
+        raise files.refused(f"{pages} has {files.size(pages)} bytes, and {name} tells of {expected}")
+    return _Memory(pid, name, pages, sparse)
 
 
 class _Counted:
@@ -293,22 +288,30 @@ def _store_image(name: str, files: _Folder, ingest: Ingest, counted: _Counted) -
 
 def _store_memory(pid: int, memory: _Memory, files: _Folder, ingest: Ingest, counted: _Counted) -> AddressSpace:
     fd = files.fd(memory.pages)
-    windows: list[tuple[int, Future[list[StoredPages]]]] = []
+    windows: deque[tuple[int, Future[list[StoredPages]]]] = deque()
+    stored: dict[int, list[StoredPages]] = {}
     at = 0
+
+    def take(keep: int) -> None:
+        while len(windows) > keep:
+            number, future = windows.popleft()
+            stored.update({number: future.result()} if future.result() else {})
+
     try:
-        for span in _spans(memory.runs):
+        for span in _spans(files.runs(memory.pagemap, PagemapParser(memory.pagemap))):
             windows.append((span.number, ingest.run(_window_job(fd, at, span, memory.sparse.mask(span.number), files))))
             length = span.mask.bit_count() * PAGE
             at += length
             counted.add(length)
+            take(_WINDOWS_AHEAD)
     finally:
         wait([future for _number, future in windows])  # all of them: they use the file
-    stored = {number: future.result() for number, future in windows}
+    take(0)
     pages_id = int(memory.pages.removeprefix("pages-").removesuffix(".img"))
     return address_space(pid, pages_id, at // PAGE, stored)
 
 
-def _spans(runs: Sequence[Run]) -> Iterator[Span]:
+def _spans(runs: Iterable[Run]) -> Iterator[Span]:
     spans = Spans()
     for run in runs:
         yield from spans.add(run)

@@ -99,32 +99,47 @@ def _space(body: SnapshotBody, pid: int | None) -> AddressSpace:
     raise NotFoundError(f"the snapshot has no process {pid}", remedy=f"It has {pids}")
 
 
-def extents(memory: ProcessMap, address: int, length: int) -> list[Extent]:
-    """Where the bytes from `address` on are. Raises RequestError; NotFoundError when some are not in the snapshot."""
+def extents(memory: ProcessMap, address: int, length: int) -> Iterator[Extent]:
+    """Where the bytes from `address` on are, in order. All is checked before this returns. Raises RequestError;
+    NotFoundError when some are not in the snapshot."""
     if address < 0 or length < 1 or address + length > 1 << 64:
         raise RequestError(
             f"{length} bytes at {address:#x} are no range of addresses",
             param="length",
             remedy="Give an address of 64 bits, and a length of at least 1",
         )
-    _refuse_gaps(memory, address, address + length)
-    sparse = Places((mapping.start, mapping.end) for mapping in memory.mappings if mapping.sparse)
-    windows = memory.space.windows
-    at = bisect_left(windows, address // WINDOW, key=lambda window: window.number)
-    found = []
-    for number in range(address // WINDOW, (address + length - 1) // WINDOW + 1):
-        start, end = max(address - number * WINDOW, 0), min(address + length - number * WINDOW, WINDOW)
-        window = windows[at] if at < len(windows) and windows[at].number == number else None
-        at += window is not None
-        missing = _pages_between(start, end) & ~(window_mask(window) if window else 0) & ~sparse.mask(number)
+    at = address
+    for mapping in sorted(memory.mappings, key=lambda found: found.start):
+        if mapping.start <= at < min(mapping.end, address + length):
+            end = min(mapping.end, address + length)
+            if not mapping.sparse:  # where it is sparse, which may be many terabytes, every byte is there
+                _refuse_missing(memory, at, end)
+            at = end
+    if at < address + length:
+        following = (mapping.start for mapping in memory.mappings if mapping.start > at)
+        raise _elsewhere(memory, at, min([address + length, *following]) - at)
+    return _cut(memory.space.windows, address, address + length)
+
+
+def _refuse_missing(memory: ProcessMap, start: int, end: int) -> None:
+    """Raises NotFoundError when a page of a range is not stored."""
+    for extent in _cut(memory.space.windows, start, end):
+        missing = _pages_between(extent.start, extent.end) & ~(window_mask(extent.window) if extent.window else 0)
         if missing:
             first, count = next(mask_runs(missing))
-            raise _elsewhere(memory, number * WINDOW + first * PAGE, count * PAGE)
-        found.append(Extent(number, start, end, window))
-    return found
+            raise _elsewhere(memory, extent.number * WINDOW + first * PAGE, count * PAGE)
 
 
-def read(memory: ProcessMap, found: Sequence[Extent], plain: Plain) -> Iterator[bytes]:
+def _cut(windows: Sequence[Window], start: int, end: int) -> Iterator[Extent]:
+    """A range, window by window."""
+    at = bisect_left(windows, start // WINDOW, key=lambda window: window.number)
+    for number in range(start // WINDOW, (end - 1) // WINDOW + 1):
+        window = windows[at] if at < len(windows) and windows[at].number == number else None
+        at += window is not None
+        yield Extent(number, max(start - number * WINDOW, 0), min(end - number * WINDOW, WINDOW), window)
+
+
+def read(memory: ProcessMap, found: Iterable[Extent], plain: Plain) -> Iterator[bytes]:
     """Their bytes, extent by extent; only the chunks that hold some of them are read. Raises DamagedError."""
     digests = memory.space.chunk_list()
     for extent in found:
@@ -153,16 +168,6 @@ def _window_bytes(window: Window, start: int, end: int, digests: Sequence[Digest
 def _pages_between(start: int, end: int) -> int:
     """The pages of a window that the bytes from `start` to `end` touch."""
     return (1 << -(-end // PAGE)) - (1 << start // PAGE)
-
-
-def _refuse_gaps(memory: ProcessMap, start: int, end: int) -> None:
-    """Raises NotFoundError when not all of a range is mapped. (A range may be huge, so this comes before the rest.)"""
-    at = start
-    for mapping in sorted(memory.mappings, key=lambda found: found.start):
-        if mapping.start <= at < mapping.end:
-            at = mapping.end
-    if at < end:
-        raise _elsewhere(memory, at, min((m.start for m in memory.mappings if m.start > at), default=end) - at)
 
 
 def _elsewhere(memory: ProcessMap, address: int, length: int) -> NotFoundError:
