@@ -577,9 +577,17 @@ def bench_start(model: str, runs: int, prompt: str, data_dir: DataDir, as_json: 
     emit(bench_module.as_json(result)) if as_json else out.print(bench_module.render(result))
 
 
+def _open_standard_streams() -> None:
+    """A closed one would be the number of the first file that is opened, which then would be taken for a stream."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
 def main() -> None:
     """Entry point: runs a verb and turns every error into one clear sentence and an exit status."""
     started = time.monotonic()
+    _open_standard_streams()
     try:
         cli.main(standalone_mode=False, prog_name="dormouse")
     except click.ClickException as error:

@@ -64,6 +64,15 @@ def test_exit_codes_signals_and_streams_are_the_jobs_own(dormouse: Dormouse, tmp
     assert not list((dormouse.data_dir.run / "jobs").glob("*.sock"))
 
 
+@pytest.mark.parametrize("closed", ["0<&-", "0<&- 1>&- 2>&-"])
+def test_streams_that_are_closed_are_not_mistaken(dormouse: Dormouse, closed: str) -> None:
+    command = f"exec {closed}; {sys.executable} -m dormouse.cli run -q -- sh -c 'cat; echo end; exit 4'"
+    environment = {**os.environ, "DORMOUSE_HOME": str(dormouse.data_dir.root)}
+    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 4
+    assert done.stdout == (b"" if "1>" in closed else b"end\n")
+
+
 def test_detached_jobs_are_listed_log_and_stop(dormouse: Dormouse) -> None:
     assert dormouse.start("run", "-d", "--name", "web", "--", sys.executable, "-u", "-c", COUNT).code() == 0
     (job,) = dormouse.do("jobs")
