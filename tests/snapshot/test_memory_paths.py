@@ -26,7 +26,7 @@ from dormouse.store.store import Store
 
 pytestmark = pytest.mark.root
 
-_RSEQ_BYTES = 32  # struct rseq: the kernel writes the CPU's number there whenever the thread is scheduled
+RSEQ_BYTES = 32  # struct rseq: the kernel writes the CPU's number there whenever the thread is scheduled
 
 PROGRAM = """
 import ctypes, mmap, os, signal, sys, time
@@ -120,7 +120,7 @@ def assert_same(found: dict[tuple[int, int], bytes], expected: dict[tuple[int, i
     for where, page in expected.items():
         if found[where] != page:
             wrong = sum(a != b for a, b in zip(found[where], page, strict=True))
-            assert wrong <= _RSEQ_BYTES, f"{wrong} bytes differ at {where}"
+            assert wrong <= RSEQ_BYTES, f"{wrong} bytes differ at {where}"
 
 
 @pytest.mark.parametrize("how", ["alone", "fork"])
