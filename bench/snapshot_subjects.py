@@ -28,6 +28,7 @@ SEED = 20_240_229
 _MAPPING = 64 << 20
 _POOL = 32 << 20
 _PAGE = mmap.PAGESIZE
+_LONGEST_BLOCK = 1024 * _PAGE
 _PR_SET_THP_DISABLE = 41
 _WORDS_IN_USE = 20_000
 
@@ -46,7 +47,7 @@ class Heap:
         chosen = random.Random(SEED)
         raw = megabytes << 20
         self._mappings = list(_mappings(raw * 15 // 16, huge_pages == "on"))
-        pools = {"weights": _weights(), "text": _text(chosen, min(_POOL, max(8 << 20, raw // 16)))}
+        pools = {"weights": _weights(), "text": _text(chosen, min(_POOL, max(_LONGEST_BLOCK + _PAGE, raw // 16)))}
         left = {"zero": raw // 2, "weights": raw // 4, "text": raw * 3 // 16}
         for mapping in self._mappings:
             _fill(mapping, chosen, pools, left)

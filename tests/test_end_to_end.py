@@ -20,6 +20,7 @@ import openai
 import psutil
 import pytest
 
+from dormouse.admin_client import ask_node
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel
 from dormouse.config import DataDir, default_data_dir
@@ -172,6 +173,37 @@ def test_the_main_job_through_the_official_client(data_dir: DataDir, smollm2: Im
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
         assert chunks[-1].usage is not None
         assert server.metric("dormouse_fallbacks_total") == 0
+
+
+@pytest.mark.model
+def test_a_model_without_a_snapshot_starts_from_the_template_of_its_engine(
+    data_dir: DataDir, smollm2: ImportedModel
+) -> None:
+    lend(smollm2, data_dir)
+    name = "smollm2-135m"
+    with serve(data_dir, name, keep_alive="1h") as server:
+
+        def ask() -> tuple[str, str]:
+            answer = server.ask(name)
+            return answer.headers["x-dormouse-start"].split(";")[0], answer.json()["choices"][0]["message"]["content"]
+
+        def snapshots(kind: str) -> list[str]:
+            rows = ask_node(data_dir.run, "GET", "snapshots")["data"]
+            return [row["id"] for row in rows if row["kind"] == kind]
+
+        path, text = ask()
+        assert path == "cold"
+        first = ask_node(data_dir.run, "POST", "models", name, "snapshot")["snapshot_id"]
+        until(lambda: len(snapshots("template")) == 1)
+        ask_node(data_dir.run, "DELETE", "snapshots", first)
+        assert ask() == ("template", text)
+        second = ask_node(data_dir.run, "POST", "models", name, "snapshot")["snapshot_id"]
+        assert snapshots("snapshot") == [second]
+        assert ask() == ("snapshot", text)
+        assert server.metric("dormouse_fallbacks_total") == 0
+    with Store.open(data_dir.store) as store:
+        (row,) = store.manifests(kind="snapshot")
+        assert row.shared_bytes > row.stored_bytes / 2, "what comes from the template is stored once"
 
 
 def test_fifty_requests_share_one_wake_and_all_are_answered(data_dir: DataDir) -> None:

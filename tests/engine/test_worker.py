@@ -23,6 +23,8 @@ from dormouse.engine.messages import (
     Finished,
     Generate,
     Load,
+    Ping,
+    Pong,
     Prepare,
     Quiesce,
     Resume,
@@ -55,6 +57,11 @@ def cpu_ticks(pid: int) -> int:
 
 def test_it_says_hello_first(worker: WorkerClient) -> None:
     assert (worker.hello.version, worker.hello.pid) == (PROTOCOL_VERSION, worker.process.pid)
+
+
+def test_it_gives_a_sign_of_life(worker: WorkerClient) -> None:
+    worker.send(Ping())
+    assert isinstance(worker.receive(), Pong)
 
 
 def test_answers_depend_on_prompt_and_seed_only(worker: WorkerClient) -> None:

@@ -43,6 +43,8 @@ class FakeWorker:
             case m.Cancel() if task := self.running.pop(message.id, None):
                 task.cancel()
                 self.send(m.Finished(id=message.id, reason="cancel", prompt_tokens=1, completion_tokens=0))
+            case m.Ping():
+                self.send(m.Pong())
             case m.Quiesce() if not self.faulty("quiesce"):
                 assert not self.running, "quiesced with a request in flight"
                 self.send(m.Quiesced(phases={"park": 0.001}))

@@ -29,7 +29,8 @@ async def test_a_worker_that_answers_otherwise_is_never_served_and_its_snapshot_
     host = StandInHost()
     async with run_node(configure(tmp_path), host) as node:
         await node.snapshot("mouse")
-        host.snapshots["snap1"]["canary"] = json.dumps({"tokens": answer.tokens, "logprob": answer.logprob})
+    host.snapshots["snap1"]["canary"] = json.dumps({"tokens": answer.tokens, "logprob": answer.logprob})
+    async with run_node(configure(tmp_path), host) as node:
         assert await ask(node) == ("a b a", "cold")
         await until(lambda: "known question" in host.quarantined.get("snap1", ""))
         assert host.calls.count("restore") == 2
@@ -40,7 +41,8 @@ async def test_snapshots_without_an_answer_are_served_unasked(tmp_path: Path) ->
     host = StandInHost()
     async with run_node(configure(tmp_path), host) as node:
         await node.snapshot("mouse")
-        del host.snapshots["snap1"]["canary"]
+    del host.snapshots["snap1"]["canary"]
+    async with run_node(configure(tmp_path), host) as node:
         assert await ask(node) == ("a b a", "snapshot")
 
 
@@ -49,7 +51,8 @@ async def test_an_answer_that_cannot_be_read_counts_against_the_snapshot(tmp_pat
     host = StandInHost()
     async with run_node(configure(tmp_path), host) as node:
         await node.snapshot("mouse")
-        host.snapshots["snap1"]["canary"] = "nonsense"
+    host.snapshots["snap1"]["canary"] = "nonsense"
+    async with run_node(configure(tmp_path), host) as node:
         assert await ask(node) == ("a b a", "cold")
 
 

@@ -28,6 +28,7 @@ from dormouse.errors import (
     SnapshotError,
     StoppingError,
 )
+from dormouse.node import link
 from dormouse.node.node import Node
 from dormouse.node.presence import read_node
 from tests.node.standin import FakeModel, StandInHost, configure, on_loop, run_node, until
@@ -471,3 +472,31 @@ async def test_twenty_cycles_leave_nothing_behind(tmp_path: Path) -> None:
             await node.sleep("mouse")
         assert descriptors() <= before[0] and len(asyncio.all_tasks()) <= before[1]
         assert host.alive() == 0
+
+
+@on_loop
+async def test_worker_that_hangs_is_noticed_and_the_next_request_gets_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "PING_AFTER", 0.05)
+    monkeypatch.setattr(link, "LOST_AFTER", 0.3)
+    host = StandInHost(delay=0.1)
+    async with run_node(configure(tmp_path), host) as node:
+        asking = asyncio.create_task(ask(node, tokens=60))
+        await until(lambda: node.statuses()[0].in_flight == 1)
+        (worker,) = host.processes.values()
+        worker.send_signal(signal.SIGSTOP)
+        with pytest.raises(EngineError, match="sign of life"):
+            await asking
+        assert (await ask(node))[1] == "cold"
+
+
+@on_loop
+async def test_worker_that_only_takes_long_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "PING_AFTER", 0.05)
+    monkeypatch.setattr(link, "LOST_AFTER", 0.3)
+    host = StandInHost(delay=0.8)
+    async with run_node(configure(tmp_path), host) as node:
+        assert await ask(node, tokens=2) == ("a b", "cold")
+        await asyncio.sleep(0.5)  # nor is one that has nothing to do
+        assert await ask(node, tokens=1) == ("a", "hot")

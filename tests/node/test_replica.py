@@ -232,6 +232,15 @@ def test_template_is_not_blamed_for_a_model_that_cannot_be_loaded() -> None:
     assert effects == [r.Fallback("template", "t", error), r.StartCold()]
 
 
+def test_template_of_another_host_is_replaced_without_quarantine() -> None:
+    replica = new_replica()
+    replica.handle(r.OfferTemplate("t"), 0.0)
+    replica.handle(r.Request(1), 1.0)
+    error = IncompatibleError("other kernel")
+    effects = replica.handle(r.Failed(error), 2.0)
+    assert effects == [r.Discard("t"), r.Fallback("template", "t", error), r.StartCold()]
+
+
 def test_without_snapshots_no_template_is_used() -> None:
     replica = new_replica(snapshots=False)
     replica.handle(r.OfferTemplate("t"), 0.0)
@@ -412,7 +421,7 @@ class AnyOrder(RuleBasedStateMachine):
                 self.quarantined.add(effect.snapshot_id)
             case r.Ready():
                 assert self.workers == 1
-            case r.CaptureFailed():
+            case r.CaptureFailed() | r.Discard():
                 pass
             case _:
                 self.begin(effect)

@@ -107,6 +107,22 @@ async def test_a_template_that_fails_is_quarantined_and_the_model_starts_cold(tm
 
 
 @on_loop
+async def test_a_template_of_another_version_is_replaced(tmp_path: Path) -> None:
+    host = StandInHost()
+    config, models = two_models(tmp_path)
+    async with run_node(config, host, models) as node:
+        await node.wake("mouse")
+        await node.sleep("mouse")
+        await until(lambda: is_offered(host))
+        host.snapshots[TEMPLATE] = {"worker": "older"}
+        assert await ask(node, model="vole") == ("a b a", "cold")
+        await node.sleep("vole")
+        await until(lambda: host.calls.count("capture template") == 2)
+        await until(lambda: TEMPLATE not in host.snapshots)
+        assert host.quarantined == {}
+
+
+@on_loop
 async def test_a_model_that_cannot_be_loaded_does_not_cost_the_template(tmp_path: Path) -> None:
     host = StandInHost()
     config, models = two_models(tmp_path)

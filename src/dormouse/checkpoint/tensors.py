@@ -52,14 +52,6 @@ class CheckpointBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunk_size: int
     tensors: list[Tensor]
 
-    def chunk_length(self, number: int) -> int:
-        """The plain bytes of chunk `number`; only the last is shorter than the others."""
-        return min(self.chunk_size, self.size - number * self.chunk_size)
-
-    def chunk_count(self) -> int:
-        """How many chunks the segment is cut into."""
-        return -(-self.size // self.chunk_size)
-
 
 @dataclass(frozen=True)
 class NewTensor:

@@ -17,10 +17,20 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 """The packages whose code and data are in a worker's memory, by engine."""
 
 
+_ALSO_IN_A_WORKER = (
+    "checkpoint/models.py",
+    "checkpoint/tensors.py",
+    "checkpoint/null_source.py",
+    "transfer/handles.py",
+)
+
+
 @cache
 def worker_identity() -> str:
-    """Version, protocol and a digest of the worker's own source files."""
+    """Version, protocol and a digest of the source files that are in a worker's memory and decide what it does."""
+    package = Path(__file__).parent.parent
+    files = [*sorted(Path(__file__).parent.glob("*.py")), *(package / name for name in _ALSO_IN_A_WORKER)]
     digest = blake3()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return f"{dormouse.__version__} protocol {PROTOCOL_VERSION} code {digest.hexdigest(8)}"

@@ -1,7 +1,7 @@
 """The words a node and a worker exchange over the inherited control socket.
 
-    node -> worker   Segments, Prepare, Load, Generate, Cancel, Quiesce, Resume
-    worker -> node   Hello, Prepared, Loaded, Delta, Finished, Failed, Quiesced, Resumed, WorkerError
+    node -> worker   Segments, Prepare, Load, Generate, Cancel, Ping, Quiesce, Resume
+    worker -> node   Hello, Prepared, Loaded, Delta, Finished, Failed, Pong, Quiesced, Resumed, WorkerError
 
 A worker says `Hello` first (also: never again after a restore, the socket's peer is new but the process is not). The
 node answers with one `Load` (cold start), or with `Prepare` and then perhaps one `Load`. After `Loaded`, any number of
@@ -112,6 +112,10 @@ class Cancel(_Message, frozen=True, tag="cancel"):
     id: str
 
 
+class Ping(_Message, frozen=True, tag="ping"):
+    """Answer `Pong`: nothing has been heard while something is being generated."""
+
+
 class Quiesce(_Message, frozen=True, tag="quiesce"):
     """Park: finish what runs, drop caches, point stdout and stderr at /dev/null, answer `Quiesced`."""
 
@@ -184,6 +188,10 @@ class Failed(_Message, frozen=True, tag="failed"):
     param: str | None = None
 
 
+class Pong(_Message, frozen=True, tag="pong"):
+    """The worker still reads what it is sent."""
+
+
 class Quiesced(_Message, frozen=True, tag="quiesced"):
     """Parked. `phases` are seconds by name."""
 
@@ -204,5 +212,5 @@ class WorkerError(_Message, frozen=True, tag="worker_error"):
     kind: str = "EngineError"
 
 
-ToWorker = Segments | Prepare | Load | Generate | Cancel | Quiesce | Resume
-FromWorker = Hello | Prepared | Loaded | Delta | Finished | Failed | Quiesced | Resumed | WorkerError
+ToWorker = Segments | Prepare | Load | Generate | Cancel | Ping | Quiesce | Resume
+FromWorker = Hello | Prepared | Loaded | Delta | Finished | Failed | Pong | Quiesced | Resumed | WorkerError

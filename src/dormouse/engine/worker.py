@@ -40,6 +40,8 @@ from dormouse.engine.messages import (
     Generate,
     Hello,
     Load,
+    Ping,
+    Pong,
     Prepare,
     Prepared,
     Quiesce,
@@ -135,6 +137,8 @@ class Worker:
                 self._generate(message)
             case Cancel() if self._engine is not None and not self._parked:
                 self._engine.cancel(message.id)
+            case Ping():
+                self._send(Pong())
             case Quiesce():
                 self._quiesce()
             case Resume():

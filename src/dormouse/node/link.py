@@ -29,6 +29,8 @@ from dormouse.engine.messages import (
     Hello,
     Load,
     Loaded,
+    Ping,
+    Pong,
     Prepare,
     Prepared,
     Prompt,
@@ -46,6 +48,9 @@ from dormouse.errors import DormouseError, EngineError, RequestError, of_kind
 from dormouse.transfer.handles import SegmentHandle
 
 _READ_SIZE = 1 << 16
+PING_AFTER = 15.0
+LOST_AFTER = 60.0
+"""Seconds of silence, while something is being generated, after which a worker is asked for a sign, and given up."""
 _Reply = TypeVar("_Reply", Hello, Prepared, Loaded, Quiesced, Resumed)
 
 
@@ -159,7 +164,9 @@ class WorkerLink:
         self._reply: asyncio.Future[FromWorker] | None = asyncio.get_running_loop().create_future() if fresh else None
         self._lost: DormouseError | None = None
         self._on_lost: Callable[[DormouseError], None] | None = on_lost
+        self._heard = asyncio.get_running_loop().time()
         self._task = asyncio.create_task(self._receive(), name=f"link {model}")
+        self._watcher = asyncio.create_task(self._watch(), name=f"watch {model}")
 
     @classmethod
     async def open(
@@ -227,7 +234,8 @@ class WorkerLink:
         """Let a parked or restored worker go on. Raises EngineError, or what reading the weights failed with."""
         self._segments.send()
         resumed = await self._command(Resume(log_path=log_path), Resumed)
-        self._segments.filled()
+        if "weights" in resumed.phases:  # it has a model and so has waited for them; a template waits at its load
+            self._segments.filled()
         return resumed
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Delta | Finished]:
@@ -239,6 +247,8 @@ class WorkerLink:
         frame = _request_frame(Generate(id=number, prompt=prompt, sampling=sampling))
         if self._lost is not None:
             raise self._lost
+        if not self._generations:
+            self._heard = asyncio.get_running_loop().time()
         generation = self._generations[number] = _Generation()
         self._settled.clear()
         try:
@@ -257,8 +267,9 @@ class WorkerLink:
         """Close the socket; a worker that is still there ends. Idempotent."""
         self._on_lost = None
         self._task.cancel()
+        self._watcher.cancel()
         try:
-            await asyncio.wait([self._task])
+            await asyncio.wait([self._task, self._watcher])
         finally:
             self._segments.close()
             self._lose(EngineError(f"the worker of {self._model} was stopped"))
@@ -295,6 +306,7 @@ class WorkerLink:
         ended = f"the worker of {self._model} ended unexpectedly"
         try:
             while data := await self._reader.read(_READ_SIZE):
+                self._heard = asyncio.get_running_loop().time()
                 for message in inbox.feed(data):
                     self._dispatch(message)
             self._lose(EngineError(ended, remedy="Look into its log"))
@@ -302,6 +314,19 @@ class WorkerLink:
             self._lose(EngineError(f"{ended}: {error}", remedy="Look into its log"))
         except EngineError as error:
             self._lose(error)
+
+    async def _watch(self) -> None:
+        """Notice a worker that is there but does nothing any more: it is lost like one that has ended."""
+        while self._lost is None:
+            await asyncio.sleep(PING_AFTER / 2)
+            silence = asyncio.get_running_loop().time() - self._heard
+            if not self._generations or silence < PING_AFTER or self._lost is not None:
+                continue
+            if silence < LOST_AFTER:
+                self._send(Ping())
+            else:
+                said = f"the worker of {self._model} has not given a sign of life for {silence:.0f} s"
+                self._lose(EngineError(said, remedy="Look into its log; the next request starts a new one"))
 
     def _dispatch(self, message: FromWorker) -> None:
         match message:
@@ -312,6 +337,8 @@ class WorkerLink:
                 self._finish(message.id, message)
             case Failed():
                 self._finish(message.id, _as_error(message))
+            case Pong():
+                pass
             case _ if self._reply is not None and not self._reply.done():
                 self._reply.set_result(message)
             case WorkerError():

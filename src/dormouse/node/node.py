@@ -86,6 +86,7 @@ class Node:
                 changed=self._notify,
                 captured=self._retire_older,
                 quarantine=self._quarantine,
+                discard=self._discard,
                 wall_clock=self._wall_clock,
             )
             for name, model in self.models.items():
@@ -309,6 +310,9 @@ class Node:
             asyncio.to_thread(self._catalog.quarantine, snapshot_id, str(error)),
             "a quarantine could not be remembered; it holds until this node ends: %s",
         )
+
+    def _discard(self, template_id: str) -> None:
+        asyncio.get_running_loop().call_soon(self._withdraw, template_id)
 
     def _withdraw(self, snapshot_id: str) -> None:
         for runner in self._runners.values():

@@ -295,6 +295,13 @@ class Quarantine:
 
 
 @dataclass(frozen=True)
+class Discard:
+    """Remember while this node runs: a template is not for this host, another must be made."""
+
+    template_id: str
+
+
+@dataclass(frozen=True)
 class CaptureFailed:
     """Tell: no snapshot was made."""
 
@@ -304,7 +311,7 @@ class CaptureFailed:
 Starting = StartCold | Restore | RestoreTemplate
 Operation = Starting | Quiesce | Capture | Resume | Stop
 Told = Ready | Fallback | Retry | Quarantine | CaptureFailed
-Effect = Operation | Serve | Fail | Told
+Effect = Operation | Serve | Fail | Told | Discard
 
 _PATHS: Mapping[type[Starting], StartPath] = {StartCold: "cold", Restore: "snapshot", RestoreTemplate: "template"}
 
@@ -565,9 +572,12 @@ class Replica:
     def _template_failed(self, template_id: str, event: Failed) -> None:
         """A template costs little to make anew, so it gets no second chance; but one whose worker came up is not to
         blame for a model that can't be loaded."""
-        if not event.restored and judge(event.error) in (Verdict.SUSPECT, Verdict.BAD):
+        verdict = judge(event.error)
+        if verdict is Verdict.UNFIT and not event.restored:
+            self._effects.append(Discard(template_id))
+        elif verdict in (Verdict.SUSPECT, Verdict.BAD) and not event.restored:
             self._effects.append(Quarantine(template_id, event.error))
-        if self.template_id == template_id and judge(event.error) is not Verdict.INNOCENT:
+        if self.template_id == template_id and verdict is not Verdict.INNOCENT:
             self.template_id = None
         self._effects.append(Fallback("template", template_id, event.error))
 

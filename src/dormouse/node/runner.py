@@ -62,6 +62,7 @@ class Surroundings:
     changed: Callable[[], None]
     captured: Callable[[str, str, str], None]
     quarantine: Callable[[str, DormouseError], None]
+    discard: Callable[[str], None]
     wall_clock: Callable[[], float]
 
 
@@ -109,6 +110,7 @@ class Runner:
         self._key = key
         self._template_key = template_key
         self._canary_of = canary_of
+        self._answers: dict[str, str | None] = {}
         self._canary: str | None = None
         self._log_path = log_path
         self._loop = asyncio.get_running_loop()
@@ -229,6 +231,8 @@ class Runner:
             case machine.Quarantine():
                 self._tell(effect)
                 self._around.quarantine(effect.snapshot_id, effect.error)
+            case machine.Discard():
+                self._around.discard(effect.template_id)
             case _:
                 assert self._operation is None
                 self._operation = self._loop.create_task(self._work(effect))
@@ -339,13 +343,22 @@ class Runner:
         phases |= _details("host", self._handle.phases) | _details("load", loaded.phases)
 
     async def _restore(self, snapshot_id: str, phases: Phases) -> None:
+        expected = asyncio.create_task(self._answer_of(snapshot_id))
+        try:
+            await self._restore_and_judge(snapshot_id, expected, phases)
+        finally:
+            expected.cancel()
+            await asyncio.gather(expected, return_exceptions=True)
+
+    async def _restore_and_judge(self, snapshot_id: str, expected: asyncio.Task[str | None], phases: Phases) -> None:
         with phases.time("host"):
             self._handle = await self._around.host.restore(snapshot_id, key=self._key, checkpoint=self.model.checkpoint)
         link = await self._connect(self._handle, fresh=False)
         with phases.time("resume"):
             resumed = await self._resume_restored(link)
         with phases.time("canary"):
-            await self._judge(link, snapshot_id)
+            if (answer := await expected) is not None:
+                await canary.judge(link, answer, f"snapshot {snapshot_id} of {self.model.name}")
         phases |= _details("host", self._handle.phases) | _details("resume", resumed.phases)
 
     async def _resume_restored(self, link: WorkerLink) -> Resumed:
@@ -355,11 +368,11 @@ class Runner:
             self._restored = True  # the process is back: it is the model's weights that can't be read
             raise
 
-    async def _judge(self, link: WorkerLink, snapshot_id: str) -> None:
-        """The canary's verdict on a restored worker, before anyone is served."""
-        expected = await self._canary_of(snapshot_id)
-        if expected is not None:
-            await canary.judge(link, expected, f"snapshot {snapshot_id} of {self.model.name}")
+    async def _answer_of(self, snapshot_id: str) -> str | None:
+        """What the canary answered before this snapshot was made."""
+        if snapshot_id not in self._answers:
+            self._answers = {snapshot_id: await self._canary_of(snapshot_id)}
+        return self._answers[snapshot_id]
 
     async def _start_from_template(self, template_id: str, phases: Phases) -> None:
         with phases.time("host"):
@@ -404,6 +417,7 @@ class Runner:
             raise
         phases |= _details("host", result.phases)
         self._handle = None
+        self._answers = {result.snapshot_id: self._canary}
         await self._end_worker()
         self._tell_captured(result, phases)
         return machine.Done(snapshot_id=result.snapshot_id, phases=phases)

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 QUIET_SECONDS = 2.0
 MAX_FAILURES = 3
+_CLOSE_TIMEOUT = 10.0
 
 # The null engine imports nothing, and workers on a GPU can't be captured.
 _ENGINES = ("transformers",)
@@ -123,11 +124,11 @@ class Templates:
             self._task.add_done_callback(self._made)
 
     async def close(self) -> None:
-        """Give up what is under way and wait for its end."""
+        """Give up what is under way and wait for its end, but not for ever: its cell ends with the host service."""
         self._closed = True
         self._give_up()
-        while self._task is not None:
-            await asyncio.wait([self._task])
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=_CLOSE_TIMEOUT)
 
     def _give_up(self) -> None:
         if self._task is not None and not self._task.cancelling():  # its clean-up must not be cancelled, too

@@ -32,7 +32,10 @@ FULL = (1 << PAGES) - 1
 
 _MOST_WINDOWS = 1 << 37  # 57 bits of addresses
 _MOST_PIECES = 4
-_ZERO_PAGE = bytes(PAGE)
+_ZERO_STEP = 16
+# bytearray's comparison with a buffer is one memcmp; memoryview's own goes element by element.
+_ZERO_PAGE = bytearray(PAGE)
+_ZERO_PAGES = bytearray(_ZERO_STEP * PAGE)
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -191,21 +194,32 @@ def runs_of(windows: Iterable[Window]) -> Iterator[Run]:
 def squeeze(pages: memoryview, mask: int, sparse: int) -> int:
     """Drop those pages of `mask`, which lie one after another in `pages`, that are all zero and in `sparse` (where what
     is not there is zero), and move the others together; the mask of those that are left."""
-    kept = 0
-    target = source = 0
-    rest = mask
-    while rest:
-        bit = rest & -rest
-        rest ^= bit
-        page = pages[source : source + PAGE]
-        source += PAGE
-        if bit & sparse and page.tobytes() == _ZERO_PAGE:
-            continue
-        if target != source - PAGE:
-            pages[target : target + PAGE] = page
-        target += PAGE
-        kept |= bit
+    filled = _filled(pages[: mask.bit_count() * PAGE])
+    kept = packed = at = 0
+    for first, count in mask_runs(mask):
+        keep = (filled >> at | ~(sparse >> first)) & (1 << count) - 1
+        kept |= keep << first
+        packed |= keep << at
+        at += count
+    target = 0
+    for first, count in mask_runs(packed):
+        if first * PAGE != target:
+            pages[target : target + count * PAGE] = pages[first * PAGE : (first + count) * PAGE]
+        target += count * PAGE
     return kept
+
+
+def _filled(pages: memoryview) -> int:
+    """Bit i: the i-th of some pages is not all zero. Long runs of zeros are common, and looked at in larger steps."""
+    filled = 0
+    for first in range(0, len(pages) // PAGE, _ZERO_STEP):
+        step = pages[first * PAGE : (first + _ZERO_STEP) * PAGE]
+        if _ZERO_PAGES.__eq__(step):
+            continue
+        for number in range(len(step) // PAGE):
+            if not _ZERO_PAGE.__eq__(step[number * PAGE : (number + 1) * PAGE]):
+                filled |= 1 << (first + number)
+    return filled
 
 
 def changed_pages(pages: memoryview, mask: int, parent: memoryview, parent_mask: int) -> int:

@@ -40,6 +40,8 @@ from dormouse.transfer.readahead import ReadAhead
 AHEAD_BYTES = 96 << 20
 """What is decoded before the processes are there to take it."""
 
+_ADVISE_STEP = 4 << 20
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -158,10 +160,16 @@ class Fill:
                 self._pool.shutdown(cancel_futures=True)
 
     def _advise(self) -> None:
+        """One step is under way at a time: behind a deep queue, CRIU's own reads would wait for all of it."""
+        step = 0
         for chunk in sorted(self._chunks.values(), key=lambda chunk: (chunk.pack, chunk.offset)):
             if self._ended:
                 return
             self._reader.advise(chunk)
+            step += chunk.stored_length
+            if step >= _ADVISE_STEP:
+                self._reader.arrive(chunk)
+                step = 0
 
     def _fill(self, memory: ProcessMemory, pid: int, window: Window) -> None:
         # The futures of `begin` were in the pool's queue before this one, so what is waited for is running or done.

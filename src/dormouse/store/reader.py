@@ -74,6 +74,12 @@ class Reader:
             with contextlib.suppress(StoreError), self._pack(chunk) as fd:
                 os.posix_fadvise(fd, chunk.offset, chunk.stored_length, os.POSIX_FADV_WILLNEED)
 
+    def arrive(self, chunk: StoredChunk) -> None:
+        """Wait until the last of a chunk's stored bytes is in memory. A hint, as `advise` is."""
+        if chunk.stored_length and makes_sense(chunk):
+            with contextlib.suppress(StoreError), self._pack(chunk) as fd:
+                read_all(fd, 1, chunk.offset + chunk.stored_length - 1)
+
     def close(self) -> None:
         """Close the packs and let garbage be collected. No call may be under way. Idempotent."""
         files, self._files = self._files, {}

@@ -1,0 +1,64 @@
+"""The benchmarks run, on something tiny: their figures mean nothing here, their checks do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dormouse.config import default_data_dir
+from dormouse.errors import HostError
+from dormouse.snapshot.criu_setup import find_criu
+
+pytestmark = pytest.mark.root
+
+BENCH = Path(__file__).parent.parent.parent / "bench"
+
+
+def run(script: str, tmp_path: Path, *words: str) -> dict[str, Any]:
+    """What a script writes, run in a data folder of its own."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    try:
+        find_criu(default_data_dir(os.environ))
+    except HostError as error:
+        pytest.skip(str(error))
+    shared = default_data_dir(os.environ) / "criu"
+    if shared.exists():
+        (home / "criu").symlink_to(shared)
+    target = tmp_path / "result.json"
+    command = [sys.executable, str(BENCH / script), *words, "--json", str(target)]
+    done = subprocess.run(
+        command, env={**os.environ, "DORMOUSE_HOME": str(home)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list((home / "run").iterdir())
+    result: dict[str, Any] = json.loads(target.read_text())
+    return result
+
+
+def test_snapshot_cpu_compares_the_ways_and_checks_what_came_back(tmp_path: Path) -> None:
+    words = ("--heap-mb", "8", "--runs", "1", "--only", "heap/lz4", "--only", "heap/ours")
+    result = run("snapshot_cpu.py", tmp_path, *words)
+    rows = {row["way"]: row for row in result["rows"]}
+    assert set(rows) == {"plain", "lz4", "ours"}
+    for way, row in rows.items():
+        assert row["error"] is None
+        assert all(value > 0 for value in row["restore"].values() if value is not None), way
+    assert rows["ours"]["capture"]["peak_disk_bytes"] < rows["lz4"]["capture"]["peak_disk_bytes"] / 2
+    assert rows["ours"]["capture"]["stored_bytes"] < rows["plain"]["capture"]["stored_bytes"] / 2
+    assert rows["ours"]["capture"]["peak_memory_bytes"] > rows["plain"]["capture"]["peak_memory_bytes"]
+    assert len(result["goals"]) == 8
+
+
+def test_soak_counts_what_must_not_grow(tmp_path: Path) -> None:
+    result = run("soak.py", tmp_path, "--cycles", "4", "--memory-mb", "2")
+    assert result["failures"] == []
+    assert len(result["samples"]) == 4
+    assert {sample["temporary"] for sample in result["samples"]} == {0}
+    assert all(sample["store_bytes"] > 1 << 20 for sample in result["samples"])
