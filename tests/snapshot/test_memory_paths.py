@@ -261,7 +261,17 @@ def test_a_restore_that_fails_leaves_no_process_and_no_descriptor(
     for _attempt in range(3):
         before = open_descriptors()
         with pytest.raises(DamagedError):
-            restore(result.snapshot_id, store, criu, key={}, take_home=take_home, timeout=60, inherit=(), fill=fill)
+            restore(
+                result.snapshot_id,
+                store,
+                criu,
+                key={},
+                take_home=take_home,
+                timeout=60,
+                digests=DigestCache(tmp_path / "digests"),
+                inherit=(),
+                fill=fill,
+            )
         assert (cells[-1].processes(), cells[-1].alive) == ([], False)
         assert open_descriptors() == before
         assert not [thread.name for thread in threading.enumerate() if "MainThread" not in thread.name]
