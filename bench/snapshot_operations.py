@@ -32,6 +32,7 @@ from dormouse.node.replica import Start
 from dormouse.snapshot.capture import SNAPSHOT_KIND, CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
+from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import restore
 from dormouse.snapshot.service_main import worker_environment
 from dormouse.snapshot.tree import External, ProcessTree
@@ -228,6 +229,7 @@ def our_capture(*, home: str, words: list[str], store: str) -> None:
                 now=time.time,
                 still_wanted=lambda: True,
                 timeout=_CRIU_TIMEOUT,
+                digests=DigestCache(Path(home) / CACHE_NAME),
             )
         Operation.add("capture", sync_seconds=0.0, phases=result.phases, raw_bytes=result.raw_bytes)
         Operation.add("capture", stored_bytes=allocated_bytes([folder]))
@@ -249,6 +251,7 @@ def our_restore(*, home: str, store: str, snapshot: dict[str, Any], fill: bool) 
                 key={},
                 take_home=lambda: cell,
                 timeout=_CRIU_TIMEOUT,
+                digests=DigestCache(Path(home) / CACHE_NAME),
                 inherit=(None,),
                 fill=fill,
             )

@@ -121,6 +121,114 @@ def import_(source: str, name: str, replace: bool, data_dir: DataDir, as_json: b
         )
 
 
+def keeper_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options of the verbs that run a job."""
+    for option in (
+        click.option("--name", help="The job's name."),
+        click.option(
+            "--net", "network", type=click.Choice(["own", "host"]), help="A network of its own, or the host's."
+        ),
+        click.option("--publish", "-p", multiple=True, metavar="[HOST:]PORT[:INNER]", help="Forward a TCP port to it."),
+        click.option("--detach", "-d", is_flag=True, help="Return once it runs; its output goes to a log."),
+    ):
+        function = option(function)
+    return function
+
+
+def tell(quiet: bool) -> Callable[[str], None]:
+    """Words about a job, on stderr so that its own output stays clean."""
+    return lambda text: None if quiet else err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@cli.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@click.argument("argv", metavar="-- CMD...", nargs=-1, required=True)
+@keeper_options
+@click.option("--tmpfs", multiple=True, metavar="FOLDER", help="A tmpfs of its own here, kept in snapshots, too.")
+@common
+def run(
+    argv: tuple[str, ...], name: str | None, network: Any, publish: tuple[str, ...], detach: bool,
+    tmpfs: tuple[str, ...], data_dir: DataDir, as_json: bool, reporter: Reporter,
+) -> None:  # fmt: skip
+    """Run a program so that it can be captured and restored. Exits with its exit status."""
+    from dormouse.jobs import launch
+
+    place = launch.Place(name, network, publish, detach)
+    sys.exit(launch.run_job(data_dir, argv, place, tmpfs, tell(reporter.silent)))
+
+
+@cli.command()
+@click.argument("target", metavar="NAME|PID")
+@click.option("--leave-running", is_flag=True, help="The program goes on after its capture.")
+@click.option("--close-connections", is_flag=True, help="Open TCP connections are closed in the restored program.")
+@click.option("--replica", type=int, metavar="NUMBER", help="Which one, when there are several.")
+@click.option("--hook-timeout", default=30.0, show_default=True, help="Seconds for the program's own hooks.")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds for CRIU.")
+@common
+def checkpoint(target: str, data_dir: DataDir, as_json: bool, reporter: Reporter, **options: Any) -> None:
+    """Capture a job, or any process with all its children, as a snapshot."""
+    from dormouse.jobs import launch
+    from dormouse.jobs.control import Request
+
+    result = launch.checkpoint(data_dir, target, Request("checkpoint", **options))
+    if as_json:
+        emit(result)
+    else:
+        rest = "it runs on" if result["left_running"] else "it has ended"
+        out.print(
+            f"Captured [bold]{escape(result['name'])}[/] as {result['id']}: {catalogue.human(result['raw_bytes'])}, "
+            f"{catalogue.human(result['stored_bytes'])} stored; {rest}",
+            soft_wrap=True,
+        )
+
+
+@cli.command()
+@click.argument("snapshot_id", metavar="ID")
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1, 64), help="How many at once.")
+@keeper_options
+@click.option("--hook-timeout", default=30.0, show_default=True, help="Seconds for the program's own hooks.")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds for CRIU.")
+@common
+def restore(
+    snapshot_id: str, replicas: int, name: str | None, network: Any, publish: tuple[str, ...], detach: bool,
+    hook_timeout: float, timeout: float, data_dir: DataDir, as_json: bool, reporter: Reporter,
+) -> None:  # fmt: skip
+    """Bring captured processes back, once or many times. Exits with their exit status."""
+    from dormouse.jobs import launch
+
+    place = launch.Place(name, network, publish or None, detach)
+    told = tell(reporter.silent)
+    sys.exit(
+        launch.restore_job(data_dir, snapshot_id, place, replicas, told, timeout=timeout, hook_timeout=hook_timeout)
+    )
+
+
+@cli.command("jobs")
+@common
+def jobs_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """List the jobs that run."""
+    from dormouse.jobs.control import running_jobs
+
+    running = running_jobs(data_dir)
+    if as_json:
+        emit(running)
+        return
+    for job in running:
+        pids = ", ".join(str(replica["pid"]) for replica in job.get("replicas", ()))
+        words = job.get("error") or " ".join(job["argv"])
+        out.print(f"{job['name']}  pid {pids or '?'}  {words}", markup=False, highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--grace", default=10.0, show_default=True, help="Seconds it gets to end by itself after SIGTERM.")
+@common
+def stop(name: str, grace: float, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """End a job."""
+    from dormouse.jobs.launch import stop_job
+
+    stop_job(data_dir, name, grace)
+
+
 @cli.command("ls")
 @common
 def list_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:

@@ -21,13 +21,13 @@ class Reporter:
 
     def __init__(self, console: Console, *, silent: bool) -> None:
         self._console = console
-        self._silent = silent
+        self.silent = silent
         self._live: Progress | None = None
         self._step: TaskID | None = None
         self._amounts: dict[str, Amount] = {}
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal and not self._silent:
+        if self._console.is_terminal and not self.silent:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), DownloadColumn())
             self._live = Progress(*columns, TimeElapsedColumn(), console=self._console, transient=True)
             self._live.start()
@@ -42,7 +42,7 @@ class Reporter:
 
     def step(self, text: str) -> None:
         """What begins now."""
-        if self._silent:
+        if self.silent:
             return
         if self._live is None:
             self._console.print(text, markup=False, highlight=False)

@@ -23,6 +23,7 @@ from dormouse.snapshot import service_main
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import capture
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.service_main import Service, rotate_log, worker_environment
 from dormouse.store.store import Store
 
@@ -37,7 +38,7 @@ class Host:
     """The service's calls, made directly."""
 
     def __init__(self, store: Store, criu: Criu, log: Path) -> None:
-        self.service = Service(store, criu)
+        self.service = Service(store, criu, DigestCache(log.parent / "digests"))
         self.log = log
         self.cells: list[str] = []
         self.workers: list[AttachedWorker] = []
@@ -50,7 +51,7 @@ class Host:
         return started, worker
 
     def capture(self, started: messages.Started) -> messages.Captured:
-        request = messages.CaptureWorker(call=2, cell_id=started.cell_id, model="m", key=KEY)
+        request = messages.CaptureWorker(call=2, cell_id=started.cell_id, kind="snapshot", model="m", key=KEY)
         captured, _none = self.service.answer(request)
         assert isinstance(captured, messages.Captured)
         return captured
@@ -254,7 +255,7 @@ def test_kill_9_of_criu_in_a_dump_ends_the_worker_it_was_at_work_in(
 
 
 def test_a_capture_nobody_wants_any_more_is_not_committed(
-    host: Host, store: Store, criu: Criu, null_model: Path
+    host: Host, store: Store, criu: Criu, null_model: Path, tmp_path: Path
 ) -> None:
     started, worker = host.start(null_model)
     text = worker.answer()
@@ -264,6 +265,7 @@ def test_a_capture_nobody_wants_any_more_is_not_committed(
         capture(
             *(cell_worker, store, criu),
             **{"kind": "snapshot", "name": "m", "key": KEY, "now": time.time, "timeout": 60},
+            digests=DigestCache(tmp_path / "digests"),
             still_wanted=lambda: False,
         )
     assert store.manifests() == []

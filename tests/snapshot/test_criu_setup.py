@@ -43,7 +43,8 @@ def data_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_system_criu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The first folder of the PATH, empty; no other one has a `criu`."""
+    """The first folder of the PATH, empty; no other one has a `criu`. The kernel is one that any version suits."""
+    monkeypatch.setattr("platform.release", lambda: "6.12.0")
     folder = tmp_path / "bin"
     folder.mkdir()
     others = [name for name in os.environ["PATH"].split(os.pathsep) if not (Path(name) / "criu").exists()]
@@ -103,6 +104,31 @@ def test_an_old_criu_does_not_hide_a_newer_one_further_on_the_path(
     script(later / "criu", "echo Version: 4.1")
     monkeypatch.setenv("PATH", f"{no_system_criu}:{later}")
     assert find_criu(data_dir).argv_prefix == (str(later / "criu"),)
+
+
+def test_one_that_captures_tcp_sockets_here_goes_before_one_that_does_not(
+    no_system_criu: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(no_system_criu / "criu", "echo Version: 4.1.1")
+    later = tmp_path / "later"
+    later.mkdir()
+    script(later / "criu", "echo Version: 4.2")
+    monkeypatch.setenv("PATH", f"{no_system_criu}:{later}")
+    monkeypatch.setattr("platform.release", lambda: "6.16.1-cloud")
+    assert find_criu(data_dir).version == (4, 2)
+    monkeypatch.setattr("platform.release", lambda: "6.12.0")
+    assert find_criu(data_dir).version == (4, 1, 1)
+
+
+def test_an_older_one_stays_when_no_newer_can_be_had(
+    no_system_criu: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(no_system_criu / "criu", "echo Version: 4.1.1")
+    monkeypatch.setattr("platform.release", lambda: "6.16.1-cloud")
+    monkeypatch.setattr(criu_setup, "debian_archives", lambda _suite: [])
+    said: list[str] = []
+    assert setup_criu(data_dir, progress=said.append).version == (4, 1, 1)
+    assert "can't capture TCP sockets" in said[0] and "stays" in said[-1]
 
 
 def test_none_at_all(no_system_criu: Path, data_dir: Path) -> None:
@@ -327,7 +353,7 @@ def test_a_data_folder_that_cannot_be_made(tmp_path: Path, no_system_criu: Path)
 
 
 def test_a_second_set_up_waits_for_the_first(data_dir: Path, no_system_criu: Path) -> None:
-    script(no_system_criu / "criu", "echo Version: 4.1")
+    script(no_system_criu / "criu", "echo Version: 4.2")
     done = threading.Event()
 
     def second() -> None:

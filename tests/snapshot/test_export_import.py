@@ -26,6 +26,7 @@ from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.export import Exported, export
 from dormouse.snapshot.images import decode_body
 from dormouse.snapshot.import_images import import_images, parse_external
+from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.restore import restore
 from dormouse.snapshot.tree import External, Home, ProcessTree
 from dormouse.store.store import Store
@@ -297,7 +298,9 @@ def test_a_socket_to_the_outside_survives_both_ways(
     cell.close()
     spawned.control.close()
     identity = imported(folder, store, externals=(External("socket", spawned.inode),))
-    made = restore(identity, store, criu, key={}, take_home=Cell.create, timeout=60)
+    made = restore(
+        identity, store, criu, key={}, take_home=Cell.create, timeout=60, digests=DigestCache(tmp_path / "digests")
+    )
     try:
         assert made.control is not None
         assert ask(made.control) == b"HELLO"

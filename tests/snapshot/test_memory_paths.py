@@ -17,6 +17,7 @@ from dormouse.snapshot.capture import CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.restore import Restored, restore
 from dormouse.snapshot.tree import Home, ProcessTree, continue_tree
 from dormouse.store.store import Store
@@ -86,21 +87,33 @@ def captured(tree: ProcessTree, store: Store, criu: Criu) -> CaptureResult:
     return capture(
         *(tree, store, criu),
         **{"kind": "process", "name": "p", "key": {}, "now": time.time, "timeout": 60, "still_wanted": lambda: True},
+        digests=DigestCache(Path("/nowhere/digests")),
     )
 
 
 def restored(snapshot_id: str, store: Store, criu: Criu, *, fill: bool) -> Restored:
     """Restored, and stopped before it can do much."""
-    made = restore(snapshot_id, store, criu, key={}, take_home=Cell.create, timeout=60, inherit=(), fill=fill)
+    made = restore(
+        snapshot_id,
+        store,
+        criu,
+        key={},
+        take_home=Cell.create,
+        timeout=60,
+        inherit=(),
+        fill=fill,
+        digests=DigestCache(Path("/nowhere/digests")),
+    )
     for pid in made.tree.home.processes():
         os.kill(pid, signal.SIGSTOP)
     return made
 
 
 def memory(home: Home) -> dict[tuple[int, int], bytes]:
-    """(process by order of pid, address) -> page, of everything but what the kernel itself maps."""
+    """(pid in the cell, address) -> page, of everything but what the kernel itself maps."""
     pages = {}
-    for number, pid in enumerate(sorted(home.processes())):
+    for pid in home.processes():
+        number = int(Path(f"/proc/{pid}/status").read_text().split("NSpid:")[1].split("\n")[0].split()[-1])
         with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as mem:
             for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                 if any(name in line for name in ("[vvar", "[vsyscall]")):

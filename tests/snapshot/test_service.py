@@ -63,7 +63,16 @@ def test_start_capture_restore_stop(data_dir: DataDir, null_model: Path, tmp_pat
         handle.control.close()
         restored = await service.restore(captured.snapshot_id, key=KEY)
         assert await talk(restored, log, None) == text
-        assert set(restored.phases) == {"manifest", "cell", "plan", "criu start", "criu images", "criu finish", "fill"}
+        assert set(restored.phases) == {
+            "manifest",
+            "cell",
+            "plan",
+            "criu start",
+            "criu images",
+            "criu finish",
+            "fill",
+            "mapped files",
+        }
         restored.control.close()
         await service.stop_worker(restored)
         await service.stop_worker(restored)

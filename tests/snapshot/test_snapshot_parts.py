@@ -18,7 +18,7 @@ from dormouse.errors import DamagedError, IncompatibleError
 from dormouse.snapshot.criu import failure_reason
 from dormouse.snapshot.images import BODY_VERSION, ImageFile, MappedFile, SnapshotBody, decode_body, encode_body
 from dormouse.snapshot.memory_map import AddressSpace, Piece, Window
-from dormouse.snapshot.prefetch import mapped_files, merge, prefetch, present_ranges
+from dormouse.snapshot.prefetch import mapped_ranges, merge, prefetch, present_ranges
 from dormouse.snapshot.tree import External
 
 PAGE = mmap.PAGESIZE
@@ -38,7 +38,7 @@ def body() -> SnapshotBody:
         memory=[
             AddressSpace(
                 pid=7,
-                pages_id=1,
+                pages_id=2,
                 pages=3,
                 windows=[Window(5, [Piece(0, b"\x07" + bytes(31)), Piece(1, b"\xff" * 32, b"\x08" + bytes(31))])],
                 digests=bytes(range(64, 128)),
@@ -95,13 +95,15 @@ def test_merged_ranges_cover_the_same_and_keep_their_distance(ranges: list[tuple
     assert all(a + length + gap < b for (a, length), (b, _) in itertools.pairwise(merged))
 
 
-def test_mapped_files_names_what_this_process_has_touched(tmp_path: Path) -> None:
+def test_mapped_ranges_name_what_this_process_has_touched(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(os.urandom(64 * PAGE))
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as view:
         view.madvise(mmap.MADV_RANDOM)
         assert view[40 * PAGE] is not None
-        (mapped,) = [found for found in mapped_files([os.getpid()]) if found.path == str(path)]
+        found = mapped_ranges([os.getpid()])[str(path)]
+        mapped = MappedFile(path=str(path), ranges=merge(found.ranges))
+        assert found.private and found.inode == path.stat().st_ino
         assert any(offset <= 40 * PAGE < offset + length for offset, length in mapped.ranges)
     assert prefetch([mapped]) >= PAGE
 

@@ -15,7 +15,8 @@ import os
 import secrets
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from dormouse.errors import DamagedError, DormouseError, NotFoundError, Snapshot
 from dormouse.phases import Phases
 from dormouse.snapshot.criu import dump_command, failure_reason
 from dormouse.snapshot.criu_setup import Criu
-from dormouse.snapshot.images import BODY_VERSION, ImageFile, SnapshotBody, decode_body, encode_body
+from dormouse.snapshot.images import BODY_VERSION, ImageFile, MappedFile, SnapshotBody, decode_body, encode_body
+from dormouse.snapshot.mapped_files import DigestCache, fingerprint
 from dormouse.snapshot.memory_capture import ParentMemory, capture_memory
 from dormouse.snapshot.memory_map import AddressSpace
-from dormouse.snapshot.prefetch import mapped_files
+from dormouse.snapshot.prefetch import MappedRanges, mapped_ranges, merge
 from dormouse.snapshot.streamer import CaptureStream
-from dormouse.snapshot.tree import ProcessTree, continue_tree
+from dormouse.snapshot.tree import ProcessTree, continue_tree, stopped_processes
 from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest
 
@@ -70,24 +72,38 @@ def capture(
     now: Callable[[], float],
     still_wanted: Callable[[], bool],
     timeout: float,
+    digests: DigestCache,
     like: str | None = None,
     criu_options: Sequence[str] = (),
+    attach: Callable[[Ingest], Sequence[ImageFile]] = lambda _ingest: (),
 ) -> CaptureResult:
     """Dump and commit a tree as a manifest of `kind` and `name`; it is then stopped and the caller's to kill or to
-    continue (`continue_tree`). `timeout` is CRIU's, in seconds; `still_wanted` is asked last before the commit. A tree
-    that was restored from a snapshot shares with it all pages that have not changed; another tree shares those that
-    are the same at the same addresses in the snapshot `like`.
+    continue (`continue_tree`). `timeout` is CRIU's, in seconds; `still_wanted` is asked last before the commit;
+    `digests` remembers those of mapped files. A tree that was restored from a snapshot shares with it all pages that
+    have not changed; another tree shares those that are the same at the same addresses in the snapshot `like`.
+    `attach` is called while the tree is stopped and makes further images, which are stored with CRIU's. What was
+    stopped before stays so.
 
     Raises SnapshotError, DiskFullError or StoreError; nothing was stored then, and the tree runs on, unless CRIU was
     killed or hung within it: then its home is closed, for what CRIU leaves half done can't be trusted.
     """
     phases = Phases()
     snapshot_id = new_snapshot_id()
+    stopped_before = stopped_processes(tree.home)
     try:
         with store.begin() as transaction:
-            with phases.time("dump"), Ingest(transaction) as ingest, _parent(store, tree.snapshot_id or like) as parent:
-                mapped = mapped_files(tree.home.processes())
+            files = mapped_ranges(tree.home.processes())
+            with (
+                ThreadPoolExecutor(1, thread_name_prefix="mapped") as beside,
+                phases.time("dump"),
+                Ingest(transaction) as ingest,
+                _parent(store, tree.snapshot_id or like) as parent,
+            ):
+                noted = beside.submit(note_mapped, files, digests)
                 images, memory = _dump(tree, ingest, parent, criu, timeout, criu_options)
+                images += attach(ingest)
+            with phases.time("mapped files"):
+                mapped = noted.result()
             body = SnapshotBody(
                 version=BODY_VERSION,
                 name=name,
@@ -113,7 +129,7 @@ def capture(
                     )
                 )
     except BaseException:
-        continue_tree(tree.home)
+        continue_tree(tree.home, but=stopped_before)
         raise
     return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, dict(phases))
 
@@ -172,6 +188,27 @@ def _is_consequence(error: DormouseError, code: int) -> bool:
     """Whether an error on our side only follows from CRIU's own end: images break off when it fails, and when it is
     killed the tree it was at work in goes too."""
     return isinstance(error, DamagedError | SnapshotError) if code < 0 else code > 0 and isinstance(error, DamagedError)
+
+
+def note_mapped(files: Mapping[str, MappedRanges], digests: DigestCache) -> list[MappedFile]:
+    """What a restore will want of mapped files, and what it will compare: programs, libraries, data mapped privately.
+    Files that are shared with whoever writes to them may change, and those in a mount of the tree's own are not seen
+    from here. Raises SnapshotError for one that can't be read."""
+    compared = [path for path, file in files.items() if file.private and _inode(path) == file.inode]
+    prints = fingerprint(compared, digests)
+    noted = []
+    for path, file in files.items():
+        known = prints.get(path)
+        size, mtime_ns, digest = (known.size, known.mtime_ns, known.digest) if known else (0, 0, b"")
+        noted.append(MappedFile(path=path, ranges=merge(file.ranges), size=size, mtime_ns=mtime_ns, digest=digest))
+    return noted
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return Path(path).stat().st_ino
+    except OSError:
+        return None
 
 
 def failure_of(code: int, log: Path) -> str:

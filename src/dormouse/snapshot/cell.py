@@ -1,4 +1,4 @@
-"""A cell: the namespaces one worker lives in (PID, mount with a fresh /proc, network with `lo` up).
+"""A cell: the namespaces one worker or job lives in (PID, mount with a fresh /proc, network with `lo` up).
 
 Own PIDs let one snapshot be restored many times at once, each copy under its old pid; CUDA needs a /proc that fits
 those pids and a network namespace of its own for its abstract sockets. `Cell.create()` starts PID 1 (cell_init.py)
@@ -34,6 +34,8 @@ CONTROL_FD = 3
 
 _START_TIMEOUT = 20.0
 _CLOSE_TIMEOUT = 30.0
+_KEPT_EXITS = 4096
+"""Exit codes remembered; most are of orphans that nobody asks about."""
 
 
 def worker_pid_floor() -> int:
@@ -69,8 +71,9 @@ class Cell:
         self._reader.start()
 
     @classmethod
-    def create(cls) -> Self:
-        """Make the namespaces and start PID 1. Raises HostError when this process may not."""
+    def create(cls, *, host_network: bool = False, tmpfs: Sequence[str] = ()) -> Self:
+        """Make the namespaces and start PID 1. With `host_network` there is no network namespace of its own; each
+        folder of `tmpfs` gets an empty tmpfs that only the cell sees. Raises HostError when this process may not."""
         unshare = shutil.which("unshare")
         if unshare is None:
             raise HostError("unshare is not installed", remedy="Install the package util-linux")
@@ -78,8 +81,9 @@ class Cell:
         with inner:
             launcher = subprocess.Popen(
                 [
-                    *(unshare, "--pid", "--mount", "--net", "--fork", "--kill-child", "--mount-proc"),
-                    *("--propagation", "private", sys.executable, "-I", "-S", cell_init.__file__, str(inner.fileno())),
+                    *(unshare, "--pid", "--mount", *(() if host_network else ("--net",)), "--fork", "--kill-child"),
+                    *("--mount-proc", "--propagation", "private"),
+                    *(sys.executable, "-I", "-S", cell_init.__file__, str(inner.fileno()), *tmpfs),
                 ],
                 pass_fds=(inner.fileno(),),
                 stdin=subprocess.DEVNULL,
@@ -103,35 +107,50 @@ class Cell:
         fds: Mapping[int, int] | None = None,
         control: int | None = None,
         pid_floor: int | None = None,
+        cwd: str = "/",
+        io_uring: bool = True,
     ) -> Spawned:
         """Start `argv` in the cell with descriptors {number inside: descriptor here} and nothing else open.
 
-        With `control`, a new stream socket pair is made; its inner end gets that number. Raises SnapshotError.
+        With `control`, a new stream socket pair is made; its inner end gets that number. Without `io_uring`, that
+        system call is denied to the process and all it starts. Raises SnapshotError.
         """
         fds = dict(fds or {})
-        identity = next(self._ids)
         request = {
-            "spawn": identity,
             "argv": list(argv),
             "env": dict(env),
             "fds": list(fds),
             "control": control,
             "pid_floor": pid_floor,
+            "cwd": cwd,
+            "io_uring": io_uring,
         }
+        reply, received = self._ask(request, list(fds.values()), f"the start of {argv[0]}")
+        if "error" in reply:
+            raise SnapshotError(f"the cell could not start {argv[0]}: {reply['error']}")
+        return Spawned(pid=reply["pid"], control=received, inode=reply["inode"])
+
+    def inner_socket(self, family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
+        """A socket of the cell's network namespace, not yet connected: whatever it connects to is inside. Raises
+        SnapshotError."""
+        reply, received = self._ask({"socket": [family, kind, protocol]}, [], "the request for a socket")
+        if received is None:
+            raise SnapshotError(f"the cell could not make a socket: {reply.get('error')}")
+        return received
+
+    def _ask(self, request: dict[str, Any], fds: list[int], what: str) -> tuple[dict[str, Any], socket.socket | None]:
+        identity = next(self._ids)
         try:
             with self._spawn_lock:
-                cell_init.send(self._own, request, list(fds.values()))
+                cell_init.send(self._own, {"spawn": identity, **request}, fds)
         except OSError as error:
-            raise self._broken(f"could not ask for {argv[0]}: {error}") from error
+            raise self._broken(f"{what} could not be sent: {error}") from error
         with self._changed:
             answered = self._changed.wait_for(lambda: self._ended or identity in self._replies, _START_TIMEOUT)
             if not answered or identity not in self._replies:
-                raise self._broken(f"no answer to the start of {argv[0]}")
+                raise self._broken(f"no answer to {what}")
             reply, received = self._replies.pop(identity)
-        if "error" in reply:
-            raise SnapshotError(f"the cell could not start {argv[0]}: {reply['error']}")
-        outer = socket.socket(fileno=received[0]) if received else None
-        return Spawned(pid=reply["pid"], control=outer, inode=reply["inode"])
+        return reply, socket.socket(fileno=received[0]) if received else None
 
     def wait(self, pid: int, timeout: float | None) -> int | None:
         """The exit code of a spawned process (negative: signal), None when it runs on after `timeout` seconds."""
@@ -145,14 +164,18 @@ class Cell:
 
     def outer_pid(self, pid: int) -> int:
         """The host's pid of the process that has `pid` in the cell. Raises SnapshotError when there is none."""
-        for candidate in _descendants(self._launcher.pid):
+        for candidate in descendants(self._launcher.pid):
             if _namespace_pid(candidate) == pid:
                 return candidate
         raise SnapshotError(f"process {pid} is not in its cell any more")
 
+    def insider(self) -> int:
+        """The host's pid of a process that is in the cell's namespaces and in no tree: PID 1."""
+        return self.outer_pid(1)
+
     def processes(self) -> list[int]:
         """The host's pids of all processes in the cell but PID 1."""
-        return [pid for pid in _descendants(self._launcher.pid) if _namespace_pid(pid) not in (None, 1)]
+        return [pid for pid in descendants(self._launcher.pid) if _namespace_pid(pid) not in (None, 1)]
 
     def close(self) -> None:
         """Kill everything in the cell and wait until it is gone. Idempotent."""
@@ -190,6 +213,8 @@ class Cell:
                     self._replies[message["spawned"]] = (message, fds)
                 else:
                     self._exits[message["exited"]] = message["status"]
+                    if len(self._exits) > _KEPT_EXITS:
+                        del self._exits[next(iter(self._exits))]
                 self._changed.notify_all()
 
     def _broken(self, what: str) -> SnapshotError:
@@ -204,7 +229,7 @@ class Cell:
         )
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """Host pids of all children, grandchildren … of `pid`; those that end meanwhile are left out."""
     found = _children(pid)
     for child in found:

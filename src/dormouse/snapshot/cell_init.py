@@ -1,18 +1,22 @@
-"""PID 1 of a cell: makes processes inside the cell's namespaces for the host service outside.
+"""PID 1 of a cell: makes processes inside the cell's namespaces for the cell's owner outside.
 
-Run by `cell.py` as `unshare --pid --mount --net --fork --mount-proc ... python -I -S cell_init.py FD`, so only the
-standard library is at hand and the start is quick. FD is a SOCK_SEQPACKET socket to the host service, one JSON object
-per packet:
+Run by `cell.py` as `unshare --pid --mount [--net] --fork --mount-proc ... python -I -S cell_init.py FD [TMPFS...]`, so
+only the standard library is at hand and the start is quick. Each TMPFS is a folder that gets an empty tmpfs of the
+cell's own. FD is a SOCK_SEQPACKET socket to the owner, one JSON object per packet:
 
-    ->  {"spawn": ID, "argv": [...], "env": {...}, "fds": [n, ...], "control": n or null, "pid_floor": n or null}
+    ->  {"spawn": ID, "argv": [...], "env": {...}, "cwd": folder, "fds": [n, ...], "control": n or null,
+         "pid_floor": n or null, "io_uring": bool}
         with one descriptor per entry of "fds", each to be number n in the new process (0, 1, 2 default to /dev/null)
     <-  {"spawned": ID, "pid": pid in the cell, "inode": inode of the control socket or null}
         with the outer end of the control socket, when one was asked for
+    ->  {"spawn": ID, "socket": [family, type, protocol]}
+    <-  {"spawned": ID} with a new socket of the cell's network namespace, not yet connected
     <-  {"spawned": ID, "error": text}
     <-  {"exited": pid, "status": wait status}        for every child that ends, also those that were re-parented
 
-The control socket is made here because CRIU looks for sockets in the network namespace of the process it dumps. When
-the service's end of FD closes, this process ends, and with PID 1 the kernel kills everything in the cell.
+Sockets are made here because a socket belongs to the network namespace it was made in: CRIU finds the control socket
+only there, and only from there can the owner reach what listens inside. Nothing here waits for a connection. When the
+owner's end of FD closes, this process ends, and with PID 1 the kernel kills everything in the cell.
 """
 
 from __future__ import annotations
@@ -29,7 +33,18 @@ import struct
 import sys
 
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
-_MAX_PACKET = 1 << 17
+_MAX_PACKET = 1 << 18
+
+# A seccomp filter: io_uring_setup answers "no such system call", so programs take their other way. CRIU can't dump
+# io_uring, and it does dump filters. Fields: code, jump if true, jump if false, constant.
+_IO_URING_SETUP, _ENOSYS = 425, 38
+_IO_URING_FILTER = (
+    (0x20, 0, 0, 0),  # load the system call's number, which is the same on all architectures for calls this young
+    (0x15, 0, 1, _IO_URING_SETUP),
+    (0x06, 0, 0, 0x00050000 | _ENOSYS),  # return SECCOMP_RET_ERRNO
+    (0x06, 0, 0, 0x7FFF0000),  # return SECCOMP_RET_ALLOW
+)
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 
 
 def bring_up_loopback() -> None:
@@ -58,7 +73,32 @@ def send(sock: socket.socket, message: dict[str, object], fds: list[int]) -> Non
     sock.sendmsg([json.dumps(message).encode()], rights)
 
 
-def become(argv: list[str], env: dict[str, str], wanted: dict[int, int]) -> None:
+def forbid_io_uring() -> None:
+    """For this process and all it starts. Raises OSError."""
+    import ctypes  # slow to import, and most cells never need it
+
+    code = b"".join(struct.pack("=HBBI", *step) for step in _IO_URING_FILTER)
+    program = struct.pack(
+        "HxxxxxxP", len(_IO_URING_FILTER), ctypes.addressof(held := ctypes.create_string_buffer(code))
+    )
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "seccomp was refused")
+    del held
+
+
+def mount_tmpfs(folder: str) -> None:
+    """An empty tmpfs over `folder`, with the modes of /tmp. Raises OSError."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    nosuid_nodev = 0x6
+    if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", nosuid_nodev, b"mode=1777") != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"cannot mount a tmpfs at {folder}: {os.strerror(error)}")
+
+
+def become(argv: list[str], env: dict[str, str], cwd: str, io_uring: bool, wanted: dict[int, int]) -> None:
     """In the new child: own session, default signals, the wanted descriptors {number: source}, then exec."""
     os.setsid()
     signal.set_wakeup_fd(-1)
@@ -71,15 +111,17 @@ def become(argv: list[str], env: dict[str, str], wanted: dict[int, int]) -> None
     moved = {number: fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, above) for number, source in sources.items()}
     for number, source in moved.items():
         os.dup2(source, number, inheritable=True)
-    os.chdir("/")
+    os.chdir(cwd)
+    if not io_uring:
+        forbid_io_uring()
     os.execvpe(argv[0], argv, env)
 
 
 def spawn(request: dict[str, object], fds: list[int], own: socket.socket) -> None:
     """Fork and exec one process; reply with its pid and the outer end of its control socket."""
     argv, env, numbers = request["argv"], request["env"], request["fds"]
-    control, floor = request["control"], request["pid_floor"]
-    assert isinstance(argv, list) and isinstance(env, dict) and isinstance(numbers, list)
+    control, floor, cwd = request["control"], request["pid_floor"], request["cwd"]
+    assert isinstance(argv, list) and isinstance(env, dict) and isinstance(numbers, list) and isinstance(cwd, str)
     wanted = dict(zip(numbers, fds, strict=True))
     outer = inner = None
     inode = None
@@ -95,7 +137,7 @@ def spawn(request: dict[str, object], fds: list[int], own: socket.socket) -> Non
     pid = os.fork()
     if pid == 0:
         try:
-            become(argv, env, wanted)
+            become(argv, env, cwd, request["io_uring"] is True, wanted)
         except BaseException as error:  # noqa: BLE001 - the child must never return into this program
             os.write(2, f"cannot start {argv[0]}: {error}\n".encode())
         finally:
@@ -104,6 +146,14 @@ def spawn(request: dict[str, object], fds: list[int], own: socket.socket) -> Non
     for end in (outer, inner):
         if end is not None:
             end.close()
+
+
+def give_socket(request: dict[str, object], own: socket.socket) -> None:
+    """Reply with a new socket of this network namespace."""
+    asked = request["socket"]
+    assert isinstance(asked, list)
+    with socket.socket(*asked) as made:
+        send(own, {"spawned": request["spawn"]}, [made.fileno()])
 
 
 def reap(own: socket.socket) -> None:
@@ -116,8 +166,8 @@ def reap(own: socket.socket) -> None:
             send(own, {"exited": pid, "status": status}, [])
 
 
-def main(fd: int) -> None:
-    """Serve until the host service closes its end."""
+def main(fd: int, tmpfs: list[str]) -> None:
+    """Serve until the owner closes its end."""
     own = socket.socket(fileno=fd)
     os.set_inheritable(fd, False)
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -125,6 +175,8 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is the node's business
     bring_up_loopback()
+    for folder in tmpfs:
+        mount_tmpfs(folder)
     while True:
         ready, _, _ = select.select([own.fileno(), wake_read], [], [])
         if wake_read in ready:
@@ -136,7 +188,10 @@ def main(fd: int) -> None:
                 return
             request = json.loads(data)
             try:
-                spawn(request, fds, own)
+                if "socket" in request:
+                    give_socket(request, own)
+                else:
+                    spawn(request, fds, own)
             except (OSError, ValueError) as error:
                 send(own, {"spawned": request["spawn"], "error": str(error)}, [])
             for received in fds:
@@ -144,4 +199,4 @@ def main(fd: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])

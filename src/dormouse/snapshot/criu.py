@@ -13,7 +13,10 @@ from pathlib import Path
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.tree import External
 
-_ERROR_LINE = re.compile(r"\([\d.]+\)\s*(?:pie: )?(?:\d+: )?Error \([^)]*\):\s*(.*)")
+# From 4.2 on the time in front is there only at higher log levels.
+_ERROR_LINE = re.compile(r"\s*(?:\([\d.]+\)\s*)?(?:pie: )?(?:\d+: )?Error \([^)]*\):\s*(.*)")
+# CRIU raises its own limits where it may, and goes on where it may not.
+_HARMLESS = "rlimit: Can't setup"
 
 
 def dump_command(
@@ -35,16 +38,15 @@ def dump_command(
 
 
 def restore_command(
-    criu: Criu, directory: Path, *, inherited: Mapping[int, External], stopped: bool, options: Sequence[str] = ()
+    criu: Criu, directory: Path, *, inherited: Mapping[int, External], options: Sequence[str] = ()
 ) -> list[str]:
-    """`criu restore` where descriptor N of the criu process takes the place of `inherited[N]`. With `stopped`, the
-    restored processes wait for SIGCONT."""
+    """`criu restore` where descriptor N of the criu process takes the place of `inherited[N]`. The restored processes
+    are stopped and wait for SIGCONT."""
     return [
         *criu.argv_prefix,
         "restore",
         *_common(directory, "restore.log"),
-        "--restore-detached",
-        *(["--leave-stopped"] if stopped else []),
+        *("--restore-detached", "--leave-stopped"),
         *(word for fd, external in inherited.items() for word in ("--inherit-fd", f"fd[{fd}]:{_as_link(external)}")),
         *options,
     ]
@@ -67,4 +69,5 @@ def _common(directory: Path, log: str) -> Sequence[str]:
 def failure_reason(log_text: str, *, lines: int = 3) -> str:
     """The first errors in a CRIU log, which name the cause; what follows are consequences."""
     errors = [match[1].strip() for line in log_text.splitlines() if (match := _ERROR_LINE.match(line))]
+    errors = [error for error in errors if not error.startswith(_HARMLESS)]
     return "; ".join(errors[:lines]) or "its log has no error line"

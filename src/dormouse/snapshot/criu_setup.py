@@ -29,6 +29,9 @@ MIN_VERSION = (4, 1)
 """Older ones can't read the vDSO of current kernels."""
 
 SUITE = "trixie"
+NEWER_SUITE = "forky"
+"""Debian's next release. Kernels from 6.16 on answer for unix sockets only what CRIU before 4.2 asks of every socket,
+so that it can't capture a process that has TCP sockets."""
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 _LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
@@ -69,6 +72,11 @@ class Criu:
         """The version with dots."""
         return ".".join(map(str, self.version))
 
+    @property
+    def captures_tcp(self) -> bool:
+        """Whether it can capture processes with TCP sockets on this kernel. Models' workers have none."""
+        return self.version >= (4, 2) or not _needs_newer()
+
 
 @dataclass(frozen=True)
 class Archive:
@@ -84,46 +92,74 @@ class Archive:
 
 
 def find_criu(data_dir: Path) -> Criu:
-    """The system's CRIU if it is new enough, else the one in DATA_DIR/criu. Raises HostError, which tells what is."""
+    """The system's CRIU if it is new enough, else the one in DATA_DIR/criu; one that captures TCP sockets before one
+    that doesn't. Raises HostError, which tells what is."""
+    usable = []
     found = []
     for candidate in _candidates(data_dir):
         try:
-            return _probe(candidate)
+            usable.append(_probe(candidate))
         except HostError as error:
             found.append(error.message)
+            continue
+        if usable[-1].captures_tcp:
+            return usable[-1]
+    if usable:
+        return usable[0]
     raise HostError(f"CRIU 4.1 or newer is needed: {'; '.join(found) or 'none was found'}", remedy=_SET_UP)
 
 
 def setup_criu(data_dir: Path, *, progress: Callable[[str], None]) -> Criu:
-    """`find_criu`, or else unpack one into DATA_DIR/criu. `progress` is told each step.
+    """`find_criu`, or else unpack one into DATA_DIR/criu, also when the one found can't capture TCP sockets. `progress`
+    is told each step.
 
     Blocks for as long as the download takes; a second caller waits for the first. Raises HostError, DiskFullError,
     or ConfigError when DATA_DIR cannot be used.
     """
     with _locked(data_dir):
+        found = None
         try:
-            return find_criu(data_dir)
+            found = find_criu(data_dir)
         except HostError as error:
             progress(error.message)
-        _require_debian()
-        refusals: list[HostError] = []
-        for archive in debian_archives():
-            try:
-                return unpack_criu(archive, data_dir, progress=progress)
-            except HostError as error:
-                refusals.append(error)
+        if found is not None and found.captures_tcp:
+            return found
+        try:
+            if found is not None:
+                progress(f"CRIU {found.version_text} can't capture TCP sockets on kernel {platform.release()}")
+            return _unpack_first(data_dir, progress)
+        except HostError as error:
+            if found is None:
+                raise
+            progress(f"{error.message}. CRIU {found.version_text} stays; it does for models")
+            return found
+
+
+def _unpack_first(data_dir: Path, progress: Callable[[str], None]) -> Criu:
+    _require_debian()
+    refusals: list[HostError] = []
+    for archive in debian_archives(NEWER_SUITE if _needs_newer() else SUITE):
+        try:
+            return unpack_criu(archive, data_dir, progress=progress)
+        except HostError as error:
+            refusals.append(error)
     if refusals:
         raise refusals[0]
     raise HostError("apt has no package source on this system", remedy=_GET_NEWER)
 
 
-def debian_archives() -> list[Archive]:
-    """The archives the system's apt reads from, each as a source of the newer suite; not the security ones, which
+def _needs_newer() -> bool:
+    match = re.match(r"(\d+)\.(\d+)", platform.release())
+    return match is not None and (int(match[1]), int(match[2])) >= (6, 16)
+
+
+def debian_archives(suite: str = SUITE) -> list[Archive]:
+    """The archives the system's apt reads from, each as a source of the given suite; not the security ones, which
     hold no complete suite. Whether one is Debian's is for the signature to say."""
     # Unlike `apt-get indextargets` this also answers where the lists were deleted, as in container images.
     listing = _run(["apt-get", "--print-uris", "update"], "list this system's package sources")
-    uris = [uri for uri, suite in _LIST_URI.findall(listing) if not suite.endswith(("-security", "/updates"))]
-    return [Archive(uri, SUITE, KEYRING) for uri in dict.fromkeys(uris)]
+    uris = [uri for uri, name in _LIST_URI.findall(listing) if not name.endswith(("-security", "/updates"))]
+    return [Archive(uri, suite, KEYRING) for uri in dict.fromkeys(uris)]
 
 
 def unpack_criu(archive: Archive, data_dir: Path, *, progress: Callable[[str], None]) -> Criu:

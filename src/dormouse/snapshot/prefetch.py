@@ -9,37 +9,48 @@ snapshot's chunks are more urgent, and behind a deep queue they would wait for a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
 import re
 import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from dormouse.snapshot.images import MappedFile
 
 log = logging.getLogger(__name__)
 
-_MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) \S+ (\d+)\s*(.*)")
+_MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...(.) ([0-9a-f]+) \S+ (\d+)\s*(.*)")
 # The top byte of a pagemap entry: bit 7 present, bit 5 file page (Documentation/admin-guide/mm/pagemap.rst).
 _PRESENT_FILE_PAGES = re.compile(rb"[\xa0-\xbf\xe0-\xff]+")
 _MERGE_GAP = 128 << 10
 _ADVISE_STEP = 4 << 20
 
 
-def mapped_files(pids: Iterable[int]) -> list[MappedFile]:
-    """The file ranges in the memory of host processes, in the order of their address spaces.
+@dataclass
+class MappedRanges:
+    """A file as processes have it mapped: its inode, the (offset, length) in bytes that were in memory, and whether any
+    mapping is private, as those of programs and libraries are."""
 
-    Raises OSError when one has ended or may not be inspected.
-    """
-    ranges: dict[str, list[tuple[int, int]]] = {}
+    inode: int
+    ranges: list[tuple[int, int]]
+    private: bool = False
+
+
+def mapped_ranges(pids: Iterable[int]) -> dict[str, MappedRanges]:
+    """The files that host processes have mapped, by path, in the order of their address spaces. Processes that have
+    ended, zombies too, have none. Raises OSError when one may not be inspected."""
+    files: dict[str, MappedRanges] = {}
     for pid in pids:
-        _add_ranges(pid, ranges)
-    return [MappedFile(path=path, ranges=merge(found)) for path, found in ranges.items() if found]
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            _add_files(pid, files)
+    return files
 
 
-def _add_ranges(pid: int, ranges: dict[str, list[tuple[int, int]]]) -> None:
+def _add_files(pid: int, files: dict[str, MappedRanges]) -> None:
     with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             match = _MAPS_LINE.fullmatch(line)
@@ -49,8 +60,10 @@ def _add_ranges(pid: int, ranges: dict[str, list[tuple[int, int]]]) -> None:
             path = match[6]
             if match[5] == "0" or not path.startswith("/") or path.startswith("/dev/") or path.endswith(" (deleted)"):
                 continue
+            file = files.setdefault(path, MappedRanges(int(match[5]), []))
+            file.private |= match[3] == "p"
             entries = os.pread(pagemap.fileno(), (end - start) // mmap.PAGESIZE * 8, start // mmap.PAGESIZE * 8)
-            ranges.setdefault(path, []).extend(present_ranges(entries, offset))
+            file.ranges.extend(present_ranges(entries, offset))
 
 
 def present_ranges(entries: bytes, offset: int) -> list[tuple[int, int]]:

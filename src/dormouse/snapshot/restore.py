@@ -1,9 +1,10 @@
 """Restore: a committed snapshot becomes a running process tree in a new home (a cell).
 
 Three things at once: the kernel reads ahead the files the processes will touch (prefetch.py) and the chunks that will
-be filled in; pool threads read, verify and decode what goes through CRIU's pipes (RestoreStream); and CRIU rebuilds the
-processes. It leaves them stopped; the rest of their memory is then written straight into them (memory_restore.py), and
-they run. On any error the home is closed and nothing is left.
+be filled in; pool threads read, verify and decode what goes through CRIU's pipes (RestoreStream); and CRIU rebuilds
+the processes. It leaves them stopped; the rest of their memory is then written straight into them (memory_restore.py),
+and once the files they have mapped have been found unchanged, they run. On any error the home is closed and nothing is
+left.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from dormouse.snapshot.criu import restore_command
 from dormouse.snapshot.criu_images import Task, parse_mappings, parse_tree, was_stopped
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.images import SnapshotBody, decode_body
+from dormouse.snapshot.mapped_files import DigestCache, first_changed_file
 from dormouse.snapshot.memory_restore import Fill, fill_plan, page_parts, pagemap_parts
 from dormouse.snapshot.prefetch import prefetch
 from dormouse.snapshot.streamer import Parts, RestoreStream, image_parts
@@ -57,6 +60,7 @@ def restore(
     key: dict[str, str],
     take_home: Callable[[], Home],
     timeout: float,
+    digests: DigestCache,
     inherit: Sequence[int | None] = (None,),
     criu_options: Sequence[str] = (),
     fill: bool = True,
@@ -73,10 +77,7 @@ def restore(
         body = decode_body(store.manifest(snapshot_id).body, snapshot_id)
         mismatch = first_mismatch(body.key, key)
         if mismatch is not None:
-            raise IncompatibleError(
-                f"snapshot {snapshot_id} of {body.name} does not fit this host: {mismatch}",
-                remedy="The model starts cold and is captured anew",
-            )
+            raise _incompatible(snapshot_id, body, str(mismatch))
         if len(inherit) != len(body.externals):
             raise SnapshotError(
                 f"snapshot {snapshot_id} has {len(body.externals)} ties to the outside, {len(inherit)} were given"
@@ -89,11 +90,17 @@ def restore(
             with phases.time("plan"):
                 work = _Work(images, chunks, fill)
             command = _Command(criu, inherit, criu_options, timeout)
-            with work.fill:
+            with work.fill, ThreadPoolExecutor(1, thread_name_prefix="mapped") as beside:
+                compared = beside.submit(first_changed_file, [file for file in body.mapped if file.digest], digests)
                 pid, control = _run_criu(home, body, work, command, phases)
                 try:
                     with phases.time("fill"):
-                        work.complete(home)
+                        work.fill_in(home)
+                    with phases.time("mapped files"):
+                        changed = compared.result()
+                    if changed is not None:
+                        raise _incompatible(snapshot_id, body, changed)
+                    work.let_run(home)
                 except BaseException:
                     if control is not None:
                         control[0].close()
@@ -126,6 +133,13 @@ def note_damage(store: Store, snapshot_id: str) -> None:
     log.warning("snapshot %s: %d of its %d chunks are damaged", snapshot_id, damaged, len(references))
 
 
+def _incompatible(snapshot_id: str, body: SnapshotBody, why: str) -> IncompatibleError:
+    return IncompatibleError(
+        f"snapshot {snapshot_id} of {body.name} does not fit this host: {why}",
+        remedy="A model starts cold and is captured anew; a process must be captured again",
+    )
+
+
 class _Images:
     """The images of a snapshot."""
 
@@ -155,19 +169,14 @@ class _Work:
         for plan in plans:
             self.served[plan.space.pagemap_name] = partial(pagemap_parts, plan)
             self.served[plan.space.pages_name] = partial(page_parts, plan, chunks)
-        tasks = self._tasks if self.fill.pids else []
-        self._stopped_before = [task.pid for task in tasks if _was_stopped(images, task)]
+        self._stopped_before = [task.pid for task in self._tasks if _was_stopped(images, task)]
 
-    @property
-    def leaves_stopped(self) -> bool:
-        """Whether CRIU must leave the processes stopped, for `complete`."""
-        return bool(self.fill.pids)
-
-    def complete(self, home: Home) -> None:
-        """Fill in what is missing and let the processes run."""
-        if not self.leaves_stopped:
-            return
+    def fill_in(self, home: Home) -> None:
+        """Write what is missing into the stopped processes."""
         self.fill.run({pid: home.outer_pid(pid) for pid in self.fill.pids})
+
+    def let_run(self, home: Home) -> None:
+        """End the stop that CRIU has left the processes in, but not that in which some were captured."""
         continue_tree(home, but=[home.outer_pid(pid) for pid in self._stopped_before])
 
 
@@ -197,7 +206,6 @@ def _run_criu(
             how.criu,
             directory,
             inherited=dict(zip(numbers, body.externals, strict=True)),
-            stopped=work.leaves_stopped,
             options=how.options,
         )
         with RestoreStream(directory, work.served) as stream:

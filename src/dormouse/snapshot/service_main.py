@@ -30,6 +30,7 @@ from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import capture
 from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
+from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import note_damage, restore
 from dormouse.snapshot.tree import External, ProcessTree
 from dormouse.store.store import Store
@@ -120,9 +121,10 @@ class SpareCell:
 class Service:
     """The calls, each blocking and run in a thread of its own."""
 
-    def __init__(self, store: Store, criu: Criu) -> None:
+    def __init__(self, store: Store, criu: Criu, digests: DigestCache) -> None:
         self._store = store
         self._criu = criu
+        self._digests = digests
         self._spare = SpareCell()
         self._spare.refill()
         self._lock = threading.Lock()
@@ -214,6 +216,7 @@ class Service:
                 key=self._full_key(request.key),
                 take_home=self._spare.take,
                 timeout=_CRIU_TIMEOUT,
+                digests=self._digests,
             )
         except DamagedError:
             with self._lock:
@@ -244,6 +247,7 @@ class Service:
             now=time.time,
             still_wanted=lambda: request.cell_id in self._workers,
             timeout=_CRIU_TIMEOUT,
+            digests=self._digests,
             like=self._latest.get(request.key.get("engine", "")),
         )
         self._latest[request.key.get("engine", "")] = result.snapshot_id
@@ -320,7 +324,7 @@ def preflight(data_dir: Path) -> Service:
         cell.close()
     if code != 0:
         raise HostError(f"a program in a cell ended with status {code}", remedy="Run `dormouse doctor`")
-    return Service(Store.open(data_dir / "store"), criu)
+    return Service(Store.open(data_dir / "store"), criu, DigestCache(data_dir / CACHE_NAME))
 
 
 def main() -> None:

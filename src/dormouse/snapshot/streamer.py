@@ -177,8 +177,23 @@ class _Stream:
         thread.start()
 
     def _guard(self, target: Callable[[], None]) -> None:
-        try:
+        with self._noting():
             target()
+
+    @contextlib.contextmanager
+    def _ending(self, pipe: int) -> Iterator[None]:
+        """Close an image's pipe at the end. An error is noted before: CRIU meets the closed pipe and exits, and whoever
+        sees that must find the reason."""
+        try:
+            with self._noting():
+                yield
+        finally:
+            os.close(pipe)
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
         except DormouseError as error:
             self._fail(error)
         except OSError as error:
@@ -242,32 +257,22 @@ class CaptureStream(_Stream):
         return lambda: self._take(name, pipe)
 
     def _take_pages_of(self, pid: int, pipe: int) -> None:
-        try:
+        with self._ending(pipe):
             space = self._take_memory(pid, pipe)
             with self._lock:
                 self._memory[pid] = space
-        finally:
-            os.close(pipe)
 
-    @staticmethod
-    def _drop(pipe: int) -> None:
-        try:
+    def _drop(self, pipe: int) -> None:
+        with self._ending(pipe):
             drain(pipe)
-        finally:
-            os.close(pipe)
 
     def _take(self, name: str, pipe: int) -> None:
-        image = None
-        try:
+        with self._ending(pipe):
             image = read_image(name, pipe, self._ingest)
-        finally:
-            os.close(pipe)
             with self._lock:
-                if image is not None and name in self._images:
-                    image = None
-                    self._error = self._error or SnapshotError(f"CRIU wrote the image {name} twice")
-                if image is not None:
-                    self._images[name] = image
+                if name in self._images:
+                    raise SnapshotError(f"CRIU wrote the image {name} twice")
+                self._images[name] = image
 
 
 def read_image(name: str, pipe: int, ingest: Ingest) -> ImageFile:
@@ -330,16 +335,12 @@ class RestoreStream(_Stream):
                 self._start_file(lambda parts=parts, pipe=pipe: self._give(parts, pipe), name)  # type: ignore[misc]
 
     def _give(self, parts: Parts, pipe: int) -> None:
-        try:
+        # CRIU closes an image it has seen enough of (it looks into some twice); if it died, its exit code tells.
+        with self._ending(pipe), contextlib.suppress(BrokenPipeError):
             with contextlib.closing(_generator(parts)) as image:
                 for part in image:
                     _drain(pipe, part)
-        except BrokenPipeError:
-            # CRIU closes an image it has seen enough of (it looks into some twice); if it died, its exit code tells.
-            return
-        finally:
-            os.close(pipe)
-            self.last_image_at = time.perf_counter()
+        self.last_image_at = time.perf_counter()
 
 
 def _generator(parts: Parts) -> Generator[Buffer, None, None]:

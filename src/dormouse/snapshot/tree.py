@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
@@ -50,6 +51,16 @@ class ProcessTree:
     pid: int
     externals: tuple[External, ...] = ()
     snapshot_id: str | None = None
+
+
+def stopped_processes(home: Home) -> list[int]:
+    """The (host) pids of those that are stopped (job control, SIGSTOP)."""
+    stopped = []
+    for pid in home.processes():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+            stopped += [pid] if state == "T" else []
+    return stopped
 
 
 def continue_tree(home: Home, *, but: Iterable[int] = ()) -> None:
