@@ -147,6 +147,13 @@ def criu() -> Criu:
 
 
 @pytest.fixture
+def tcp(criu: Criu) -> None:
+    """For tests of programs with TCP sockets."""
+    if not criu.captures_tcp:
+        pytest.skip(f"CRIU {criu.version_text} can't capture TCP sockets on this kernel: run `dormouse setup criu`")
+
+
+@pytest.fixture
 def data_dir(tmp_path: Path, criu: Criu) -> DataDir:
     """An empty data folder that shares the user's CRIU."""
     folder = DataDir(tmp_path / "data").create()

@@ -183,6 +183,7 @@ def test_a_full_disk_leaves_the_job_running(dormouse: Dormouse, tmp_path: Path) 
         job.code()
 
 
+@pytest.mark.usefixtures("tcp")
 def test_refusals_name_the_descriptor_and_leave_the_job_alone(dormouse: Dormouse, tmp_path: Path) -> None:
     path = tmp_path / "outside.sock"
     with socket.socket(socket.AF_UNIX) as outside:
@@ -316,6 +317,7 @@ def process(*argv: str, **options: object) -> Iterator[subprocess.Popen[bytes]]:
                 pipe.close()
 
 
+@pytest.mark.usefixtures("tcp")
 def test_any_process_can_be_captured_by_its_pid(dormouse: Dormouse, tmp_path: Path) -> None:
     port = free_port()
     program = (
@@ -362,6 +364,28 @@ def test_pipes_of_a_foreign_process_lead_to_the_keeper_after_the_restore(dormous
     again.until("got two\n")
 
 
+def test_a_foreign_process_does_not_stay_stopped_when_its_capture_is_killed(dormouse: Dormouse, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program = (
+        "import time, random\nheld = bytearray(random.randbytes(60_000_000))\n"
+        f"while True:\n  time.sleep(0.01); open({str(log)!r}, 'a').write('x')"
+    )
+    packs = dormouse.data_dir.store / "packs"
+    with process(sys.executable, "-c", program, stdin=subprocess.DEVNULL) as started:
+        eventually(log.exists, "a log")
+        for delay in (0.0, 0.1, 0.2, 0.4):
+            asking = dormouse.start("checkpoint", str(started.pid))
+            eventually(lambda: list(packs.glob("*.tmp")), "a capture under way")
+            time.sleep(delay)
+            asking.process.kill()
+            asking.code()
+            size = log.stat().st_size
+            eventually(lambda size=size: log.stat().st_size > size + 20, "life")  # type: ignore[misc]
+            eventually(lambda: psutil.Process(started.pid).status() != psutil.STATUS_STOPPED, "no stop")
+    with Store.open(dormouse.data_dir.store) as store:
+        assert store.verify().ok
+
+
 def test_foreign_processes_that_are_refused(dormouse: Dormouse) -> None:
     assert "init" in dormouse.refused("checkpoint", "1")
     assert "kernel thread" in dormouse.refused("checkpoint", "2")
@@ -393,6 +417,17 @@ def test_foreign_processes_that_are_refused(dormouse: Dormouse) -> None:
             os.close(descriptor)
         near.close()
         far.close()
+
+
+def test_traced_processes_and_sandboxes_are_refused(dormouse: Dormouse) -> None:
+    job = dormouse.run("unshare", "--mount", "sleep", "100")
+    job.until("runs", "err")
+    eventually(lambda: "a mnt namespace of its own" in dormouse.refused("checkpoint", "job"), "the new namespace")
+    with process("sleep", "100") as started:
+        attach = f"import ctypes, time; ctypes.CDLL(None).ptrace(0x4206, {started.pid}, 0, 0); time.sleep(100)"
+        with process(sys.executable, "-c", attach) as tracer:
+            eventually(lambda: str(tracer.pid) in Path(f"/proc/{started.pid}/status").read_text(), "a tracer")
+            assert f"is being traced by process {tracer.pid}" in dormouse.refused("checkpoint", str(started.pid))
 
 
 def test_snapshots_of_jobs_are_listed_inspected_and_removed(dormouse: Dormouse, data_dir: DataDir) -> None:

@@ -157,6 +157,7 @@ http.server.ThreadingHTTPServer(("0.0.0.0", 8000), Handler).serve_forever()
 """
 
 
+@pytest.mark.usefixtures("tcp")
 def test_a_python_web_server_keeps_its_state_and_serves_from_two_replicas(dormouse: Dormouse) -> None:
     port = free_port()
     job = dormouse.python(WEB, options=("--publish", f"{port}:8000"))
@@ -170,6 +171,7 @@ def test_a_python_web_server_keeps_its_state_and_serves_from_two_replicas(dormou
     assert [get(port) for _ in range(4)] == ["3", "3", "4", "4"]
 
 
+@pytest.mark.usefixtures("tcp")
 def test_on_the_host_network_a_server_comes_back_at_its_port(dormouse: Dormouse) -> None:
     port = free_port()
     job = dormouse.python(WEB.replace("8000", str(port)), options=("--net", "host"))
@@ -199,6 +201,7 @@ while True:
 """
 
 
+@pytest.mark.usefixtures("tcp")
 def test_a_prefork_server(dormouse: Dormouse) -> None:
     port = free_port()
     job = dormouse.python(PREFORK, options=("-p", f"{port}:8000"))
@@ -216,6 +219,7 @@ def test_a_prefork_server(dormouse: Dormouse) -> None:
         served[pid] = int(count)
 
 
+@pytest.mark.usefixtures("tcp")
 def test_node(dormouse: Dormouse) -> None:
     node = needs("node")
     port = free_port()
@@ -273,6 +277,7 @@ def redis(port: int, *words: str) -> str:
         return answer
 
 
+@pytest.mark.usefixtures("tcp")
 def test_redis(dormouse: Dormouse, tmp_path: Path) -> None:
     server = needs("redis-server")
     port = free_port()

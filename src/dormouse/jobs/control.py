@@ -73,7 +73,8 @@ class ControlSocket:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for thread in list(self._answering):
-            thread.join(_ASK_TIMEOUT)
+            if thread.ident is not None:  # else it has not begun, and its asker finds the connection closed
+                thread.join(_ASK_TIMEOUT)
 
     def _accept(self, handler: Handler) -> None:
         while True:

@@ -47,7 +47,6 @@ _PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, sign
 # What a terminal would send to the whole foreground group, of which the job's processes are not.
 _TO_ALL = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 _RESTORES_AT_ONCE = 4
-_DRAIN_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,10 @@ class Keeper:
     def __exit__(self, *_exception: object) -> None:
         for replica in self._replicas.values():
             replica.home.close()
+        for number in _PASSED_ON:
+            signal.signal(number, signal.SIG_DFL)  # a reader of our output may be slow; who has no patience ends us
         for output in self._outputs:
-            output.join(_DRAIN_TIMEOUT)
+            output.join()
         self._stack.close()
 
     def run(self, cwd: Path) -> None:
@@ -202,7 +203,7 @@ class Keeper:
                 continue
             with contextlib.suppress(ProcessLookupError, SnapshotError):
                 pid = replica.home.outer_pid(replica.pid)
-                if number in _TO_ALL:
+                if number in _TO_ALL and os.getpgid(pid) == pid:
                     os.killpg(pid, number)
                 else:
                     os.kill(pid, number)

@@ -15,6 +15,7 @@ from dormouse.config import DataDir
 from dormouse.errors import ConfigError, NotFoundError, SnapshotError
 from dormouse.jobs.control import Request, ask, free_name
 from dormouse.jobs.foreign import find_tree
+from dormouse.jobs.guard import Guard
 from dormouse.jobs.keeper import Keeper, in_background, require_root
 from dormouse.jobs.private_files import DEFAULT_FOLDERS
 from dormouse.jobs.record import JobRecord, Network, check_name, made_up_name, parse_publish
@@ -22,6 +23,7 @@ from dormouse.jobs.replica import CaptureOptions, StoredJob, capture_replica
 from dormouse.jobs.survey import addresses_in_use
 from dormouse.snapshot.criu_setup import find_criu
 from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
+from dormouse.snapshot.tree import stopped_processes
 from dormouse.store.store import Store
 
 Tell = Callable[[str], None]
@@ -65,8 +67,10 @@ def restore_job(
         stored = StoredJob.read(catalogue.resolve(store, snapshot), store)
     record = stored.record
     name = check_name(place.name) if place.name is not None else free_name(data_dir, record.name)
-    publish = record.publish if place.publish is None else [parse_publish(text) for text in place.publish]
-    record = msgspec.structs.replace(record, name=name, network=place.network or record.network, publish=publish)
+    network = place.network or record.network
+    kept = record.publish if network == "own" else []
+    publish = kept if place.publish is None else [parse_publish(text) for text in place.publish]
+    record = msgspec.structs.replace(record, name=name, network=network, publish=publish)
     _refuse_taken_addresses(record, replicas)
     return _keep(
         data_dir,
@@ -90,8 +94,9 @@ def checkpoint(data_dir: DataDir, target: str, request: Request) -> dict[str, An
         hook_timeout=request.hook_timeout,
         timeout=request.timeout,
     )
-    with Store.open(data_dir.create().store) as store:
-        result = capture_replica(tree, store, criu, DigestCache(data_dir.root / CACHE_NAME), options)
+    digests = DigestCache(data_dir.root / CACHE_NAME)
+    with Store.open(data_dir.create().store) as store, Guard(tree.pid, stopped_processes(tree.home)):
+        result = capture_replica(tree, store, criu, digests, options)
     return {
         "id": result.snapshot_id,
         "name": tree.record.name,
@@ -118,7 +123,7 @@ def _keep(data_dir: DataDir, record: JobRecord, detach: bool, tell: Tell, begin:
     log_path = data_dir.create().logs / f"{record.name}.log" if detach else None
 
     def work(report: Callable[[dict[str, Any]], None]) -> int:
-        with Keeper(data_dir, record, log_path=log_path, tell=print if detach else tell) as keeper:
+        with Keeper(data_dir, record, log_path=log_path, tell=_log if detach else tell) as keeper:
             keeper.catch_signals()
             begin(keeper)
             report({"name": record.name, "pids": keeper.pids, "published": keeper.addresses})
@@ -134,6 +139,10 @@ def _keep(data_dir: DataDir, record: JobRecord, detach: bool, tell: Tell, begin:
     report(in_background(log_path, work))
     tell(f"its output goes to {log_path}; `dormouse stop {record.name}` ends it")
     return 0
+
+
+def _log(text: str) -> None:
+    print(text, flush=True)
 
 
 def _checked(record: JobRecord) -> JobRecord:

@@ -131,9 +131,9 @@ class Output:
         self._thread = threading.Thread(target=self._run, name="job-output", daemon=True)
         self._thread.start()
 
-    def join(self, timeout: float) -> None:
+    def join(self) -> None:
         """Wait for the end of the stream."""
-        self._thread.join(timeout)
+        self._thread.join()
 
     def _run(self) -> None:
         try:

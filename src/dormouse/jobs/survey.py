@@ -126,6 +126,12 @@ def _refusals(found: Survey, external: set[int], close_connections: bool) -> Ite
             f"process {describe(pid)} has a {namespace} namespace of its own: it is a container or a sandbox",
             remedy="Run the program without it; a job has namespaces of its own already",
         )
+    for pid in found.pids:
+        if (tracer := int(status_field(pid, "TracerPid") or 0)) > 0:
+            yield SnapshotError(
+                f"process {describe(pid)} is being traced by process {describe(tracer)}",
+                remedy="End strace or the debugger, then try again",
+            )
     unix = found.inodes("socket")
     terminals = {_terminal_index(item) for item in found.descriptors if item.target.endswith("/ptmx")}
     for item in found.descriptors:
@@ -250,9 +256,6 @@ def refuse_foreign(pid: int) -> None:
             f"process {describe(pid)} lives in another {namespace} namespace: it is in a container or in a cell",
             remedy="A job of `dormouse run` is captured by its name; for containers use their own tools",
         )
-    tracer = status_field(pid, "TracerPid")
-    if tracer not in (None, "0"):
-        raise SnapshotError(f"process {describe(pid)} is being traced by {tracer}", remedy="End strace or the debugger")
 
 
 def foreign_namespace(pid: int, insider: int) -> str | None:
@@ -325,6 +328,7 @@ def _address(text: str) -> str:
     groups = [bytes.fromhex(digits[at : at + 8]) for at in range(0, len(digits), 8)]
     packed = b"".join(group[::-1] if sys.byteorder == "little" else group for group in groups)
     address = ipaddress.ip_address(packed)
+    address = getattr(address, "ipv4_mapped", None) or address
     return f"[{address}]:{int(port, 16)}" if address.version == 6 else f"{address}:{int(port, 16)}"
 
 

@@ -91,6 +91,7 @@ class Cell:
                 stderr=subprocess.PIPE,
                 cwd="/",
                 env={"PATH": os.defpath},
+                start_new_session=True,  # what a terminal sends to its foreground is the owner's business
             )
         return cls(launcher, own)
 
