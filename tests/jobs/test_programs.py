@@ -414,3 +414,35 @@ def test_input_that_was_not_yet_read_is_not_lost(dormouse: Dormouse) -> None:
     Path(f"/proc/{pid}/root/dev/shm/go").touch()
     again.until("three")
     assert again.lines()[:3] == ["read one", "read two", "read three"]
+
+
+def test_a_tmpfs_of_its_own_is_kept_and_unseen_outside(dormouse: Dormouse, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    program = (
+        "import os, time\nos.makedirs('scratch/deep', mode=0o750); os.symlink('file', 'scratch/deep/link')\n"
+        "open('scratch/deep/file', 'w').write('kept'); os.utime('scratch/deep/file', (1, 1))\n"
+        "print('ready')\ninput()\n"
+        "state = os.stat('scratch/deep/link')\n"
+        "print(open('scratch/deep/link').read(), int(state.st_mtime), oct(os.stat('scratch/deep').st_mode))"
+    )
+    job = dormouse.python(program, options=("--tmpfs", str(scratch)), cwd=tmp_path)
+    job.until("ready")
+    assert list(scratch.iterdir()) == []
+    snapshot = dormouse.checkpoint()
+    both = dormouse.start("restore", snapshot)
+    both.until("runs", "err")
+    both.say("\n")
+    assert both.code() == 0
+    assert both.lines() == ["kept 1 0o40750"]
+    assert list(scratch.iterdir()) == []
+
+
+def test_io_uring_is_denied_so_that_programs_do_without(dormouse: Dormouse) -> None:
+    program = (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "print(libc.syscall(425, 8, ctypes.create_string_buffer(200)), ctypes.get_errno())"
+    )
+    job = dormouse.python(program)
+    assert job.code() == 0
+    assert job.lines() == ["-1 38"]
