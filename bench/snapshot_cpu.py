@@ -42,7 +42,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dormouse import disk_speed
+from dormouse import disk_speed, host_memory
 from dormouse.bench_start import host_facts
 from dormouse.catalogue import human
 from dormouse.checkpoint.models import open_model
@@ -175,6 +175,12 @@ class Bench:
             steps = self._operate("model", "cooperative", "cooperative", home=str(folder), model=MODEL)
             _add(row.captures, _capture(steps["capture"]))
             _add(row.restores, _restore(steps["restore"]))
+
+    def touch_memory(self, heap_mb: int) -> None:
+        """See the operation. As much as the subject, its images and their copies may take."""
+        self._say("touching memory")
+        length = min(host_memory.available() * 3 // 4, (6 * heap_mb + 1024) << 20)
+        run_operation(_OPERATIONS, "touch_memory", {"length": length}, timeout=_TIMEOUT)
 
     def plain_model(self) -> Path:
         """The model as transformers loads it by itself."""
@@ -401,6 +407,7 @@ def main() -> int:
             sys.exit(str(error))
         for number in range(arguments.runs):
             errors.print(f"run {number + 1} of {arguments.runs}")
+            bench.touch_memory(arguments.heap_mb)
             for subject, command in words.items():
                 bench.run(subject, command)
         result = as_json(bench, {"heap_mb": arguments.heap_mb, "runs": arguments.runs, "model": MODEL})
