@@ -42,7 +42,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dormouse import disk_speed, host_memory
+from dormouse import disk_speed
 from dormouse.bench_start import host_facts
 from dormouse.catalogue import human
 from dormouse.checkpoint.models import open_model
@@ -88,12 +88,14 @@ def _median(runs: list[Facts], name: str) -> float | None:
 class Bench:
     """Runs the operations and keeps their rows."""
 
-    def __init__(self, home: DataDir, scratch: Path, criu: Criu, only: list[str], say: Callable[[str], None]) -> None:
+    def __init__(self, home: DataDir, scratch: Path, only: list[str], heap_mb: int, say: Callable[[str], None]) -> None:
+        """Raises HostError."""
         self.rows: dict[tuple[str, str], Row] = {}
         self._home = home
-        self.criu = criu
+        self.criu = find_criu(home.root)
         self.scratch = scratch
         self._only = only
+        self._touch = (heap_mb * 5 // 2 + 512) << 20  # the subject, and its images in the page cache
         self._say = say
 
     def wants(self, subject: str, *ways: str) -> bool:
@@ -176,12 +178,6 @@ class Bench:
             _add(row.captures, _capture(steps["capture"]))
             _add(row.restores, _restore(steps["restore"]))
 
-    def touch_memory(self, heap_mb: int) -> None:
-        """See the operation. As much as the subject, its images and their copies may take."""
-        self._say("touching memory")
-        length = min(host_memory.available() * 3 // 4, (6 * heap_mb + 1024) << 20)
-        run_operation(_OPERATIONS, "touch_memory", {"length": length}, timeout=_TIMEOUT)
-
     def plain_model(self) -> Path:
         """The model as transformers loads it by itself."""
         target = self.scratch / "plain-model"
@@ -190,10 +186,8 @@ class Bench:
 
     def _operate(self, subject: str, way: str, operation: str, **arguments: Any) -> Facts:
         self._say(f"{subject}, {way}: {operation.replace('_', ' ')}")
-        return run_operation(_OPERATIONS, operation, self._with_home(operation, arguments), timeout=_TIMEOUT)
-
-    def _with_home(self, operation: str, arguments: Facts) -> Facts:
-        return arguments if operation == "compress" else {"home": str(self._home.root)} | arguments
+        arguments = arguments if operation == "compress" else {"home": str(self._home.root)} | arguments
+        return run_operation(_OPERATIONS, operation, arguments, touch=self._touch, timeout=_TIMEOUT)
 
     @contextlib.contextmanager
     def _folder(self, name: str) -> Iterator[Path]:
@@ -396,7 +390,7 @@ def main() -> int:
     home = DataDir(default_data_dir(os.environ)).create()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=home.run) as folder:
         try:
-            bench = Bench(home, Path(folder), find_criu(home.root), arguments.only or ["*"], errors.print)
+            bench = Bench(home, Path(folder), arguments.only or ["*"], arguments.heap_mb, errors.print)
             if shutil.disk_usage(folder).free < 4 * arguments.heap_mb << 20:
                 sys.exit(f"the disk below {home.run} needs room for four times the heap")
             words = {"heap": ["heap", "--mb", str(arguments.heap_mb)]}
@@ -407,7 +401,6 @@ def main() -> int:
             sys.exit(str(error))
         for number in range(arguments.runs):
             errors.print(f"run {number + 1} of {arguments.runs}")
-            bench.touch_memory(arguments.heap_mb)
             for subject, command in words.items():
                 bench.run(subject, command)
         result = as_json(bench, {"heap_mb": arguments.heap_mb, "runs": arguments.runs, "model": MODEL})

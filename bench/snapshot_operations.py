@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import mmap
 import os
 import shutil
 import socket
@@ -277,15 +276,6 @@ def plain_model(*, home: str, model: str, target: str) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def touch_memory(*, length: int) -> None:
-    """Use much memory for a moment. A virtual machine's memory is often given to it page by page at the first use, and
-    then whoever comes first pays for all."""
-    with mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        block = bytes(_COPY)
-        for at in range(0, length - length % _COPY, _COPY):
-            memory[at : at + _COPY] = block
-
-
 class Watch:
     """The node's observer: the latest start and capture; an error is one."""
 
@@ -354,7 +344,7 @@ OPERATIONS: dict[str, Callable[..., None]] = {
     operation.__name__: operation
     for operation in (
         *(plain_capture, plain_restore, compress, decompressed_restore),
-        *(our_capture, our_restore, plain_model, touch_memory, cooperative),
+        *(our_capture, our_restore, plain_model, cooperative),
     )
 }
 
