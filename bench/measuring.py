@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -24,12 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dormouse import host_memory
 from dormouse.snapshot.cell import worker_pid_floor
 
 SUBJECT_PID = worker_pid_floor() + 1
 
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _INTERVAL = 0.02
+_TOUCH = 1 << 20
 _TICK = os.sysconf("SC_CLK_TCK")
 _GONE = (FileNotFoundError, ProcessLookupError)
 
@@ -179,8 +182,19 @@ class OperationFailed(Exception):
     """An operation ended without a result; its last words."""
 
 
-def run_operation(program: Path, name: str, arguments: dict[str, Any], *, timeout: float) -> dict[str, Any]:
-    """Run `python program NAME ARGUMENTS`; facts by step, among them its peaks. Raises OperationFailed."""
+def touch_memory(length: int) -> None:
+    """Use much memory for a moment, but leave a quarter. A virtual machine gets its memory page by page at the first
+    use, and may give back what is free; then whoever comes first pays for it, and that would be a matter of luck."""
+    length = min(length, host_memory.available() * 3 // 4)
+    with mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        block = bytes(_TOUCH)
+        for at in range(0, length - length % _TOUCH, _TOUCH):
+            memory[at : at + _TOUCH] = block
+
+
+def run_operation(program: Path, name: str, arguments: dict[str, Any], *, touch: int, timeout: float) -> dict[str, Any]:
+    """Run `python program NAME ARGUMENTS`; facts by step, among them its peaks. Before each step, `touch` bytes of
+    memory are touched. Raises OperationFailed."""
     steps: dict[str, Any] = {}
     sampler: Sampler | None = None
     command = [sys.executable, str(program), name, json.dumps(arguments)]
@@ -194,6 +208,7 @@ def run_operation(program: Path, name: str, arguments: dict[str, Any], *, timeou
             for line in process.stdout:
                 message = json.loads(line)
                 if "begin" in message:
+                    touch_memory(touch)
                     folders = [Path(folder) for folder in message["folders"]]
                     sampler = Sampler(process.pid, folders, message["only"])
                     process.stdin.write("\n")

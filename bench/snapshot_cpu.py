@@ -88,12 +88,14 @@ def _median(runs: list[Facts], name: str) -> float | None:
 class Bench:
     """Runs the operations and keeps their rows."""
 
-    def __init__(self, home: DataDir, scratch: Path, criu: Criu, only: list[str], say: Callable[[str], None]) -> None:
+    def __init__(self, home: DataDir, scratch: Path, only: list[str], heap_mb: int, say: Callable[[str], None]) -> None:
+        """Raises HostError."""
         self.rows: dict[tuple[str, str], Row] = {}
         self._home = home
-        self.criu = criu
+        self.criu = find_criu(home.root)
         self.scratch = scratch
         self._only = only
+        self._touch = (heap_mb * 5 // 2 + 512) << 20  # the subject, and its images in the page cache
         self._say = say
 
     def wants(self, subject: str, *ways: str) -> bool:
@@ -184,10 +186,8 @@ class Bench:
 
     def _operate(self, subject: str, way: str, operation: str, **arguments: Any) -> Facts:
         self._say(f"{subject}, {way}: {operation.replace('_', ' ')}")
-        return run_operation(_OPERATIONS, operation, self._with_home(operation, arguments), timeout=_TIMEOUT)
-
-    def _with_home(self, operation: str, arguments: Facts) -> Facts:
-        return arguments if operation == "compress" else {"home": str(self._home.root)} | arguments
+        arguments = arguments if operation == "compress" else {"home": str(self._home.root)} | arguments
+        return run_operation(_OPERATIONS, operation, arguments, touch=self._touch, timeout=_TIMEOUT)
 
     @contextlib.contextmanager
     def _folder(self, name: str) -> Iterator[Path]:
@@ -390,7 +390,7 @@ def main() -> int:
     home = DataDir(default_data_dir(os.environ)).create()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=home.run) as folder:
         try:
-            bench = Bench(home, Path(folder), find_criu(home.root), arguments.only or ["*"], errors.print)
+            bench = Bench(home, Path(folder), arguments.only or ["*"], arguments.heap_mb, errors.print)
             if shutil.disk_usage(folder).free < 4 * arguments.heap_mb << 20:
                 sys.exit(f"the disk below {home.run} needs room for four times the heap")
             words = {"heap": ["heap", "--mb", str(arguments.heap_mb)]}

@@ -48,7 +48,7 @@ def data_dir(tmp_path: Path) -> DataDir:
         folder.criu.symlink_to(shared)
     source = tmp_path / "null-source"
     source.mkdir()
-    settings = {"memory_mb": 12, "answer_tokens": 20}
+    settings = {"memory_mb": 12, "answer_tokens": 20, "weights_mb": 5}
     (source / "config.json").write_text(json.dumps({"model_type": "dormouse-null", "null": settings}))
     import_model(str(source), "null", folder, progress=lambda _step, _done, _total: None)
     return folder
@@ -256,10 +256,10 @@ def test_a_damaged_snapshot_costs_a_cold_start_and_nothing_else(data_dir: DataDi
     with serve(data_dir, "null", keep_alive="200ms") as server:
         text = server.ask().json()["choices"][0]["message"]["content"]
         server.until_asleep()
-        for pack in data_dir.store.rglob("*.pack"):
-            data = bytearray(pack.read_bytes())
-            data[4096 : len(data) // 2] = bytes(byte ^ 0x55 for byte in data[4096 : len(data) // 2])
-            pack.write_bytes(data)
+        pack = max(data_dir.store.rglob("*.pack"))  # the snapshot's; the first is that of the weights
+        data = bytearray(pack.read_bytes())
+        data[4096 : len(data) // 2] = bytes(byte ^ 0x55 for byte in data[4096 : len(data) // 2])
+        pack.write_bytes(data)
         answer = server.ask()
         assert answer.headers["x-dormouse-start"].startswith("cold")
         assert answer.json()["choices"][0]["message"]["content"] == text
@@ -366,4 +366,6 @@ def test_ls_inspect_verify_and_rm_agree(data_dir: DataDir) -> None:
     assert dormouse("verify")["ok"] is True
     assert dormouse("rm", snapshot["id"])["freed_bytes"] > 0  # type: ignore[operator]
     assert dormouse("ls")["snapshots"] == []
+    assert len(list(data_dir.store.rglob("*.pack"))) == 1  # that of the weights
+    assert dormouse("rm", "--model", "null")["removed"] == ["null"]
     assert not list(data_dir.store.rglob("*.pack"))

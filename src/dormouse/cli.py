@@ -30,7 +30,7 @@ from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import open_model, remove_model
 from dormouse.checkpoint.writer import sweep
 from dormouse.config import DataDir, default_data_dir, load_config
-from dormouse.errors import DormouseError, NotFoundError
+from dormouse.errors import DormouseError, HostError, NotFoundError
 from dormouse.progress import Reporter
 from dormouse.snapshot.capture import SNAPSHOT_KIND
 from dormouse.snapshot.criu_setup import find_criu, setup_criu
@@ -301,15 +301,19 @@ def export(snapshot_id: str, folder: Path, data_dir: DataDir, as_json: bool, rep
     with Store.open(data_dir.create().store) as store, reporter:
         identity = catalogue.resolve(store, snapshot_id)
         done = export_snapshot(identity, store, folder, progress=reporter.amount("export"))
+    try:
+        command = done.command(find_criu(data_dir.root).argv_prefix)
+    except HostError:
+        command = done.command()  # it is for another machine then
     if as_json:
         ties = [f"{tie.kind}:{tie.inode}" for tie in done.externals]
         emit({"id": identity, "folder": str(done.folder), "images": done.images, "bytes": done.size, "pid": done.pid,
-              "externals": ties, "command": done.command()})  # fmt: skip
+              "externals": ties, "command": command})  # fmt: skip
         return
     out.print(
         f"Wrote {done.images} images, {catalogue.human(done.size)}. Restore them as root where pid {done.pid} is free:"
     )
-    click.echo(f"  {done.command()}")
+    click.echo(f"  {command}")
     if done.externals:
         out.print("Before, open the descriptors it names: they take the place of what was outside the snapshot.")
 

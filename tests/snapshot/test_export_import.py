@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from fake_dump import MACHINE, fake_dump
-from test_memory_paths import assert_same, captured, memory, restored, start
+from test_memory_paths import RSEQ_BYTES, assert_same, captured, memory, restored, start
 
 from dormouse.cli import cli
-from dormouse.errors import ConfigError, DamagedError, SnapshotError
+from dormouse.errors import ConfigError, DamagedError, NotFoundError, SnapshotError
 from dormouse.snapshot.cell import Cell
 from dormouse.snapshot.criu_images import PAGE, encode_pagemap, parse_pagemap
 from dormouse.snapshot.criu_setup import Criu
@@ -29,6 +29,7 @@ from dormouse.snapshot.export import Exported, export
 from dormouse.snapshot.images import decode_body
 from dormouse.snapshot.import_images import import_images, parse_external
 from dormouse.snapshot.mapped_files import DigestCache
+from dormouse.snapshot.pages import extents, process_map, read, usage
 from dormouse.snapshot.restore import restore
 from dormouse.snapshot.tree import External, Home, ProcessTree
 from dormouse.store.store import Store
@@ -350,3 +351,29 @@ def test_both_verbs_at_the_command_line(store: Store, tmp_path: Path) -> None:
     assert note["imported_from"] == str(folder)
     again = dormouse("import-images", str(tmp_path / "out"), "--name", "twice")
     assert dormouse("inspect", str(again["id"]))["model"] == "twice"
+
+
+def test_any_page_of_a_real_snapshot_is_what_the_process_had(store: Store, criu: Criu, tmp_path: Path) -> None:
+    """What is refused is the kernel's, shared, or a page that is in the file."""
+    tree = start(tmp_path, "alone")
+    result = captured(tree, store, criu)
+    expected = memory(tree.home)
+    maps = Path(f"/proc/{tree.home.outer_pid(tree.pid)}/maps").read_text().splitlines()
+    tree.home.close()
+    process = process_map(decode_body(store.manifest(result.snapshot_id).body, result.snapshot_id), None, store.read)
+    refused = []
+    for (_number, address), page in expected.items():
+        try:
+            found = b"".join(read(process, extents(process, address, PAGE), store.read))
+        except NotFoundError:
+            refused.append(address)
+            continue
+        if found != page:
+            assert sum(a != b for a, b in zip(found, page, strict=True)) <= RSEQ_BYTES
+    private = [line.split() for line in maps if len(line.split()) == 5 and line.split()[1].endswith("p")]
+    ranges = [tuple(int(word, 16) for word in words[0].split("-")) for words in private]
+    assert len(ranges) > 5
+    assert not [address for address in refused for start, end in ranges if start <= address < end]
+    assert len(refused) < len(expected)
+    rows = usage(process, lambda _digest: 1)
+    assert sum(row.stored_pages for row in rows) == process.space.used_pages()

@@ -19,15 +19,18 @@ from dormouse.snapshot.capture import CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.images import SnapshotBody
 from dormouse.snapshot.mapped_files import DigestCache
+from dormouse.snapshot.memory_capture import ParentMemory
+from dormouse.snapshot.memory_map import AddressSpace, Piece, Window, mask_bytes
 from dormouse.snapshot.process_memory import ProcessMemory
 from dormouse.snapshot.restore import Restored, restore
 from dormouse.snapshot.tree import Home, ProcessTree, continue_tree
-from dormouse.store.store import Store
+from dormouse.store.store import Manifest, Store
 
 pytestmark = pytest.mark.root
 
-_RSEQ_BYTES = 32  # struct rseq: the kernel writes the CPU's number there whenever the thread is scheduled
+RSEQ_BYTES = 32  # struct rseq: the kernel writes the CPU's number there whenever the thread is scheduled
 
 PROGRAM = """
 import ctypes, mmap, os, signal, sys, time
@@ -133,7 +136,7 @@ def assert_same(found: dict[tuple[int, int], bytes], expected: dict[tuple[int, i
     for where, page in expected.items():
         if found[where] != page:
             wrong = sum(a != b for a, b in zip(found[where], page, strict=True))
-            assert wrong <= _RSEQ_BYTES, f"{wrong} bytes differ at {where}"
+            assert wrong <= RSEQ_BYTES, f"{wrong} bytes differ at {where}"
 
 
 @pytest.mark.parametrize("how", ["alone", "fork"])
@@ -258,7 +261,17 @@ def test_a_restore_that_fails_leaves_no_process_and_no_descriptor(
     for _attempt in range(3):
         before = open_descriptors()
         with pytest.raises(DamagedError):
-            restore(result.snapshot_id, store, criu, key={}, take_home=take_home, timeout=60, inherit=(), fill=fill)
+            restore(
+                result.snapshot_id,
+                store,
+                criu,
+                key={},
+                take_home=take_home,
+                timeout=60,
+                digests=DigestCache(tmp_path / "digests"),
+                inherit=(),
+                fill=fill,
+            )
         assert (cells[-1].processes(), cells[-1].alive) == ([], False)
         assert open_descriptors() == before
         assert not [thread.name for thread in threading.enumerate() if "MainThread" not in thread.name]
@@ -292,3 +305,18 @@ def test_a_capture_that_fails_lets_the_process_run_on(
 
 def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_parent_whose_chunks_have_another_length_is_not_used(store: Store) -> None:
+    with store.begin() as transaction:
+        digests = [transaction.put(b"a" * PAGE), transaction.put(b"b" * 2 * PAGE)]
+        transaction.commit(Manifest("x", "process", "p", 1.0, b"", digests))
+    sound = Window(5, [Piece(0, mask_bytes(1)), Piece(1, mask_bytes(6))])
+    odd = Window(6, [Piece(0, mask_bytes(1)), Piece(1, mask_bytes(14))])
+    space = AddressSpace(7, 1, 5, [sound, odd], b"".join(digests))
+    with store.reader() as reader:
+        parent = ParentMemory(SnapshotBody(1, "p", {}, 7, [], [], [space], [], {}), reader)
+        found = parent.window(7, 5)
+        assert found is not None and found[2].tobytes() == b"a" * PAGE + b"b" * 2 * PAGE
+        assert parent.window(7, 6) is None
+        assert parent.window(7, 7) is None

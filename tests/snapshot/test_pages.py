@@ -33,7 +33,9 @@ BASE = 0x7F00_0000_0000
 HEAP = Vma(BASE, BASE + 8 * WINDOW)
 FILE = Vma(BASE + 8 * WINDOW, BASE + 9 * WINDOW, flags=2, status=1 | 1 << 6, file=3, offset=0x5000, protection=5)
 SHARED = Vma(BASE + 9 * WINDOW, BASE + 9 * WINDOW + PAGE, flags=0x21, status=1 | 1 << 8)
-KERNEL = Vma(BASE + 9 * WINDOW + PAGE, BASE + 9 * WINDOW + 2 * PAGE, flags=2, status=1 | 1 << 12, protection=1)
+KERNEL = Vma(
+    BASE + 9 * WINDOW + PAGE, BASE + 9 * WINDOW + 2 * PAGE, flags=0x22, status=1 | 1 << 9 | 1 << 12, protection=1
+)
 
 
 def noise(seed: int) -> bytes:

@@ -81,7 +81,7 @@ def _weight_files(path: Path) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{index} is not valid: {error}", remedy="Download or copy it again") from error
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():

@@ -165,7 +165,7 @@ def _model_type(folder: Path) -> str:
         raise ConfigError(
             f"{folder} has no config.json", remedy="Give the folder that has config.json, tokenizer and weights"
         ) from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid: {error}", remedy="Download or copy it again") from error
 
 

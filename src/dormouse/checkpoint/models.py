@@ -123,7 +123,7 @@ def _read(path: Path) -> ImportedModel:
     remedy = f"Import it again: dormouse import SOURCE --name {path.name} --replace"
     try:
         record = msgspec.json.decode((path / RECORD).read_bytes(), type=Record)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedError(f"{path / RECORD} can't be read: {error}", remedy=remedy) from error
     if record.format > FORMAT:
         raise DamagedError(
@@ -154,7 +154,7 @@ def checkpoints_named(models_dir: Path) -> tuple[set[str], set[str]]:
             continue
         try:
             record = msgspec.json.decode((path / RECORD).read_bytes(), type=Record)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             unreadable.add(path.name)
             continue
         if record.format > FORMAT:

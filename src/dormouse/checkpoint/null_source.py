@@ -40,7 +40,7 @@ def read_settings(folder: Path) -> NullSettings:
     path = folder / "config.json"
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Config).null
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EngineError(f"{path} can't be used: {error}", remedy="Import the model again") from error
 
 

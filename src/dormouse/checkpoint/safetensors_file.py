@@ -55,7 +55,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         entries = msgspec.json.decode(text, type=dict[str, Any])
         entries.pop("__metadata__", None)
         parsed = msgspec.convert(entries, dict[str, _Entry])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(path, f"its header is wrong: {error}") from error
     tensors = sorted(
         (_checked(path, name, entry, 8 + length) for name, entry in parsed.items()),

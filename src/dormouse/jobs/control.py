@@ -99,7 +99,7 @@ class ControlSocket:
                 except Exception as error:  # noqa: BLE001 - the asker is told, and the job runs on
                     answer = {"error": f"unexpected {type(error).__name__}: {error}", "remedy": "", "code": ""}
                 connection.sendall(msgspec.json.encode(answer) + b"\n")
-        except (OSError, msgspec.DecodeError, SnapshotError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, SnapshotError):
             return  # the asker has gone, or was none of ours
         finally:
             self._answering.discard(threading.current_thread())
@@ -119,7 +119,7 @@ def ask(data_dir: DataDir, name: str, request: Request, *, timeout: float | None
         try:
             connection.sendall(msgspec.json.encode(request) + b"\n")
             answer: Answer = msgspec.json.decode(_read_line(connection))
-        except (OSError, msgspec.DecodeError, SnapshotError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, SnapshotError) as error:
             raise SnapshotError(f"the keeper of job {name} ended without an answer", remedy="See its log") from error
     if "error" in answer:
         raise error_in(answer)

@@ -72,7 +72,7 @@ def record_of(body: SnapshotBody, snapshot_id: str) -> JobRecord:
                 remedy="Update dormouse",
             )
         return msgspec.json.decode(image.inline, type=JobRecord)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedError(
             f"the job record of snapshot {snapshot_id} is malformed: {error}", remedy="Remove it with `dormouse rm`"
         ) from error

@@ -61,5 +61,5 @@ async def judge(link: WorkerLink, expected: str, what: str) -> None:
 def _parse(text: str) -> Answer:
     try:
         return msgspec.json.decode(text, type=Answer)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SnapshotError(f"the canary's answer {text!r} is malformed: {error}") from error

@@ -38,6 +38,7 @@ _WRITE = 2  # PROT_WRITE
 _SHARED, _PRIVATE, _ANONYMOUS, _GROWS_DOWN = 0x01, 0x02, 0x20, 0x0100  # MAP_*
 _FILE_AREA = 1 << 6 | 1 << 7  # VMA_FILE_PRIVATE, VMA_FILE_SHARED in CRIU's image.h
 _PRIVATE_ANONYMOUS_AREA = 1 << 9  # VMA_ANON_PRIVATE
+_KERNEL_AREA = 1 << 2 | 1 << 3 | 1 << 12 | 1 << 17  # VMA_AREA_VSYSCALL, _VDSO, _VVAR, _UPROBES: anonymous to CRIU
 _GUARD_AREA = 1 << 16  # no mapping, but a note about a part of one; these come after all mappings
 _TASK_STOPPED = 3
 _MACHINES = {1: "x86_64", 2: "arm", 3: "aarch64", 4: "ppc64le", 5: "s390x", 6: "mips64", 7: "loongarch64", 8: "riscv64"}
@@ -203,7 +204,8 @@ def _mapping(message: bytes, what: str) -> Mapping | None:
         raise _malformed(what, f"its mapping from {start:#x} to {end:#x} makes no sense")
     if status & _GUARD_AREA:
         return None
-    sparse = flags & (_PRIVATE | _ANONYMOUS) == _PRIVATE | _ANONYMOUS and bool(status & _PRIVATE_ANONYMOUS_AREA)
+    anonymous = flags & (_PRIVATE | _ANONYMOUS) == _PRIVATE | _ANONYMOUS and bool(status & _PRIVATE_ANONYMOUS_AREA)
+    sparse = anonymous and not status & _KERNEL_AREA
     return Mapping(
         start,
         end,

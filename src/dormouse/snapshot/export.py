@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +43,10 @@ class Exported:
     pid: int
     externals: tuple[External, ...]
 
-    def command(self, criu: str = "criu") -> str:
-        """The shell command that restores it."""
+    def command(self, criu: Sequence[str] = ("criu",)) -> str:
+        """The shell command that restores it; `criu` is how CRIU is called."""
         ties = [f"fd[{_FIRST_DESCRIPTOR + i}]:{tie.kind}:[{tie.inode}]" for i, tie in enumerate(self.externals)]
-        words = [criu, "restore", "--images-dir", str(self.folder.absolute()), "--restore-detached"]
+        words = [*criu, "restore", "--images-dir", str(self.folder.absolute()), "--restore-detached"]
         words += ["--manage-cgroups=ignore", *(word for tie in ties for word in ("--inherit-fd", tie))]
         return shlex.join(words)
 

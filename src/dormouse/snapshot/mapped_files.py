@@ -222,7 +222,7 @@ def _read_cache(path: Path) -> list[_Entry]:
             raise msgspec.DecodeError("it is of another version or holds what is no digest")
     except FileNotFoundError:
         return []
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         log.warning("%s is not used, mapped files are read again: %s", path, error)
         return []
     return cache.entries

@@ -28,6 +28,8 @@ from dormouse.snapshot.memory_map import (
     Window,
     assemble,
     changed_pages,
+    check_length,
+    held_mask,
     inherit,
     mask_bytes,
     pick,
@@ -69,13 +71,16 @@ class ParentMemory:
         if window is None:
             return None
         try:
-            return window, digests, assemble(window, lambda chunk: self._plain(digests[chunk]))
+            chunks = {piece.chunk: self._plain(digests[piece.chunk], held_mask(piece)) for piece in window.pieces}
+            return window, digests, assemble(window, chunks.__getitem__)
         except StoreError as error:
             log.warning("a window of the parent snapshot can't be read, it is stored anew: %s", error)
             return None
 
-    def _plain(self, digest: Digest) -> Buffer:
-        return self._reader.plain(self._reader.locate([digest])[0])
+    def _plain(self, digest: Digest, held: int) -> Buffer:
+        (chunk,) = self._reader.locate([digest])
+        check_length(chunk.plain_length, held, digest)
+        return self._reader.plain(chunk)
 
 
 def capture_memory(pid: int, host_pid: int, pagemap: int, ingest: Ingest, parent: ParentMemory | None) -> AddressSpace:

@@ -86,7 +86,7 @@ def decode_manifest(data: bytes, manifest_id: str, key: Key) -> tuple[Manifest, 
         raise _damaged(what, "it does not match its signature")
     try:
         record = msgspec.msgpack.decode(body, type=_Record)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _damaged(what, str(error)) from error
     if record.id != manifest_id or len(record.refs) % DIGEST_SIZE or record.raw_bytes < 0:
         raise _damaged(what, "its fields contradict each other")

@@ -58,7 +58,7 @@ def decode_marks(data: bytes) -> Marks:
     """The marks in a file. Raises ValueError for anything `encode_marks` can't have made."""
     try:
         record = msgspec.json.decode(data, type=_Record)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(str(error)) from error
     if record.version != VERSION:
         raise ValueError(f"they have format version {record.version}; this program reads {VERSION}")

@@ -113,7 +113,7 @@ def await_report(pipe: int) -> None:
         )
     try:
         report = msgspec.msgpack.decode(data, type=_Report)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise errors.EngineError(f"the weights did not arrive: the report is malformed: {error}") from error
     if report.kind:
         raise errors.of_kind(report.kind, report.message, report.remedy)
