@@ -13,6 +13,9 @@ from dormouse.errors import DamagedError
 from dormouse.store.chunk import MAX_CHUNK, ZEROS, Buffer, is_zero
 
 _ZSTD_LEVEL = 3
+
+_SAMPLES, _SAMPLE = 8, 4 << 10
+_HOPELESS = 0.98
 _local = threading.local()
 
 
@@ -30,12 +33,25 @@ def encode(plain: Buffer, codec: Codec) -> tuple[Codec, Buffer]:
     if is_zero(plain):
         return Codec.ZERO, b""
     if codec is Codec.LZ4:
+        if _looks_incompressible(plain):
+            return Codec.RAW, plain
         stored: bytes = lz4.block.compress(plain, store_size=False)
     elif codec is Codec.ZSTD:
         stored = _compressor().compress(plain)
     else:
         return Codec.RAW, plain
     return (codec, stored) if len(stored) * 8 <= len(plain) * 7 else (Codec.RAW, plain)
+
+
+def _looks_incompressible(plain: Buffer) -> bool:
+    """Whether LZ4 gains next to nothing on a few samples. Weights in bfloat16 defeat it, but only after it has tried hard:
+    that takes it ten times as long as what it gives up at once."""
+    view = memoryview(plain).cast("B")
+    if len(view) < _SAMPLES * _SAMPLE * 4:
+        return False
+    step = (len(view) - _SAMPLE) // (_SAMPLES - 1)
+    sample = b"".join(view[at * step : at * step + _SAMPLE] for at in range(_SAMPLES))
+    return len(lz4.block.compress(sample, store_size=False)) > len(sample) * _HOPELESS
 
 
 def decode(codec: int, stored: Buffer, plain_length: int) -> Buffer:
