@@ -260,3 +260,15 @@ def test_a_pack_of_which_a_needed_chunk_is_damaged_is_not_rewritten(
     assert (report.packs_rewritten, report.packs_kept) == (0, 1)
     assert kept.hex() in caplog.text
     assert the_pack(tmp_path).name == "00000001.pack"
+
+
+@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("value", [None, 7, "x", b"x", 1.5])
+def test_a_row_of_the_index_with_values_of_other_types_is_an_altered_one(
+    tmp_path: Path, at: int, value: object
+) -> None:
+    with Store.open(tmp_path / "store") as store:
+        row: list[object] = ["a", "snapshot", "m", 1.0, 3, b"m" * 32]
+        row[at] = value
+        with pytest.raises(DamagedError, match="altered row"):
+            store._layout.index._check_row(*row)

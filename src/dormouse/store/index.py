@@ -227,10 +227,12 @@ class Index:
             self._check_row(*row[:6])
         return [ManifestRow(*row[:5], *row[6:]) for row in rows]
 
-    def _check_row(self, manifest_id: str, kind: str, name: str, created: float, raw_bytes: int, mac: bytes) -> None:
-        if not same(mac, _row_mac(self._key, manifest_id, kind, name, created, raw_bytes)):
+    def _check_row(self, *row: object) -> None:
+        types = (str, str, str, float, int, bytes)  # a flipped bit can change a value's type, or make it NULL
+        *signed, mac = row
+        if not all(map(isinstance, row, types)) or not same(mac, _row_mac(self._key, *signed)):  # type: ignore[arg-type]
             raise DamagedError(
-                f"the index {self._path} has an altered row for manifest {manifest_id}", remedy=_REBUILD_REMEDY
+                f"the index {self._path} has an altered row for manifest {row[0]}", remedy=_REBUILD_REMEDY
             )
 
     def refs_of(self, manifest_id: str) -> set[Digest]:
