@@ -104,6 +104,7 @@ class Keeper:
 
     def run(self, cwd: Path) -> None:
         """Start the job's program."""
+        self._catch_signals()
         self._adopt([start(self.record, environment_of_jobs(), cwd)])
 
     def restore(self, stored: StoredJob, count: int, timeout: float, hook_timeout: float) -> None:
@@ -122,6 +123,7 @@ class Keeper:
                 replica.home.close()
                 replica.pipes.close()
             raise errors[0]
+        self._catch_signals()  # not before: until there is a job, a signal is for us
         self._adopt(replicas)
         for replica in replicas:
             for problem in announce_restore(replica, hook_timeout):
@@ -147,11 +149,6 @@ class Keeper:
                         self._tell(f"replica {number} has gone with its cell")
         return next((code for code in self._codes.values() if code), 0)
 
-    def catch_signals(self) -> None:
-        """From now on signals are events. Call it in the main thread."""
-        for number in _PASSED_ON:
-            signal.signal(number, lambda caught, _frame: self._events.put(signal.Signals(caught)))
-
     @property
     def pids(self) -> list[int]:
         """The replicas' first processes, as the host sees them."""
@@ -161,6 +158,11 @@ class Keeper:
     def addresses(self) -> list[str]:
         """Where published ports can be reached."""
         return self._publisher.addresses
+
+    def _catch_signals(self) -> None:
+        """From now on signals are events. Only the main thread may do this."""
+        for number in _PASSED_ON:
+            signal.signal(number, lambda caught, _frame: self._events.put(signal.Signals(caught)))
 
     def _adopt(self, replicas: Sequence[Replica]) -> None:
         several = len(replicas) > 1

@@ -124,7 +124,6 @@ def _keep(data_dir: DataDir, record: JobRecord, detach: bool, tell: Tell, begin:
 
     def work(report: Callable[[dict[str, Any]], None]) -> int:
         with Keeper(data_dir, record, log_path=log_path, tell=_log if detach else tell) as keeper:
-            keeper.catch_signals()
             begin(keeper)
             report({"name": record.name, "pids": keeper.pids, "published": keeper.addresses})
             return keeper.wait()
