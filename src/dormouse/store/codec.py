@@ -44,8 +44,8 @@ def encode(plain: Buffer, codec: Codec) -> tuple[Codec, Buffer]:
 
 
 def _looks_incompressible(plain: Buffer) -> bool:
-    """Whether LZ4 gains next to nothing on a few samples. Weights in bfloat16 defeat it, but only after it has tried hard:
-    that takes it ten times as long as what it gives up at once."""
+    """Whether LZ4 gains next to nothing on a few samples. Weights in bfloat16 defeat it, but only after it has tried
+    hard: that takes it ten times as long as what it gives up at once."""
     view = memoryview(plain).cast("B")
     if len(view) < _SAMPLES * _SAMPLE * 4:
         return False
