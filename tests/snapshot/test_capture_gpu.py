@@ -39,7 +39,7 @@ def test_a_capture_of_a_gpu_worker_fails_clearly_and_the_worker_goes_on(criu: Cr
         worker.load(model.path, device="cuda:0")
         before = worker.ask(question, greedy).token_ids
         worker.quiesce()
-        with pytest.raises(SnapshotError, match="criu could not dump the worker"):
+        with pytest.raises(SnapshotError, match="criu could not dump the process"):
             host.capture(started)
         worker.resume()
         assert worker.ask(question, greedy).token_ids == before
