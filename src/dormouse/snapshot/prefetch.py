@@ -23,7 +23,7 @@ from dormouse.snapshot.images import MappedFile
 
 log = logging.getLogger(__name__)
 
-_MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...(.) ([0-9a-f]+) \S+ (\d+)\s*(.*)")
+_MAPS_LINE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) ...(.) ([0-9a-f]+) \S+ (\d+) *(.*)", re.DOTALL)
 # The top byte of a pagemap entry: bit 7 present, bit 5 file page (Documentation/admin-guide/mm/pagemap.rst).
 _PRESENT_FILE_PAGES = re.compile(rb"[\xa0-\xbf\xe0-\xff]+")
 _MERGE_GAP = 128 << 10
@@ -52,16 +52,26 @@ def mapped_ranges(pids: Iterable[int]) -> dict[str, MappedRanges]:
 
 def _add_files(pid: int, files: dict[str, MappedRanges]) -> None:
     with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/maps").read_bytes().split(b"\n"):  # file names may hold other ends of lines
             match = _MAPS_LINE.fullmatch(line)
             if match is None:
                 continue
             start, end, offset = (int(match[group], 16) for group in (1, 2, 4))
-            path = match[6]
-            if match[5] == "0" or not path.startswith("/") or path.startswith("/dev/") or path.endswith(" (deleted)"):
+            name = match[6]
+            if (
+                match[5] == b"0"
+                or not name.startswith(b"/")
+                or name.startswith(b"/dev/")
+                or name.endswith(b" (deleted)")
+            ):
+                continue
+            try:
+                path = name.decode()
+            except UnicodeDecodeError:
+                log.warning("mapped file %r is neither compared nor read ahead: its name is not UTF-8", name)
                 continue
             file = files.setdefault(path, MappedRanges(int(match[5]), []))
-            file.private |= match[3] == "p"
+            file.private |= match[3] == b"p"
             entries = os.pread(pagemap.fileno(), (end - start) // mmap.PAGESIZE * 8, start // mmap.PAGESIZE * 8)
             file.ranges.extend(present_ranges(entries, offset))
 
@@ -93,7 +103,8 @@ def prefetch(files: Iterable[MappedFile]) -> int:
     asked = 0
     for file in files:
         try:
-            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            # A FIFO that has taken the file's place must not hold us up; CRIU's check tells of it.
+            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             log.warning("no read-ahead for %s: %s", file.path, error)
             continue
@@ -104,6 +115,8 @@ def prefetch(files: Iterable[MappedFile]) -> int:
                     os.posix_fadvise(fd, at, step, os.POSIX_FADV_WILLNEED)
                     os.pread(fd, 1, at + step - 1)  # returns when the step's last page has arrived
                 asked += length
+        except OSError as error:
+            log.warning("no further read-ahead for %s: %s", file.path, error)
         finally:
             os.close(fd)
     return asked
