@@ -119,6 +119,17 @@ def test_what_the_filling_failed_with_is_raised(arena: Arena) -> None:
     segment.close()
 
 
+def test_after_a_failed_filling_nothing_is_mapped(arena: Arena) -> None:
+    segment = segment_of(bytes(1 << 20))
+    reading, writing = os.pipe()
+    arena.map([segment.handle(reading)])
+    send_report(writing, DamagedError("a chunk is damaged"))
+    with pytest.raises(DamagedError):
+        arena.wait()
+    assert not arena.mapped and protections(arena.weights) == {"---p"}
+    segment.close()
+
+
 def test_other_segments_than_before_are_refused(arena: Arena) -> None:
     small, large = segment_of(b"a" * 4096), segment_of(b"b" * 8192)
     arena.map([small.handle(None)])
