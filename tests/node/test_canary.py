@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from dormouse.engine.messages import Delta, Finished, TokenLogprob
+from dormouse.errors import EngineError
+from dormouse.node import canary
 from dormouse.node.canary import Answer
+from dormouse.node.link import WorkerLink
 from tests.node.standin import StandInHost, configure, on_loop, run_node, until
 from tests.node.test_node import ask
 
@@ -54,6 +61,36 @@ async def test_an_answer_that_cannot_be_read_counts_against_the_snapshot(tmp_pat
     host.snapshots["snap1"]["canary"] = "nonsense"
     async with run_node(configure(tmp_path), host) as node:
         assert await ask(node) == ("a b a", "cold")
+
+
+class SureOfNothing:
+    """A worker whose logits overflow."""
+
+    def __init__(self, logprob: float) -> None:
+        self.logprob = logprob
+
+    async def generate(self, *_question: Any) -> AsyncIterator[Delta | Finished]:
+        yield Delta(id="1", token_ids=[0], text="!", logprobs=[[TokenLogprob(0, "!", self.logprob)]])
+        yield Finished(id="1", reason="length", prompt_tokens=1, completion_tokens=1)
+
+
+@pytest.mark.parametrize("logprob", [math.nan, math.inf, -math.inf])
+@on_loop
+async def test_an_answer_without_a_number_is_none(logprob: float) -> None:
+    assert await canary.ask(cast(WorkerLink, SureOfNothing(logprob))) is None
+    assert await canary.ask(cast(WorkerLink, SureOfNothing(-0.5))) == '{"tokens":[0],"logprob":-0.5}'
+
+
+@on_loop
+async def test_a_worker_that_dies_after_its_canary_does_not_cost_the_snapshot(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(configure(tmp_path), host) as node:
+        await node.snapshot("mouse")
+        for _ in range(3):
+            with pytest.raises(EngineError, match="ended unexpectedly"):
+                await ask(node, "die")
+        assert await ask(node) == ("a b a", "snapshot")
+        assert host.quarantined == {}
 
 
 def test_sums_may_be_rounded_otherwise() -> None:

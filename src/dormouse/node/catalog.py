@@ -42,7 +42,7 @@ class StoreCatalog:
             rows = store.manifests(kind=kind, name=name)
             since = next((row.created for row in rows if row.id == snapshot_id), 0.0)
             older = [row.id for row in rows if row.created < since]
-            if any([store.remove(identity, spare_pinned=True) for identity in older]):  # all of them, not the first
+            if [identity for identity in older if store.remove(identity, spare_pinned=True)]:
                 store.collect_garbage()
 
     def quarantine(self, snapshot_id: str, reason: str) -> None:

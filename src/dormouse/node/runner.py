@@ -138,17 +138,22 @@ class Runner:
         self._link: WorkerLink | None = None
         self._operation: asyncio.Task[machine.Done] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._restored = False
-        self._estimate = estimate(model, self._load.engine)
+        self._restored = self._judged = False
+        self.expected = self._peak = estimate(model, self._load.engine)
 
     # For the node
 
     @property
-    def footprint(self) -> int:
-        """Bytes to count for it: what it has taken so far, and at least what such a model is expected to take."""
-        if self._handle is not None:
-            self._estimate = max(self._estimate, resident_bytes(self._handle.pid))
-        return self._estimate
+    def held(self) -> int:
+        """Bytes to count for its worker now: what it takes, and at least what such a model is expected to take."""
+        held = max(self.expected, resident_bytes(self._handle.pid) if self._handle is not None else 0)
+        self._peak = max(self._peak, held)
+        return held
+
+    @property
+    def peak(self) -> int:
+        """The most it has been seen to take, and at least what is expected: room to be made for it where there is."""
+        return max(self._peak, self.held)
 
     def status(self) -> ModelStatus:
         """The state now."""
@@ -226,7 +231,7 @@ class Runner:
             case machine.Fail():
                 if not (future := self._futures[effect.waiter]).done():
                     future.set_exception(effect.error)
-            case machine.Ready() | machine.Fallback() | machine.Retry() | machine.CaptureFailed():
+            case machine.Ready() | machine.Fallback() | machine.Retry() | machine.CaptureFailed() | machine.GiveUp():
                 self._tell(effect)
             case machine.Quarantine():
                 self._tell(effect)
@@ -261,6 +266,11 @@ class Runner:
                 log.warning("model %s was not captured: %s", name, effect.error)
                 for observer in self._around.observers:
                     observer.capture_failed(name, effect.error)
+            case machine.GiveUp():
+                log.error(
+                    "%d snapshots of model %s in a row were bad: it is captured no more until `dormouse snapshot %s`",
+                    *(effect.quarantined, name, name),
+                )
 
     def _work(self, operation: machine.Operation) -> Coroutine[Any, Any, machine.Done]:
         match operation:
@@ -314,7 +324,7 @@ class Runner:
 
     async def _bring_up(self, operation: machine.Starting) -> machine.Done:
         phases = Phases()
-        self._restored = False
+        self._restored = self._judged = False
         await self._end_worker()
         with phases.time("room"):
             await self._around.make_room(self)
@@ -330,7 +340,7 @@ class Runner:
         except BaseException:
             await self._end_worker()
             raise
-        return machine.Done(phases=phases)
+        return machine.Done(phases=phases, proven=self._judged)
 
     async def _start_cold(self, phases: Phases) -> None:
         with phases.time("host"):
@@ -359,6 +369,7 @@ class Runner:
         with phases.time("canary"):
             if (answer := await expected) is not None:
                 await canary.judge(link, answer, f"snapshot {snapshot_id} of {self.model.name}")
+                self._judged = True
         phases |= _details("host", self._handle.phases) | _details("resume", resumed.phases)
 
     async def _resume_restored(self, link: WorkerLink) -> Resumed:
@@ -400,6 +411,7 @@ class Runner:
 
     async def _quiesce(self) -> machine.Done:
         assert self._link is not None
+        self._peak = self.peak
         async with asyncio.timeout(self._around.step_timeout):
             self._canary = await canary.ask(self._link)
             quiesced = await self._link.quiesce()
@@ -453,7 +465,7 @@ class Runner:
             await self._link.close()
             self._link = None
         if self._handle is not None:
-            self._estimate = self.footprint
+            self._peak = self.peak
             async with asyncio.timeout(self._around.step_timeout):
                 await self._around.host.stop_worker(self._handle)
             self._handle = None
