@@ -21,6 +21,7 @@ from dormouse.errors import (
     NotFoundError,
     SnapshotError,
     StoppingError,
+    StoreError,
     UntrustedError,
     WeightsError,
 )
@@ -252,6 +253,7 @@ def test_bad_snapshots_with_a_good_one_between_them_are_not_in_a_row() -> None:
         (HostError("x"), r.Verdict.INNOCENT),
         (DiskFullError("x"), r.Verdict.INNOCENT),
         (WeightsError("x"), r.Verdict.INNOCENT),
+        (StoreError("x"), r.Verdict.INNOCENT),
         (BusyError("x", retry_after=1), r.Verdict.INNOCENT),
     ],
 )

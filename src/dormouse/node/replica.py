@@ -40,14 +40,13 @@ from dormouse.errors import (
     BusyError,
     DamagedError,
     DeadlineError,
-    DiskFullError,
     DormouseError,
     HostError,
     IncompatibleError,
     NotFoundError,
     StoppingError,
+    StoreError,
     UntrustedError,
-    WeightsError,
 )
 
 MAX_CAPTURE_FAILURES = 3
@@ -93,7 +92,7 @@ class Verdict(Enum):
     UNFIT = auto()
     """It is not for this host and these settings, or gone. Elsewhere or later it may be good."""
     INNOCENT = auto()
-    """This host could not do it now, or the model's weights can't be read."""
+    """This host could not do it now, the store could not be read, or it was the model's weights."""
 
 
 def judge(error: DormouseError) -> Verdict:
@@ -103,7 +102,7 @@ def judge(error: DormouseError) -> Verdict:
             return Verdict.UNFIT
         case DamagedError():
             return Verdict.BAD
-        case HostError() | BusyError() | StoppingError() | DiskFullError() | WeightsError():
+        case HostError() | BusyError() | StoppingError() | StoreError():
             return Verdict.INNOCENT
     return Verdict.SUSPECT
 

@@ -31,6 +31,7 @@ from dormouse.errors import DormouseError, SnapshotError
 from dormouse.snapshot.images import INLINE_LIMIT, ImageFile
 from dormouse.snapshot.memory_capture import drain, process_of
 from dormouse.snapshot.memory_map import AddressSpace
+from dormouse.snapshot.shortage import system_failure
 from dormouse.store.chunk import Buffer, Digest
 from dormouse.transfer.ingest import Ingest
 from dormouse.transfer.readahead import ReadAhead
@@ -197,7 +198,7 @@ class _Stream:
         except DormouseError as error:
             self._fail(error)
         except OSError as error:
-            self._fail(SnapshotError(f"streaming CRIU's images failed: {error}"))
+            self._fail(system_failure("streaming CRIU's images failed", error))
 
     def _fail(self, error: DormouseError) -> None:
         with self._lock:
