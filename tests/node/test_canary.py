@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import AsyncIterator
@@ -91,6 +92,28 @@ async def test_a_worker_that_dies_after_its_canary_does_not_cost_the_snapshot(tm
                 await ask(node, "die")
         assert await ask(node) == ("a b a", "snapshot")
         assert host.quarantined == {}
+
+
+@pytest.mark.parametrize("kills", [True, False])
+@on_loop
+async def test_a_worker_that_the_kernel_killed_for_its_memory_does_not_cost_the_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: bool
+) -> None:
+    counts = itertools.count()
+    monkeypatch.setattr("dormouse.node.runner.oom_kills", lambda: next(counts) if kills else 7)
+    host = StandInHost()
+    async with run_node(configure(tmp_path), host) as node:
+        await node.snapshot("mouse")
+        del host.snapshots["snap1"]["canary"]
+    async with run_node(configure(tmp_path), host) as node:
+        for _ in range(2):
+            with pytest.raises(EngineError, match="ended unexpectedly"):
+                await ask(node, "die")
+        await ask(node)
+        host.worker_fault = "resume-exit"
+        await node.sleep("mouse")
+        await ask(node)
+        assert ("snap1" in host.quarantined) is not kills
 
 
 def test_sums_may_be_rounded_otherwise() -> None:

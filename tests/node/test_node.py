@@ -460,6 +460,22 @@ async def test_a_start_that_fails_for_want_of_weights_or_of_the_host_costs_no_sn
 
 
 @on_loop
+async def test_a_model_whose_snapshots_never_restore_is_captured_no_more_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = StandInHost(lasting_faults={"restore": SnapshotError("criu failed")})
+    async with run_node(configure(tmp_path, {"mouse": ModelConfig(keep_alive=0.01)}), host) as node:
+        for _ in range(6):
+            assert await ask(node) == ("a b a", "cold")
+            await until(lambda: state(node) == "asleep")
+        assert host.calls.count("capture") == 3 and host.calls.count("restore") == 6
+        assert "is captured no more until `dormouse snapshot mouse`" in caplog.text
+        host.lasting_faults.clear()
+        await node.snapshot("mouse")
+        assert await ask(node) == ("a b a", "snapshot")
+
+
+@on_loop
 async def test_busy_model_is_not_evicted_and_the_other_waits(tmp_path: Path) -> None:
     host = StandInHost()
     models = {name: FakeModel(name, weight_bytes=400 << 20) for name in ("one", "two")}

@@ -9,20 +9,21 @@ goes back to the machine, so no waiter depends on a task that was forgotten.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dormouse.config import ModelConfig
 from dormouse.engine.messages import Delta, Finished, Load, Prompt, Resumed, Sampling
-from dormouse.errors import DeadlineError, DormouseError, EngineError, StoreError
+from dormouse.errors import DeadlineError, DormouseError, EngineError, HostError, StoreError
 from dormouse.node import canary
 from dormouse.node import replica as machine
 from dormouse.node.link import WorkerLink
-from dormouse.node.memory import estimate, resident_bytes
+from dormouse.node.memory import estimate, oom_kills, resident_bytes
 from dormouse.node.parts import Host, Model, Observer
 from dormouse.node.replica import Replica, Start, State
 from dormouse.phases import Phases
@@ -139,6 +140,7 @@ class Runner:
         self._operation: asyncio.Task[machine.Done] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._restored = self._judged = False
+        self._oom_kills = 0
         self.expected = self._peak = estimate(model, self._load.engine)
 
     # For the node
@@ -299,7 +301,7 @@ class Runner:
         self._dispatch(self._outcome(operation))
         link = self._link
         if self.replica.state is State.READY and link is not None and link.lost is not None:
-            self._dispatch(machine.WorkerDied(link.lost))
+            self._dispatch(machine.WorkerDied(self._of_the_host(link.lost)))
 
     def _outcome(self, operation: asyncio.Task[machine.Done]) -> machine.Done | machine.Failed | machine.Abandoned:
         error = operation.exception()
@@ -328,6 +330,7 @@ class Runner:
         await self._end_worker()
         with phases.time("room"):
             await self._around.make_room(self)
+        self._oom_kills = oom_kills()
         try:
             async with asyncio.timeout(self._around.step_timeout):
                 match operation:
@@ -355,7 +358,8 @@ class Runner:
     async def _restore(self, snapshot_id: str, phases: Phases) -> None:
         expected = asyncio.create_task(self._answer_of(snapshot_id))
         try:
-            await self._restore_and_judge(snapshot_id, expected, phases)
+            with self._judging_ends():
+                await self._restore_and_judge(snapshot_id, expected, phases)
         finally:
             expected.cancel()
             await asyncio.gather(expected, return_exceptions=True)
@@ -391,7 +395,7 @@ class Runner:
                 template_id, key=self._template_key, checkpoint=self.model.checkpoint
             )
         link = await self._connect(self._handle, fresh=False)
-        with phases.time("resume"):
+        with phases.time("resume"), self._judging_ends():
             await link.resume(str(self._log_path))
         self._restored = True
         with phases.time("load"):
@@ -407,7 +411,25 @@ class Runner:
     def _lost(self, error: DormouseError) -> None:
         if self.replica.state is State.READY:
             log.error("model %s: %s", self.model.name, error)
-        self._dispatch(machine.WorkerDied(error))
+        self._dispatch(machine.WorkerDied(self._of_the_host(error)))
+
+    @contextlib.contextmanager
+    def _judging_ends(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineError as error:
+            if (blamed := self._of_the_host(error)) is error:
+                raise
+            raise blamed from error
+
+    def _of_the_host(self, error: DormouseError) -> DormouseError:
+        """The end of a worker as the host's fault, if the kernel has killed for want of memory since it was started."""
+        if not isinstance(error, EngineError) or oom_kills() == self._oom_kills:
+            return error
+        return HostError(
+            f"{error.message}, and the kernel has killed processes for want of memory meanwhile",
+            remedy="Lower `memory`, or look into the kernel's log for what else takes it",
+        )
 
     async def _quiesce(self) -> machine.Done:
         assert self._link is not None
