@@ -82,7 +82,7 @@ class HostService:
         manifest's kind and name.
 
         On any error (SnapshotError, DiskFullError, StoreError, HostError) the worker is alive and as it was: send it
-        Resume.
+        Resume. (Only when CRIU itself was killed or hung at work in it, its cell is closed.)
         """
         process = self._process
         if process is None or process.ended is not None:
