@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dormouse.errors import DormouseError
+from dormouse.errors import ConfigError, DormouseError, RequestError
 
 ROOT = Path(__file__).parent.parent
 TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"
@@ -59,6 +59,17 @@ def test_the_table_of_errors_is_fresh() -> None:
 def test_every_error_class_has_its_row_and_they_are_told_apart() -> None:
     codes = [error.code for error in error_classes()]
     assert len(codes) == len(set(codes)) > 10
+
+
+def test_the_server_documents_every_code_under_its_status() -> None:
+    rows = re.findall(r"^\| (\d{3}) \| ([^|]+) \|", (ROOT / "docs/serving.md").read_text(), re.MULTILINE)
+    documented = {(int(status), code) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)}
+    # A wrong configuration is no answer to a request for tokens, and a wrong request has finer codes.
+    assert {
+        (error.http_status, error.code)
+        for error in error_classes()
+        if not issubclass(error, ConfigError | RequestError)
+    } <= documented
 
 
 def test_every_dependency_has_a_reason_and_a_pin() -> None:

@@ -9,6 +9,7 @@ DormouseError
     DamagedError       stored bytes are not what was written                    exit 5, HTTP 500
     UntrustedError     stored bytes may be somebody else's                      exit 5, HTTP 500
     DiskFullError      no room for what was to be written                       exit 5, HTTP 507
+    WeightsError       a model's weights can't be had                         exit 5, HTTP 500
   SnapshotError        a capture or a restore failed                            exit 6, HTTP 500
     IncompatibleError  a snapshot does not fit this host                        exit 6, HTTP 500
   EngineError          the engine or its worker failed                          exit 7, HTTP 500
@@ -102,6 +103,12 @@ class DiskFullError(StoreError):
 
     http_status = 507
     code = "disk_full"
+
+
+class WeightsError(StoreError):
+    """The weights of a model are gone or can't be read. No snapshot of it is to blame."""
+
+    code = "weights_unusable"
 
 
 class SnapshotError(DormouseError):

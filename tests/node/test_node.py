@@ -20,6 +20,7 @@ from dormouse.errors import (
     DamagedError,
     DeadlineError,
     DiskFullError,
+    DormouseError,
     EngineError,
     HostError,
     IncompatibleError,
@@ -27,6 +28,7 @@ from dormouse.errors import (
     RequestError,
     SnapshotError,
     StoppingError,
+    WeightsError,
 )
 from dormouse.node import link
 from dormouse.node.node import Node
@@ -396,6 +398,81 @@ async def test_idle_model_makes_room_for_another(tmp_path: Path) -> None:
         assert (await ask(node, model="one"))[1] == "snapshot"
         with pytest.raises(HostError, match="budget is 700 MiB"):
             await ask(node, model="big")
+
+
+@on_loop
+async def test_a_peak_above_the_budget_does_not_keep_a_model_from_starting_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = StandInHost()
+    models = {name: FakeModel(name, weight_bytes=100 << 20) for name in ("one", "two")}
+    config = configure(tmp_path, {name: ModelConfig() for name in models}, memory="700MiB")
+    async with run_node(config, host, models) as node:
+        await ask(node, model="one")
+        with monkeypatch.context() as peak:
+            peak.setattr("dormouse.node.runner.resident_bytes", lambda _pid: 1 << 30)
+            await node.sleep("one")
+        await ask(node, model="two")
+        assert (await ask(node, model="one"))[1] == "snapshot"
+        assert state(node, "two") == "asleep", "as much room was made as there is"
+
+
+@on_loop
+async def test_a_peak_of_another_makes_no_refusal_beside_one_that_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = StandInHost()
+    models = {name: FakeModel(name, weight_bytes=100 << 20) for name in ("kept", "two")}
+    settings = {"kept": ModelConfig(keep_alive=float("inf")), "two": ModelConfig()}
+    async with run_node(configure(tmp_path, settings, memory="700MiB"), host, models) as node:
+        await ask(node, model="two")
+        with monkeypatch.context() as peak:
+            peak.setattr("dormouse.node.runner.resident_bytes", lambda _pid: 600 << 20)
+            await node.sleep("two")
+        await ask(node, model="kept")
+        assert (await ask(node, model="two"))[1] == "snapshot"
+        assert state(node, "kept") == "ready"
+
+
+@on_loop
+async def test_a_snapshot_can_be_asked_for_where_nothing_is_kept_awake(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(configure(tmp_path, {"mouse": ModelConfig(keep_alive=0)}), host) as node:
+        for number in (1, 2, 3):
+            assert (await node.snapshot("mouse")).snapshot_id == f"snap{number}"
+
+
+@pytest.mark.parametrize("error", [WeightsError("gone"), HostError("the service has ended")])
+@on_loop
+async def test_a_start_that_fails_for_want_of_weights_or_of_the_host_costs_no_snapshot(
+    tmp_path: Path, error: DormouseError
+) -> None:
+    host = StandInHost()
+    async with run_node(configure(tmp_path), host) as node:
+        await node.snapshot("mouse")
+        host.lasting_faults = {"restore": error, "start_worker": error}
+        for _ in range(3):
+            with pytest.raises(type(error)):
+                await ask(node)
+        host.lasting_faults.clear()
+        assert await ask(node) == ("a b a", "snapshot")
+        assert host.quarantined == {}
+
+
+@on_loop
+async def test_a_model_whose_snapshots_never_restore_is_captured_no_more_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = StandInHost(lasting_faults={"restore": SnapshotError("criu failed")})
+    async with run_node(configure(tmp_path, {"mouse": ModelConfig(keep_alive=0.01)}), host) as node:
+        for _ in range(6):
+            assert await ask(node) == ("a b a", "cold")
+            await until(lambda: state(node) == "asleep")
+        assert host.calls.count("capture") == 3 and host.calls.count("restore") == 6
+        assert "is captured no more until `dormouse snapshot mouse`" in caplog.text
+        host.lasting_faults.clear()
+        await node.snapshot("mouse")
+        assert await ask(node) == ("a b a", "snapshot")
 
 
 @on_loop

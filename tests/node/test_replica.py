@@ -21,7 +21,9 @@ from dormouse.errors import (
     NotFoundError,
     SnapshotError,
     StoppingError,
+    StoreError,
     UntrustedError,
+    WeightsError,
 )
 from dormouse.node import replica as r
 from dormouse.node.replica import Replica, Start, State
@@ -168,6 +170,76 @@ def test_worker_that_dies_later_does_not() -> None:
     assert replica.handle(r.WorkerDied(EngineError("killed")), 3.0) == [r.Stop()]
 
 
+def test_nor_does_one_whose_canary_was_judged_well() -> None:
+    replica = new_replica(snapshot_id="s")
+    for waiter in range(4):
+        assert replica.handle(r.Request(waiter), 0.0) == [r.Restore("s")]
+        replica.handle(r.Done(proven=True), 1.0)
+        assert replica.handle(r.WorkerDied(EngineError("out of memory")), 1.5) == [r.Stop()]
+        replica.handle(r.Leave(waiter), 1.6)
+        replica.handle(r.Done(), 2.0)
+
+
+def bad_snapshot(replica: Replica, number: int) -> list[r.Effect]:
+    """A model whose snapshot is damaged starts cold and falls asleep; what follows from falling asleep."""
+    replica.handle(r.Request(number), 0.0)
+    effects = replica.handle(r.Failed(DamagedError("flipped")), 0.5)
+    assert isinstance(effects[0], r.Quarantine) and effects[-1] == r.StartCold()
+    assert (r.GiveUp(r.MAX_QUARANTINES) in effects) is (number == r.MAX_QUARANTINES)
+    replica.handle(r.Done(), 1.0)
+    replica.handle(r.Leave(number), 2.0)
+    return replica.handle(r.Tick(), 12.0)
+
+
+def captured(replica: Replica, snapshot_id: str) -> None:
+    replica.handle(r.Done(), 12.1)
+    replica.handle(r.Done(snapshot_id=snapshot_id), 12.2)
+    assert (replica.state, replica.snapshot_id) == (State.ASLEEP, snapshot_id)
+
+
+def replica_without_hope() -> Replica:
+    replica = new_replica(snapshot_id="s1")
+    for number in range(1, r.MAX_QUARANTINES):
+        assert bad_snapshot(replica, number) == [r.Quiesce()]
+        captured(replica, f"s{number + 1}")
+    assert bad_snapshot(replica, r.MAX_QUARANTINES) == [r.Stop()]
+    replica.handle(r.Done(), 13.0)
+    replica.handle(r.Request(8), 14.0)
+    replica.handle(r.Done(), 15.0)
+    return replica
+
+
+def test_a_model_whose_snapshots_are_all_bad_is_captured_no_more_until_told() -> None:
+    replica = replica_without_hope()
+    replica.handle(r.Leave(8), 16.0)
+    assert replica.handle(r.Tick(), 30.0) == [r.Stop()]
+    replica.handle(r.Done(), 31.0)
+    replica.handle(r.Request(9), 32.0)
+    replica.handle(r.Done(), 33.0)
+    replica.handle(r.Sleep(capture=True), 33.5)
+    assert replica.handle(r.Leave(9), 34.0) == [r.Quiesce()]
+
+
+def test_a_release_gives_new_hope() -> None:
+    replica = replica_without_hope()
+    replica.handle(r.Offer("s1"), 15.5)
+    replica.handle(r.Withdraw("s1"), 15.6)
+    replica.handle(r.Leave(8), 16.0)
+    assert replica.handle(r.Tick(), 30.0) == [r.Quiesce()]
+
+
+def test_bad_snapshots_with_a_good_one_between_them_are_not_in_a_row() -> None:
+    replica = new_replica(snapshot_id="s0")
+    for number in range(3 * r.MAX_QUARANTINES):
+        replica.handle(r.Request(100 + number), 0.0)
+        replica.handle(r.Done(proven=True), 0.1)
+        replica.handle(r.Leave(100 + number), 0.2)
+        replica.handle(r.Sleep(), 0.3)
+        replica.handle(r.Done(), 0.4)
+        assert bad_snapshot(replica, 0) == [r.Quiesce()]
+        captured(replica, f"s{number + 1}")
+
+
 @pytest.mark.parametrize(
     ("error", "verdict"),
     [
@@ -180,6 +252,8 @@ def test_worker_that_dies_later_does_not() -> None:
         (UntrustedError("x"), r.Verdict.UNFIT),
         (HostError("x"), r.Verdict.INNOCENT),
         (DiskFullError("x"), r.Verdict.INNOCENT),
+        (WeightsError("x"), r.Verdict.INNOCENT),
+        (StoreError("x"), r.Verdict.INNOCENT),
         (BusyError("x", retry_after=1), r.Verdict.INNOCENT),
     ],
 )
@@ -389,7 +463,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.next_waiter = 0
         self.word_due = self.retried = False
         self.restored: str | None = None
-        self.closing = False
+        self.closing = self.hopeless = self.proven = False
         self.ids = 0
         self.quarantined: set[str] = set()
         self.suspicions: dict[str, int] = {}
@@ -423,6 +497,8 @@ class AnyOrder(RuleBasedStateMachine):
                 assert self.workers == 1
             case r.CaptureFailed() | r.Discard():
                 pass
+            case r.GiveUp():
+                self.hopeless = True
             case _:
                 self.begin(effect)
 
@@ -437,6 +513,8 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.suspicions.get(effect.snapshot_id, 0) < 2, "a third try"
         if isinstance(effect, r.RestoreTemplate):
             assert effect.template_id not in self.quarantined, "a quarantined template is used"
+        if isinstance(effect, r.Quiesce):
+            assert not self.hopeless, "captured although no capture was any good"
         if isinstance(effect, r.Quiesce | r.Capture):
             assert not self.served, "captured with a request in flight"
         if isinstance(effect, r.Capture | r.Resume):
@@ -457,14 +535,19 @@ class AnyOrder(RuleBasedStateMachine):
             waiter = everyone[pick % len(everyone)]
             if waiter in self.served:
                 self.suspicions.clear()
+                self.hopeless &= self.restored is None
             self.waiting.discard(waiter)
             self.served.discard(waiter)
             self.send(r.Leave(waiter))
 
     @precondition(lambda self: self.operation is not None)
-    @rule()
-    def succeed(self) -> None:
+    @rule(judged=st.booleans())
+    def succeed(self, judged: bool) -> None:
         operation = self.operation
+        self.proven = isinstance(operation, r.Restore) and judged
+        if self.proven:
+            self.suspicions.clear()
+            self.hopeless = False
         match operation:
             case r.StartCold() | r.Restore() | r.RestoreTemplate():
                 self.workers, self.parked = 1, False
@@ -475,7 +558,8 @@ class AnyOrder(RuleBasedStateMachine):
                 self.parked = False
             case r.Capture() | r.Stop():
                 self.workers = 0
-        self.send(r.Done(snapshot_id=self.new_id("s") if isinstance(operation, r.Capture) else None))
+        captured = self.new_id("s") if isinstance(operation, r.Capture) else None
+        self.send(r.Done(snapshot_id=captured, proven=self.proven))
         if isinstance(operation, r.Capture) and self.operation is None:
             assert self.replica.state is State.ASLEEP
 
@@ -498,6 +582,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule()
     def offer(self) -> None:
+        self.hopeless = False
         self.send(r.Offer(self.new_id("s")))
 
     @rule()
@@ -519,12 +604,13 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def die(self) -> None:
         self.served.clear()
-        if self.restored is not None:
+        if self.restored is not None and not self.proven:
             self.suspect(self.restored)
         self.send(r.WorkerDied(EngineError("killed")))
 
     @rule(capture=st.booleans())
     def press(self, capture: bool) -> None:
+        self.hopeless &= not (capture and self.replica.state is not State.ASLEEP)
         self.send(r.Sleep(capture))
 
     @rule()
@@ -559,7 +645,7 @@ class AnyOrder(RuleBasedStateMachine):
         """Whatever happened: when all goes well from here on, everyone is served or failed and nothing stays."""
         for _ in range(40):
             if self.operation is not None:
-                self.succeed()
+                self.succeed(False)
             elif self.served:
                 self.leave(0)
             elif self.replica.state is not State.ASLEEP:

@@ -136,7 +136,12 @@ async def test_a_model_that_cannot_be_loaded_does_not_cost_the_template(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("call", "error"), [("start_worker", HostError("none")), ("capture template", DiskFullError("no room"))]
+    ("call", "error"),
+    [
+        ("start_worker", HostError("none")),
+        ("capture template", DiskFullError("no room")),
+        ("capture template", ZeroDivisionError("a bug of ours")),
+    ],
 )
 @on_loop
 async def test_templates_that_cannot_be_made_are_given_up_after_some_tries(

@@ -18,7 +18,15 @@ from tests.snapshot.attached import AttachedWorker
 from tests.snapshot.conftest import make_null_model
 
 from dormouse.config import DataDir
-from dormouse.errors import DamagedError, DiskFullError, DormouseError, IncompatibleError, NotFoundError, SnapshotError
+from dormouse.errors import (
+    DamagedError,
+    DiskFullError,
+    DormouseError,
+    HostError,
+    IncompatibleError,
+    NotFoundError,
+    SnapshotError,
+)
 from dormouse.snapshot import service_main
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import capture
@@ -236,6 +244,7 @@ def test_kill_9_of_criu_in_a_restore_is_a_clear_error_and_leaves_nothing(host: H
     captured = host.capture(started)
     before = our_processes()
     error = killed_in("criu restore", 0, lambda: host.restore(captured.snapshot_id))
+    assert isinstance(error, HostError), "it says nothing about the snapshot"
     assert "killed by SIGKILL" in error.message
     assert our_processes() == before
     _restored, worker = host.restore(captured.snapshot_id)

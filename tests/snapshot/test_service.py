@@ -16,7 +16,7 @@ from tests.snapshot.attached import AttachedWorker
 from tests.snapshot.test_capture_restore import gone_within, our_commands
 
 from dormouse.config import DataDir
-from dormouse.errors import NotFoundError, SnapshotError
+from dormouse.errors import HostError, NotFoundError, WeightsError
 from dormouse.snapshot.service import HostService, WorkerHandle
 
 pytestmark = pytest.mark.root
@@ -79,6 +79,12 @@ def test_start_capture_restore_stop(data_dir: DataDir, null_model: Path, tmp_pat
         await asyncio.to_thread(gone_within, 1, lambda: not Path(f"/proc/{restored.pid}").exists())
         with pytest.raises(NotFoundError):
             await service.restore("nothing", key=KEY)
+        for attempt in (
+            service.restore(captured.snapshot_id, key=KEY, checkpoint="gone"),
+            service.start_worker(log_path=log, checkpoint="gone"),
+        ):
+            with pytest.raises(WeightsError, match="the weights are gone"):  # neither the snapshot nor the model is
+                await attempt
 
     with_service(data_dir, body)
 
@@ -94,7 +100,7 @@ def test_a_service_that_dies_takes_its_workers_along_and_comes_back(
         pending = asyncio.create_task(service.capture(handle, model="m", key=KEY))
         await asyncio.sleep(0.01)
         kill_children("service_main")
-        with pytest.raises(SnapshotError, match="has ended"):
+        with pytest.raises(HostError, match="has ended"):
             await pending
         await asyncio.to_thread(gone_within, 10, lambda: not Path(f"/proc/{handle.pid}").exists())
         handle.control.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import mmap
 import os
@@ -14,12 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dormouse.errors import DamagedError, IncompatibleError
-from dormouse.snapshot.criu import failure_reason
+from dormouse.errors import DamagedError, HostError, IncompatibleError, SnapshotError
+from dormouse.snapshot.criu import failure_reason, failures
 from dormouse.snapshot.images import BODY_VERSION, ImageFile, MappedFile, SnapshotBody, decode_body, encode_body
 from dormouse.snapshot.memory_map import AddressSpace, Piece, Window
 from dormouse.snapshot.prefetch import mapped_ranges, merge, prefetch, present_ranges
 from dormouse.snapshot.process_memory import ProcessMemory
+from dormouse.snapshot.shortage import is_shortage, system_failure, tells_of_shortage
 from dormouse.snapshot.tree import External
 
 PAGE = mmap.PAGESIZE
@@ -155,3 +157,29 @@ def test_the_first_errors_of_a_criu_log_are_the_reason() -> None:
     )
     assert failure_reason(text) == "File lib/x.so has bad size 12 (expect 13); Restoring FAILED."
     assert failure_reason("nothing") == "its log has no error line"
+
+
+@pytest.mark.parametrize(
+    ("lines", "short"),
+    [
+        (["Can't mmap memory: Cannot allocate memory", "Restoring FAILED."], True),
+        (["Can't open log: Too many open files"], True),
+        (["Can't write: No space left on device"], True),
+        (["Can't fork for 12: Resource temporarily unavailable"], True),
+        (["12 killed by signal 9: Killed", "Restoring FAILED."], True),
+        (["File lib/x.so has bad size 12 (expect 13)", "12 killed by signal 9: Killed"], False),
+        (["12 killed by signal 11: Segmentation fault"], False),
+        (["Can't read socket: Resource temporarily unavailable"], False),
+        ([], False),
+    ],
+)
+def test_a_shortage_is_told_from_a_bad_snapshot_by_the_words_of_criu(lines: list[str], short: bool) -> None:
+    text = "".join(f"(00.100) 12: Error (criu/x.c:1): {line}\n" for line in lines)
+    assert tells_of_shortage(failures(text)) is short
+
+
+def test_what_a_system_call_lacks_is_the_hosts_fault() -> None:
+    assert isinstance(system_failure("x", OSError(errno.EMFILE, "too many")), HostError)
+    assert isinstance(system_failure("x", OSError(errno.EIO, "bad disk")), SnapshotError)
+    assert is_shortage(MemoryError()) and is_shortage(RuntimeError("can't start new thread"))
+    assert not is_shortage(RuntimeError("odd"))

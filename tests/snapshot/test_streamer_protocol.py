@@ -201,9 +201,16 @@ def test_criu_that_never_connects_is_not_waited_for(store: Store, tmp_path: Path
         assert stream.images() == []
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("can't start new thread")])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError("no room"), HostError),
+        (RuntimeError("can't start new thread"), HostError),
+        (ValueError("a bug of ours"), SnapshotError),
+    ],
+)
 def test_whatever_ends_an_images_thread_ends_the_capture(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: type[Exception]
 ) -> None:
     def read(name: str, pipe: int, ingest: Ingest) -> ImageFile:
         if name == "files.img":
@@ -218,7 +225,7 @@ def test_whatever_ends_an_images_thread_ends_the_capture(
                 with contextlib.suppress(ConnectionError):
                     os.close(criu.write_image(name))
             criu.close()
-            with pytest.raises(SnapshotError, match="streaming CRIU's images failed"):
+            with pytest.raises(told, match="streaming CRIU's images failed"):
                 stream.finish()
 
 

@@ -32,7 +32,7 @@ if action == "commit":
 elif action == "remove":
     store.remove("old")
 elif action == "mark":
-    store.mark("old", Marks(quarantine="new"))
+    store.mark("old", lambda _old: Marks(quarantine="new"))
 else:
     store.collect_garbage()
 """
@@ -90,7 +90,7 @@ def test_a_crash_in_a_commit_is_nothing_or_all_of_it(path: Path, step: str, lose
 def test_a_crash_in_a_removal_removes(path: Path, step: str) -> None:
     with Store.open(path) as store:
         commit(store, "old", [noise(1, 20_000)])
-        store.mark("old", Marks(pinned=True))
+        store.mark("old", lambda _old: Marks(pinned=True))
     killed_at(path, "remove", step)
     with Store.open(path) as store:
         assert store.manifests() == []
@@ -110,7 +110,7 @@ MARK_STEPS = {"mark": "before", "marks written": "before", "marks named": "new"}
 def test_a_crash_in_marking_leaves_the_old_marks_or_the_new(path: Path, step: str) -> None:
     with Store.open(path) as store:
         commit(store, "old", [noise(1, 20_000)])
-        store.mark("old", Marks(quarantine="before"))
+        store.mark("old", lambda _old: Marks(quarantine="before"))
     killed_at(path, "mark", step)
     with Store.open(path) as store:
         assert store.marks("old").quarantine == MARK_STEPS[step]

@@ -139,7 +139,7 @@ class Schedule:
         marks = self.chance.choice([Marks(), Marks(pinned=True), Marks(quarantine="x" * 3000, quarantined_at=1.0)])
         kept = Marks(marks.pinned, marks.quarantine and marks.quarantine[:2000], marks.quarantined_at)
         promise.marks.add(kept)
-        store.mark(manifest_id, marks)
+        store.mark(manifest_id, lambda _old: marks)
         promise.marks = {kept}
 
     def _collect(self, store: Store) -> None:

@@ -39,7 +39,7 @@ with Store.open(path) as store:
         plains = [text(chance.randrange(12), 20_000) for _ in range(3)] + [noise(chance.randrange(99), 5000)]
         mine[f"{name}-{turn}"] = plains
         commit(store, f"{name}-{turn}", plains)
-        store.mark(f"{name}-{turn}", Marks(quarantine=name))
+        store.mark(f"{name}-{turn}", lambda _old: Marks(quarantine=name))
         if len(mine) > 4:
             gone = chance.choice(sorted(mine))
             store.remove(gone)

@@ -7,6 +7,8 @@ token, and what it makes the restored process read from disk, the first request 
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from dormouse.engine.messages import Delta, Finished, Sampling, TextPrompt
@@ -33,7 +35,8 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 async def ask(link: WorkerLink) -> str | None:
-    """The worker's answer as text; None when it can't take the question. Raises EngineError."""
+    """The worker's answer as text; None when it can't take the question, or is sure of nothing (its numbers are not
+    finite, which text can't say and no answer fits). Raises EngineError."""
     tokens: list[int] = []
     logprob = 0.0
     try:
@@ -44,6 +47,8 @@ async def ask(link: WorkerLink) -> str | None:
             else:
                 assert isinstance(event, Finished)
     except RequestError:
+        return None
+    if not math.isfinite(logprob):
         return None
     return msgspec.json.encode(Answer(tokens, round(logprob, 4))).decode()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,34 +41,31 @@ class StoreCatalog:
         with Store.open(self._path) as store:
             rows = store.manifests(kind=kind, name=name)
             since = next((row.created for row in rows if row.id == snapshot_id), 0.0)
-            older = [row.id for row in rows if row.created < since and not row.marks.pinned]
-            for identity in older:
-                store.remove(identity)
-            if older:
+            older = [row.id for row in rows if row.created < since]
+            if [identity for identity in older if store.remove(identity, spare_pinned=True)]:
                 store.collect_garbage()
 
     def quarantine(self, snapshot_id: str, reason: str) -> None:
         """Remember that it must not be used, and why. One that is gone by now needs no mark."""
-        with self._row(snapshot_id) as (store, row):
-            store.mark(snapshot_id, replace(row.marks, quarantine=reason, quarantined_at=time.time()))
+        with Store.open(self._path) as store, contextlib.suppress(NotFoundError):
+            store.mark(snapshot_id, lambda marks: replace(marks, quarantine=reason, quarantined_at=time.time()))
 
     def release(self, snapshot_id: str) -> tuple[str, str]:
         """Lift its quarantine; returns kind and name."""
         with self._row(snapshot_id) as (store, row):
-            store.mark(snapshot_id, replace(row.marks, quarantine=None, quarantined_at=None))
+            store.mark(snapshot_id, lambda marks: replace(marks, quarantine=None, quarantined_at=None))
         return row.kind, row.name
 
     def pin(self, snapshot_id: str, pinned: bool) -> None:
         """Have it kept when newer ones come, or not any more."""
-        with self._row(snapshot_id) as (store, row):
-            store.mark(snapshot_id, replace(row.marks, pinned=pinned))
+        with self._row(snapshot_id) as (store, _row):
+            store.mark(snapshot_id, lambda marks: replace(marks, pinned=pinned))
 
     def remove(self, snapshot_id: str, *, force: bool) -> None:
         """Remove it and free its space. Raises ConfigError when it is pinned, unless told to `force`."""
         with self._row(snapshot_id) as (store, row):
-            if not force:
-                refuse_if_pinned(row)
-            store.remove(snapshot_id)
+            if not store.remove(snapshot_id, spare_pinned=not force):
+                raise _is_pinned(row)
             store.collect_garbage()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -76,7 +73,7 @@ class StoreCatalog:
         with Store.open(self._path) as store:
             return snapshot_rows(store)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _row(self, snapshot_id: str) -> Iterator[tuple[Store, ManifestRow]]:
         with Store.open(self._path) as store:
             row = next((row for row in snapshots_of(store) if row.id == snapshot_id), None)
@@ -113,6 +110,10 @@ def snapshot_rows(store: Store) -> list[dict[str, Any]]:
 def refuse_if_pinned(row: ManifestRow) -> None:
     """Raises ConfigError when the snapshot is pinned."""
     if row.marks.pinned:
-        raise ConfigError(
-            f"snapshot {row.id} of {row.name} is pinned", remedy="Unpin it first with `dormouse unpin`, or use --force"
-        )
+        raise _is_pinned(row)
+
+
+def _is_pinned(row: ManifestRow) -> ConfigError:
+    return ConfigError(
+        f"snapshot {row.id} of {row.name} is pinned", remedy="Unpin it first with `dormouse unpin`, or use --force"
+    )

@@ -23,6 +23,15 @@ def engine_bytes(engine: str) -> int:
     return _OVERHEAD.get(engine, 1 << 30)
 
 
+def oom_kills() -> int:
+    """How many processes this kernel has killed for want of memory; 0 where it does not tell."""
+    try:
+        words = Path("/proc/vmstat").read_text().split()
+    except OSError:
+        return 0
+    return int(words[words.index("oom_kill") + 1]) if "oom_kill" in words else 0
+
+
 def resident_bytes(pid: int) -> int:
     """The memory a process has now, shared file pages included; 0 when it has gone."""
     try:

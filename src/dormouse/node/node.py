@@ -132,7 +132,7 @@ class Node:
     async def sleep(self, name: str) -> ModelStatus:
         """Put the model to sleep once no request runs, and wait for it. Raises what kept it from being captured."""
         runner = self._runner(name)
-        await self._fall_asleep(runner, capture=False)
+        await self._slept(runner, self._press(runner, capture=False))
         if (error := runner.missing_snapshot) is not None:
             raise error
         return runner.status()
@@ -144,9 +144,12 @@ class Node:
         if not self._config.models.get(name, ModelConfig()).snapshot:
             raise ConfigError(f"model {name} is configured without snapshots", remedy="Set `snapshot: true` for it")
         before = runner.replica.snapshot_id
-        if runner.replica.state is State.ASLEEP:
-            await self.wake(name)
-        await self._fall_asleep(runner, capture=True)
+        if runner.replica.state in (State.ASLEEP, State.STOPPING):
+            async with self.replica(name):  # it may have no keep-alive: it must be told before the lease ends
+                sleeps = self._press(runner, capture=True)
+        else:
+            sleeps = self._press(runner, capture=True)
+        await self._slept(runner, sleeps)
         if runner.replica.snapshot_id in (None, before):
             raise runner.replica.last_error or SnapshotError(
                 f"model {name} fell asleep without a new snapshot", remedy="The node's log says why; try again"
@@ -229,11 +232,15 @@ class Node:
             if self._specs[name] == spec:
                 runner.note(OfferTemplate(template_id))
 
-    async def _fall_asleep(self, runner: Runner, *, capture: bool) -> None:
-        """Until it has been asleep; a request that waits may have woken it again by then."""
+    @staticmethod
+    def _press(runner: Runner, *, capture: bool) -> int:
+        """Tell it to sleep; how often it had slept by then."""
         runner.press(capture=capture)
-        before = runner.replica.sleeps
-        while runner.replica.state is not State.ASLEEP and runner.replica.sleeps == before:
+        return runner.replica.sleeps
+
+    async def _slept(self, runner: Runner, sleeps: int) -> None:
+        """Wait until it has been asleep; a request that waits may have woken it again by then."""
+        while runner.replica.state is not State.ASLEEP and runner.replica.sleeps == sleeps:
             await self._changed.wait()
 
     def _runner(self, name: str) -> Runner:
@@ -247,23 +254,25 @@ class Node:
         return runner
 
     async def _make_room(self, runner: Runner) -> None:
-        """Wait until the runner's worker fits the budget, putting idle ones to sleep for it. Raises HostError when it
-        never can, AbandonedError when nobody waits for it any more."""
-        needed = runner.footprint
+        """Wait until the runner's worker fits the budget, putting idle ones to sleep for it. What such a model is
+        expected to take must fit; that it once took more only makes more room for it, as far as there is any. Raises
+        HostError when it never can, AbandonedError when nobody waits for it any more."""
+        needed = runner.expected
         if needed > self._budget:
             raise HostError(
                 f"model {runner.model.name} needs about {needed >> 20} MiB, the budget is {self._budget >> 20} MiB",
                 remedy="Raise `memory`, or serve a smaller model",
             )
         while runner.replica.waiting > 0:
-            kept = sum(other.footprint for other in self._runners.values() if self._is_kept(other))
+            kept = sum(other.held for other in self._runners.values() if self._is_kept(other))
             if needed + kept > self._budget:
                 raise HostError(
                     f"model {runner.model.name} needs about {needed >> 20} MiB; models that are kept forever take "
                     f"{kept >> 20} MiB of the budget of {self._budget >> 20} MiB",
                     remedy="Raise `memory`, or give one of them a keep_alive",
                 )
-            plan = plan_eviction(self._residents(), needed=needed, budget=self._budget)
+            room = min(runner.peak, self._budget - kept)
+            plan = plan_eviction(self._residents(), needed=room, budget=self._budget)
             if plan.fits:
                 runner.admitted = True
                 return
@@ -282,7 +291,7 @@ class Node:
         return [
             Resident(
                 name=name,
-                bytes=runner.footprint,
+                bytes=runner.held if runner.replica.kept_forever else runner.peak,
                 idle_since=None if runner.replica.kept_forever else runner.replica.idle_since,
                 leaving=runner.replica.leaving,
             )

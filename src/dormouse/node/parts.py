@@ -70,7 +70,7 @@ class Catalog(Protocol):
         that are pinned. Newer ones stay: this call may come late."""
 
     def quarantine(self, snapshot_id: str, reason: str) -> None:
-        """Remember that it must not be used, and why."""
+        """Remember that it must not be used, and why. One that is gone by now needs no mark."""
 
     def release(self, snapshot_id: str) -> tuple[str, str]:
         """Lift its quarantine; returns kind and name."""

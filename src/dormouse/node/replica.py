@@ -23,6 +23,9 @@ Three choices worth knowing:
 - A snapshot that fails to restore, or whose worker dies before it has answered anyone, is tried once more and then
   quarantined: it is never used again, and the next idle time makes a new one. What is not the snapshot's fault (this
   host is out of something, the snapshot belongs to another host) never counts against it; damage does so at once.
+  A worker whose canary was judged well proves its snapshot: that it dies later is not the snapshot's fault.
+- Three snapshots quarantined in a row, none of them proven, are no accident: no more are made until somebody asks for
+  one. Else a model whose captures are never good would be restored in vain, and captured, for ever.
 """
 
 from __future__ import annotations
@@ -37,17 +40,18 @@ from dormouse.errors import (
     BusyError,
     DamagedError,
     DeadlineError,
-    DiskFullError,
     DormouseError,
     HostError,
     IncompatibleError,
     NotFoundError,
     StoppingError,
+    StoreError,
     UntrustedError,
 )
 
 MAX_CAPTURE_FAILURES = 3
 MAX_RESTORE_FAILURES = 2
+MAX_QUARANTINES = 3
 STOP_RETRY = 5.0
 _FIRST_GUESS = 5.0
 
@@ -88,7 +92,7 @@ class Verdict(Enum):
     UNFIT = auto()
     """It is not for this host and these settings, or gone. Elsewhere or later it may be good."""
     INNOCENT = auto()
-    """This host could not do it now."""
+    """This host could not do it now, the store could not be read, or it was the model's weights."""
 
 
 def judge(error: DormouseError) -> Verdict:
@@ -98,7 +102,7 @@ def judge(error: DormouseError) -> Verdict:
             return Verdict.UNFIT
         case DamagedError():
             return Verdict.BAD
-        case HostError() | BusyError() | StoppingError() | DiskFullError():
+        case HostError() | BusyError() | StoppingError() | StoreError():
             return Verdict.INNOCENT
     return Verdict.SUSPECT
 
@@ -122,9 +126,11 @@ class Leave:
 
 @dataclass(frozen=True)
 class Done:
-    """The operation under way has succeeded; `snapshot_id` is a capture's."""
+    """The operation under way has succeeded; `snapshot_id` is a capture's. `proven`: the restored worker has answered
+    a known question as it should."""
 
     snapshot_id: str | None = None
+    proven: bool = False
     phases: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -308,9 +314,16 @@ class CaptureFailed:
     error: DormouseError
 
 
+@dataclass(frozen=True)
+class GiveUp:
+    """Tell: too many snapshots were bad, no more are made until somebody asks for one."""
+
+    quarantined: int
+
+
 Starting = StartCold | Restore | RestoreTemplate
 Operation = Starting | Quiesce | Capture | Resume | Stop
-Told = Ready | Fallback | Retry | Quarantine | CaptureFailed
+Told = Ready | Fallback | Retry | Quarantine | CaptureFailed | GiveUp
 Effect = Operation | Serve | Fail | Told | Discard
 
 _PATHS: Mapping[type[Starting], StartPath] = {StartCold: "cold", Restore: "snapshot", RestoreTemplate: "template"}
@@ -354,6 +367,7 @@ class Replica:
         self._proven = True
         self._restore_failures = 0
         self._capture_failures = 0
+        self._quarantines = 0
         self._pressed = False
         self._recapture = False
         self._closing = False
@@ -440,18 +454,25 @@ class Replica:
         self._waiters.pop(waiter, None)
         if waiter in self._running:
             self._running.discard(waiter)
-            self._proven = True
-            self._restore_failures = 0
+            self._prove()
+
+    def _prove(self) -> None:
+        """The worker is as it should be, and so was the snapshot it came from, if it came from one."""
+        self._proven = True
+        self._restore_failures = 0
+        if isinstance(self._attempt, Restore):
+            self._quarantines = 0
 
     def _press(self, capture: bool) -> None:
         self._pressed = self.state is not State.ASLEEP
         if self._pressed and capture:
             self._recapture = True
-            self._capture_failures = 0
+            self._capture_failures = self._quarantines = 0
 
     def _take_note(self, event: Offer | Withdraw | OfferTemplate) -> None:
         match event:
             case Offer():
+                self._quarantines = 0
                 if self._snapshots and self.snapshot_id is None:
                     self._use(event.snapshot_id)
             case Withdraw():
@@ -466,7 +487,7 @@ class Replica:
 
     def _worker_died(self, error: DormouseError, now: float) -> None:
         self.last_error = error
-        if isinstance(self._attempt, Restore) and not self._proven:
+        if isinstance(self._attempt, Restore) and not self._proven and judge(error) is Verdict.SUSPECT:
             self._suspect(self._attempt.snapshot_id, error)
         self._operate(State.STOPPING, Stop(), now)
 
@@ -493,6 +514,8 @@ class Replica:
     def _started(self, event: Done, now: float) -> None:
         self._last_start = Start(_PATHS[type(self._attempt)], now - self._began)
         self._proven = False
+        if event.proven:
+            self._prove()
         self._starts += 1
         self.last_error = None
         self._effects.append(Ready(self._last_start, event.phases))
@@ -544,8 +567,7 @@ class Replica:
                 if hopeful and not isinstance(error, DeadlineError):  # who waits has waited long enough
                     return True
             case Verdict.BAD:
-                self._effects.append(Quarantine(snapshot_id, error))
-                self._forget(snapshot_id)
+                self._quarantine(snapshot_id, error)
             case Verdict.UNFIT:
                 self._forget(snapshot_id)
             case Verdict.INNOCENT:
@@ -561,9 +583,15 @@ class Replica:
         if self._restore_failures < MAX_RESTORE_FAILURES:
             self._effects.append(Retry(snapshot_id, error))
             return True
-        self._effects.append(Quarantine(snapshot_id, error))
-        self._use(None)
+        self._quarantine(snapshot_id, error)
         return False
+
+    def _quarantine(self, snapshot_id: str, error: DormouseError) -> None:
+        self._effects.append(Quarantine(snapshot_id, error))
+        self._forget(snapshot_id)
+        self._quarantines += 1
+        if self._quarantines == MAX_QUARANTINES:
+            self._effects.append(GiveUp(self._quarantines))
 
     def _forget(self, snapshot_id: str) -> None:
         if self.snapshot_id == snapshot_id:
@@ -618,7 +646,8 @@ class Replica:
 
     def _fall_asleep(self, now: float) -> None:
         wanted = self.snapshot_id is None or self._recapture
-        if self._snapshots and wanted and self._capture_failures < MAX_CAPTURE_FAILURES:
+        hopeful = self._capture_failures < MAX_CAPTURE_FAILURES and self._quarantines < MAX_QUARANTINES
+        if self._snapshots and wanted and hopeful:
             self._operate(State.QUIESCING, Quiesce(), now)
         else:
             self._operate(State.STOPPING, Stop(), now)

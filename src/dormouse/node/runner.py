@@ -9,20 +9,21 @@ goes back to the machine, so no waiter depends on a task that was forgotten.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dormouse.config import ModelConfig
 from dormouse.engine.messages import Delta, Finished, Load, Prompt, Resumed, Sampling
-from dormouse.errors import DeadlineError, DormouseError, EngineError, StoreError
+from dormouse.errors import DeadlineError, DormouseError, EngineError, HostError, StoreError
 from dormouse.node import canary
 from dormouse.node import replica as machine
 from dormouse.node.link import WorkerLink
-from dormouse.node.memory import estimate, resident_bytes
+from dormouse.node.memory import estimate, oom_kills, resident_bytes
 from dormouse.node.parts import Host, Model, Observer
 from dormouse.node.replica import Replica, Start, State
 from dormouse.phases import Phases
@@ -138,17 +139,23 @@ class Runner:
         self._link: WorkerLink | None = None
         self._operation: asyncio.Task[machine.Done] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._restored = False
-        self._estimate = estimate(model, self._load.engine)
+        self._restored = self._judged = False
+        self._oom_kills = 0
+        self.expected = self._peak = estimate(model, self._load.engine)
 
     # For the node
 
     @property
-    def footprint(self) -> int:
-        """Bytes to count for it: what it has taken so far, and at least what such a model is expected to take."""
-        if self._handle is not None:
-            self._estimate = max(self._estimate, resident_bytes(self._handle.pid))
-        return self._estimate
+    def held(self) -> int:
+        """Bytes to count for its worker now: what it takes, and at least what such a model is expected to take."""
+        held = max(self.expected, resident_bytes(self._handle.pid) if self._handle is not None else 0)
+        self._peak = max(self._peak, held)
+        return held
+
+    @property
+    def peak(self) -> int:
+        """The most it has been seen to take, and at least what is expected: room to be made for it where there is."""
+        return max(self._peak, self.held)
 
     def status(self) -> ModelStatus:
         """The state now."""
@@ -226,7 +233,7 @@ class Runner:
             case machine.Fail():
                 if not (future := self._futures[effect.waiter]).done():
                     future.set_exception(effect.error)
-            case machine.Ready() | machine.Fallback() | machine.Retry() | machine.CaptureFailed():
+            case machine.Ready() | machine.Fallback() | machine.Retry() | machine.CaptureFailed() | machine.GiveUp():
                 self._tell(effect)
             case machine.Quarantine():
                 self._tell(effect)
@@ -261,6 +268,11 @@ class Runner:
                 log.warning("model %s was not captured: %s", name, effect.error)
                 for observer in self._around.observers:
                     observer.capture_failed(name, effect.error)
+            case machine.GiveUp():
+                log.error(
+                    "%d snapshots of model %s in a row were bad: it is captured no more until `dormouse snapshot %s`",
+                    *(effect.quarantined, name, name),
+                )
 
     def _work(self, operation: machine.Operation) -> Coroutine[Any, Any, machine.Done]:
         match operation:
@@ -289,7 +301,7 @@ class Runner:
         self._dispatch(self._outcome(operation))
         link = self._link
         if self.replica.state is State.READY and link is not None and link.lost is not None:
-            self._dispatch(machine.WorkerDied(link.lost))
+            self._dispatch(machine.WorkerDied(self._of_the_host(link.lost)))
 
     def _outcome(self, operation: asyncio.Task[machine.Done]) -> machine.Done | machine.Failed | machine.Abandoned:
         error = operation.exception()
@@ -314,10 +326,11 @@ class Runner:
 
     async def _bring_up(self, operation: machine.Starting) -> machine.Done:
         phases = Phases()
-        self._restored = False
+        self._restored = self._judged = False
         await self._end_worker()
         with phases.time("room"):
             await self._around.make_room(self)
+        self._oom_kills = oom_kills()
         try:
             async with asyncio.timeout(self._around.step_timeout):
                 match operation:
@@ -330,7 +343,7 @@ class Runner:
         except BaseException:
             await self._end_worker()
             raise
-        return machine.Done(phases=phases)
+        return machine.Done(phases=phases, proven=self._judged)
 
     async def _start_cold(self, phases: Phases) -> None:
         with phases.time("host"):
@@ -345,7 +358,8 @@ class Runner:
     async def _restore(self, snapshot_id: str, phases: Phases) -> None:
         expected = asyncio.create_task(self._answer_of(snapshot_id))
         try:
-            await self._restore_and_judge(snapshot_id, expected, phases)
+            with self._judging_ends():
+                await self._restore_and_judge(snapshot_id, expected, phases)
         finally:
             expected.cancel()
             await asyncio.gather(expected, return_exceptions=True)
@@ -359,6 +373,7 @@ class Runner:
         with phases.time("canary"):
             if (answer := await expected) is not None:
                 await canary.judge(link, answer, f"snapshot {snapshot_id} of {self.model.name}")
+                self._judged = True
         phases |= _details("host", self._handle.phases) | _details("resume", resumed.phases)
 
     async def _resume_restored(self, link: WorkerLink) -> Resumed:
@@ -380,7 +395,7 @@ class Runner:
                 template_id, key=self._template_key, checkpoint=self.model.checkpoint
             )
         link = await self._connect(self._handle, fresh=False)
-        with phases.time("resume"):
+        with phases.time("resume"), self._judging_ends():
             await link.resume(str(self._log_path))
         self._restored = True
         with phases.time("load"):
@@ -396,10 +411,29 @@ class Runner:
     def _lost(self, error: DormouseError) -> None:
         if self.replica.state is State.READY:
             log.error("model %s: %s", self.model.name, error)
-        self._dispatch(machine.WorkerDied(error))
+        self._dispatch(machine.WorkerDied(self._of_the_host(error)))
+
+    @contextlib.contextmanager
+    def _judging_ends(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineError as error:
+            if (blamed := self._of_the_host(error)) is error:
+                raise
+            raise blamed from error
+
+    def _of_the_host(self, error: DormouseError) -> DormouseError:
+        """The end of a worker as the host's fault, if the kernel has killed for want of memory since it was started."""
+        if not isinstance(error, EngineError) or oom_kills() == self._oom_kills:
+            return error
+        return HostError(
+            f"{error.message}, and the kernel has killed processes for want of memory meanwhile",
+            remedy="Lower `memory`, or look into the kernel's log for what else takes it",
+        )
 
     async def _quiesce(self) -> machine.Done:
         assert self._link is not None
+        self._peak = self.peak
         async with asyncio.timeout(self._around.step_timeout):
             self._canary = await canary.ask(self._link)
             quiesced = await self._link.quiesce()
@@ -453,7 +487,7 @@ class Runner:
             await self._link.close()
             self._link = None
         if self._handle is not None:
-            self._estimate = self.footprint
+            self._peak = self.peak
             async with asyncio.timeout(self._around.step_timeout):
                 await self._around.host.stop_worker(self._handle)
             self._handle = None

@@ -15,6 +15,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ class Templates:
             self._give_up()
         elif self._task is None and (spec := self._missing()) is not None:
             self._task = asyncio.create_task(self._make_in_quiet(spec), name=f"template {spec.name}")
-            self._task.add_done_callback(self._made)
+            self._task.add_done_callback(partial(self._made, spec))
 
     async def close(self) -> None:
         """Give up what is under way and wait for its end, but not for ever: its cell ends with the host service."""
@@ -140,9 +141,10 @@ class Templates:
                 return spec
         return None
 
-    def _made(self, task: asyncio.Task[None]) -> None:
+    def _made(self, spec: TemplateSpec, task: asyncio.Task[None]) -> None:
         self._task = None
         if not task.cancelled() and (error := task.exception()) is not None:
+            self._templates[spec].failures += 1
             log.error("making a template failed", exc_info=error)
         self.consider()
 

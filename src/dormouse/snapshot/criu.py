@@ -66,8 +66,12 @@ def _common(directory: Path, log: str) -> Sequence[str]:
     )
 
 
-def failure_reason(log_text: str, *, lines: int = 3) -> str:
+def failures(log_text: str, *, lines: int = 3) -> list[str]:
     """The first errors in a CRIU log, which name the cause; what follows are consequences."""
     errors = [match[1].strip() for line in log_text.splitlines() if (match := _ERROR_LINE.match(line))]
-    errors = [error for error in errors if not error.startswith(_HARMLESS)]
-    return "; ".join(errors[:lines]) or "its log has no error line"
+    return [error for error in errors if not error.startswith(_HARMLESS)][:lines]
+
+
+def failure_reason(log_text: str, *, lines: int = 3) -> str:
+    """The same as a sentence."""
+    return "; ".join(failures(log_text, lines=lines)) or "its log has no error line"

@@ -26,6 +26,7 @@ import msgspec
 from blake3 import blake3
 
 from dormouse.errors import SnapshotError
+from dormouse.snapshot.shortage import system_failure
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,8 @@ class DigestCache:
 def fingerprint(paths: Iterable[str], cache: DigestCache) -> dict[str, FileFingerprint]:
     """What each file is now; reads those the cache does not know, several at a time. Blocks.
 
-    Raises SnapshotError that names the first file that is not a plain file or can't be read.
+    Raises SnapshotError that names the first file that is not a plain file or can't be read, HostError when this host
+    is out of something.
     """
     wanted = list(dict.fromkeys(paths))
     try:
@@ -178,7 +180,7 @@ def _fingerprint(path: str, cache: DigestCache) -> FileFingerprint:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO of that name must not hold us up
     except OSError as error:
-        raise SnapshotError(f"the mapped file {path} can't be read: {error.strerror}") from error
+        raise system_failure(f"the mapped file {path} can't be read", error) from error
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
@@ -203,7 +205,7 @@ def _read_digest(fd: int, path: str) -> bytes:
         while count := os.readv(fd, [buffer]):
             digest.update(memoryview(buffer)[:count])
     except OSError as error:
-        raise SnapshotError(f"the mapped file {path} can't be read: {error.strerror}") from error
+        raise system_failure(f"the mapped file {path} can't be read", error) from error
     return digest.digest()
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
-from dormouse.errors import SnapshotError
+from dormouse.errors import HostError, SnapshotError
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.memory_map import WINDOW, mask_runs
+from dormouse.snapshot.shortage import system_failure
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _Transfer = Callable[..., int]
@@ -108,8 +109,9 @@ def _many(runs: list[tuple[int, int]]) -> tuple[ctypes.Array[ctypes.c_uint64], i
     return (ctypes.c_uint64 * len(flat)).from_buffer(flat), len(runs)
 
 
-def _failed(what: str, pid: int, error: OSError) -> SnapshotError:
-    return SnapshotError(
-        f"the memory of process {pid} could not be {what}: {error.strerror or error}",
+def _failed(what: str, pid: int, error: OSError) -> HostError | SnapshotError:
+    return system_failure(
+        f"the memory of process {pid} could not be {what}",
+        error,
         remedy="Run as root; a security module (Yama, SELinux) may forbid ptrace",
     )

@@ -9,29 +9,32 @@ left.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dormouse.errors import DormouseError, IncompatibleError, SnapshotError, StoreError
+from dormouse.errors import DormouseError, HostError, IncompatibleError, SnapshotError, StoreError
 from dormouse.phases import Phases
 from dormouse.snapshot.capture import failure_of
 from dormouse.snapshot.compatibility import first_mismatch
-from dormouse.snapshot.criu import restore_command
+from dormouse.snapshot.criu import failures, restore_command
 from dormouse.snapshot.criu_images import Task, parse_mappings, parse_tree, was_stopped
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.images import SnapshotBody, decode_body
 from dormouse.snapshot.mapped_files import DigestCache, first_changed_file
 from dormouse.snapshot.memory_restore import Fill, fill_plan, page_parts, pagemap_parts
 from dormouse.snapshot.prefetch import prefetch
+from dormouse.snapshot.shortage import REMEDY, tells_of_shortage
 from dormouse.snapshot.streamer import Parts, RestoreStream, image_parts
 from dormouse.snapshot.tree import Home, ProcessTree, continue_tree
 from dormouse.store.store import Store
@@ -39,6 +42,7 @@ from dormouse.transfer.readahead import ReadAhead
 
 log = logging.getLogger(__name__)
 
+_LOG = "restore.log"
 _FIRST_INHERITED_FD = 100
 """The inherited descriptors' numbers in the criu process: clear of the low numbers criu opens for itself."""
 
@@ -70,7 +74,8 @@ def restore(
     `inherit[i]` is the descriptor that takes the place of the snapshot's external i; None: a fresh control socket (one
     at most). With `fill` false every page goes through CRIU's pipe.
 
-    Raises NotFoundError, IncompatibleError (names the field), DamagedError, SnapshotError.
+    Raises NotFoundError, IncompatibleError (names the field), DamagedError, SnapshotError; HostError when it is not the
+    snapshot's fault: this host is out of something, or somebody has killed what was at work.
     """
     phases = Phases()
     with phases.time("manifest"):
@@ -172,12 +177,25 @@ class _Work:
         self._stopped_before = [task.pid for task in self._tasks if _was_stopped(images, task)]
 
     def fill_in(self, home: Home) -> None:
-        """Write what is missing into the stopped processes."""
-        self.fill.run({pid: home.outer_pid(pid) for pid in self.fill.pids})
+        """Write what is missing into the stopped processes. They can't end by themselves."""
+        try:
+            self.fill.run({pid: home.outer_pid(pid) for pid in self.fill.pids})
+        except SnapshotError as error:
+            if all(_is_there(home, pid) for pid in self.fill.pids):
+                raise
+            raise HostError(f"the restored process was killed before it ran: {error.message}", remedy=REMEDY) from error
 
     def let_run(self, home: Home) -> None:
         """End the stop that CRIU has left the processes in, but not that in which some were captured."""
         continue_tree(home, but=[home.outer_pid(pid) for pid in self._stopped_before])
+
+
+def _is_there(home: Home, pid: int) -> bool:
+    try:
+        home.outer_pid(pid)
+    except SnapshotError:
+        return False
+    return True
 
 
 def _was_stopped(images: _Images, task: Task) -> bool:
@@ -211,16 +229,19 @@ def _run_criu(
         with RestoreStream(directory, work.served) as stream:
             threading.Thread(target=_read_ahead, args=(stream, body, work.fill), name="prefetch", daemon=True).start()
             begin = time.perf_counter()
-            process = home.spawn(command, env={"PATH": os.defpath}, fds=fds, control=control_number)
+            with _host_must("start criu"):
+                process = home.spawn(command, env={"PATH": os.defpath}, fds=fds, control=control_number)
             try:
-                code = home.wait(process.pid, how.timeout)
+                with _host_must("run criu"):
+                    code = home.wait(process.pid, how.timeout)
+                if code == -signal.SIGKILL:  # first: what went wrong on our side, too, follows from that
+                    raise HostError(_why(code, directory), remedy=REMEDY)
                 if stream.error is not None:
                     raise stream.error
                 if code is None:
                     raise SnapshotError(f"criu restore did not end within {how.timeout:.0f} s")
                 if code != 0:
-                    why = failure_of(code, directory / "restore.log")
-                    raise SnapshotError(f"criu could not restore the process: {why}")
+                    raise _criu_failed(code, directory)
             except BaseException:
                 if process.control is not None:
                     process.control.close()
@@ -233,6 +254,26 @@ def _run_criu(
         return body.pid, None
     assert process.inode is not None
     return body.pid, (process.control, process.inode)
+
+
+@contextlib.contextmanager
+def _host_must(do: str) -> Iterator[None]:
+    """What a home can't do is never the fault of what is restored in it."""
+    try:
+        yield
+    except SnapshotError as error:
+        raise HostError(f"this host could not {do}: {error.message}", remedy=error.remedy) from error
+
+
+def _criu_failed(code: int, directory: Path) -> DormouseError:
+    log = directory / _LOG
+    if code > 0 and log.exists() and tells_of_shortage(failures(log.read_text(errors="replace"))):
+        return HostError(_why(code, directory), remedy=REMEDY)
+    return SnapshotError(_why(code, directory))
+
+
+def _why(code: int, directory: Path) -> str:
+    return f"criu could not restore the process: {failure_of(code, directory / _LOG)}"
 
 
 def _read_ahead(stream: RestoreStream, body: SnapshotBody, fill: Fill) -> None:

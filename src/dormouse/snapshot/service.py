@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from dormouse.errors import SnapshotError
+from dormouse.errors import DormouseError, HostError
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import SNAPSHOT_KIND, CaptureResult
 from dormouse.transfer.handles import SegmentHandle, adopt
@@ -47,7 +47,7 @@ class WorkerHandle:
 class HostService:
     """Async client of the service; all methods run on the node's event loop and never block it.
 
-    If the service process dies, every pending call raises SnapshotError, and all its cells (and so all workers) are
+    If the service process dies, every pending call raises HostError, and all its cells (and so all workers) are
     dead. The next start or restore begins a new process; that is logged as an error.
     """
 
@@ -68,7 +68,8 @@ class HostService:
         """A new cell with a fresh worker in it (its first message is Hello); its output goes to `log_path`.
 
         With the id of a model's checkpoint, its segment fills meanwhile, or is shared if another worker has it. Raises
-        NotFoundError, DamagedError when there is no such checkpoint; what goes wrong later, the worker is told.
+        WeightsError when there is no such checkpoint; what goes wrong later, the worker is told. HostError when this
+        host can't, now or at all.
         """
         process = await self._living()
         request = messages.StartWorker(call=process.new_call(), log_path=str(log_path), checkpoint=checkpoint)
@@ -80,12 +81,12 @@ class HostService:
         """Snapshot a quiesced worker, commit, then kill it. `key` is the compatibility key; `kind` and `model` are the
         manifest's kind and name.
 
-        On any error (SnapshotError, DiskFullError, StoreError) the worker is alive and as it was: send it Resume. (Only
-        when CRIU itself was killed or hung at work in it, its cell is closed.)
+        On any error (SnapshotError, DiskFullError, StoreError, HostError) the worker is alive and as it was: send it
+        Resume. (Only when CRIU itself was killed or hung at work in it, its cell is closed.)
         """
         process = self._process
         if process is None or process.ended is not None:
-            raise SnapshotError(f"the worker of {model} is gone, and the service that made it")
+            raise HostError(f"the worker of {model} is gone, and the service that made it")
         request = messages.CaptureWorker(
             call=process.new_call(), cell_id=worker.cell_id, kind=kind, model=model, key=key
         )
@@ -96,7 +97,8 @@ class HostService:
     async def restore(self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None) -> WorkerHandle:
         """A worker restored from a snapshot; send it its segments, then Resume. `checkpoint` as for `start_worker`.
 
-        Raises IncompatibleError (names the field), DamagedError, SnapshotError, NotFoundError; nothing runs then.
+        Raises IncompatibleError (names the field), DamagedError, SnapshotError, NotFoundError; HostError and
+        WeightsError where it is not the snapshot's fault. Nothing runs then.
         """
         process = await self._living()
         request = messages.RestoreSnapshot(
@@ -111,7 +113,7 @@ class HostService:
             return
         try:
             await process.ask(messages.StopCell(call=process.new_call(), cell_id=worker.cell_id))
-        except SnapshotError:
+        except DormouseError:
             if process.ended is None:  # else the worker has ended with the service
                 raise
 
@@ -125,7 +127,7 @@ class HostService:
         """The process, a new one if the last has died."""
         async with self._starting:
             if self._closed:
-                raise SnapshotError("the host checkpoint service has been closed")
+                raise HostError("the host checkpoint service has been closed")
             if self._process is None or self._process.ended is not None:
                 if self._process is not None:
                     log.error("the host checkpoint service has died (%s); starting a new one", self._process.ended)
@@ -162,7 +164,7 @@ class _Process:
         return next(self._calls)
 
     async def ask(self, request: messages.Request) -> _Answer:
-        """The answer to one request. Raises what the service refused it with, SnapshotError when the process ends."""
+        """The answer to one request. Raises what the service refused it with, HostError when the process ends."""
         if self.ended is not None:
             raise _has_ended(self.ended)
         answer = self._expect(request.call)
@@ -268,5 +270,5 @@ def _spawn(data_dir: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
     return process, own
 
 
-def _has_ended(why: str) -> SnapshotError:
-    return SnapshotError(f"the host checkpoint service has ended: {why}", remedy="Try again; see the node's log")
+def _has_ended(why: str) -> HostError:
+    return HostError(f"the host checkpoint service has ended: {why}", remedy="Try again; see the node's log")

@@ -24,7 +24,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from dormouse.checkpoint.pool import SegmentPool
-from dormouse.errors import DamagedError, DormouseError, HostError, SnapshotError
+from dormouse.errors import (
+    DamagedError,
+    DormouseError,
+    HostError,
+    NotFoundError,
+    SnapshotError,
+    StoreError,
+    UntrustedError,
+    WeightsError,
+)
 from dormouse.phases import Phases
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import capture
@@ -32,6 +41,7 @@ from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import note_damage, restore
+from dormouse.snapshot.shortage import REMEDY, is_shortage
 from dormouse.snapshot.tree import External, ProcessTree
 from dormouse.store.store import Store
 from dormouse.transfer.handles import SegmentHandle
@@ -164,7 +174,7 @@ class Service:
         handles: list[SegmentHandle] = []
         try:
             if request.checkpoint is not None:
-                handles.append(self._segments.take(request.checkpoint, cell_id))
+                handles.append(self._weights(request.checkpoint, cell_id))
             pid, control, phases = bring_up(request, cell_id)
         except BaseException:
             for handle in handles:
@@ -179,6 +189,14 @@ class Service:
             segments=[handle.info for handle in handles],
         )
         return started, [control.detach(), *(fd for handle in handles for fd in handle.descriptors())]
+
+    def _weights(self, checkpoint: str, cell_id: str) -> SegmentHandle:
+        """The segment. What is wrong with the weights must not be taken for a fault of the snapshot, nor a checkpoint
+        that is gone for a model that is not served."""
+        try:
+            return self._segments.take(checkpoint, cell_id)
+        except (NotFoundError, StoreError) as error:
+            raise WeightsError(error.message, remedy=error.remedy) from error
 
     def _start(self, request: messages.StartWorker, cell_id: str) -> _Worker:
         phases = Phases()
@@ -202,7 +220,7 @@ class Service:
             return self._started(cell_id, tree), spawned.control, phases
         except OSError as error:
             cell.close()
-            raise SnapshotError(f"could not start a worker: {error}") from error
+            raise HostError(f"could not start a worker: {error}", remedy=REMEDY) from error
         except BaseException:
             cell.close()
             raise
@@ -218,7 +236,7 @@ class Service:
                 timeout=_CRIU_TIMEOUT,
                 digests=self._digests,
             )
-        except DamagedError:
+        except (DamagedError, UntrustedError):
             with self._lock:
                 self._damaged.add(request.snapshot_id)
             raise
@@ -290,7 +308,7 @@ def serve(sock: socket.socket, service: Service) -> None:
                 reply = messages.refused(request.call, error)
             except Exception as error:
                 log.exception("%s failed", type(request).__name__)
-                reply = messages.refused(request.call, SnapshotError(f"unexpected {type(error).__name__}: {error}"))
+                reply = messages.refused(request.call, _unexpected(error))
             with sending:
                 socket.send_fds(sock, [messages.encode(reply)], descriptors)
         except OSError as error:
@@ -308,6 +326,11 @@ def serve(sock: socket.socket, service: Service) -> None:
     calls = ThreadPoolExecutor(_MAX_CALLS, thread_name_prefix="call")
     while packet := sock.recv(messages.MAX_PACKET):
         calls.submit(run, messages.decode_request(packet)).add_done_callback(lambda _done: prepare())
+
+
+def _unexpected(error: Exception) -> DormouseError:
+    text = f"unexpected {type(error).__name__}: {error}"
+    return HostError(text, remedy=REMEDY) if isinstance(error, OSError) or is_shortage(error) else SnapshotError(text)
 
 
 def preflight(data_dir: Path) -> Service:

@@ -32,6 +32,7 @@ from dormouse.errors import DormouseError, HostError, SnapshotError
 from dormouse.snapshot.images import INLINE_LIMIT, ImageFile
 from dormouse.snapshot.memory_capture import drain, process_of
 from dormouse.snapshot.memory_map import AddressSpace
+from dormouse.snapshot.shortage import REMEDY, is_shortage, system_failure
 from dormouse.store.chunk import Buffer, Digest
 from dormouse.transfer.ingest import Ingest
 from dormouse.transfer.readahead import ReadAhead
@@ -205,10 +206,11 @@ class _Stream:
         except DormouseError as error:
             self._fail(error)
         except OSError as error:
-            self._fail(SnapshotError(f"streaming CRIU's images failed: {error}"))
+            self._fail(system_failure("streaming CRIU's images failed", error))
         except Exception as error:  # the end of a thread must never pass for the end of an image
             log.exception("streaming CRIU's images failed")
-            self._fail(SnapshotError(f"streaming CRIU's images failed: {error!r}"))
+            text = f"streaming CRIU's images failed: {error!r}"
+            self._fail(HostError(text, remedy=REMEDY) if is_shortage(error) else SnapshotError(text))
 
     def _fail(self, error: DormouseError) -> None:
         with self._lock:

@@ -2,7 +2,7 @@
 
     begin() -> Transaction.put(chunk) ... -> commit(manifest)      everything or nothing, durable when it returns
     manifest(id) -> reader().locate(refs) -> plain(chunk)          every byte checked against its signature
-    mark(id, marks) -> marks(id)                                   notes that may change, beside the manifest
+    mark(id, change) -> marks(id)                                  notes that may change, beside the manifest
     remove(id) -> collect_garbage()                                space comes back when nobody needs a chunk
 
 The truth is in two kinds of files that never change once they have their name: packs (chunks) and manifests (what is
@@ -11,7 +11,7 @@ needed). The index over them can be lost at any time. docs/formats.md has the by
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -120,23 +120,28 @@ class Store:
         self._require(manifest_id)
         return read_marks(self._layout.marks(manifest_id))
 
-    def mark(self, manifest_id: str, marks: Marks) -> None:
-        """Note this about a manifest, in place of what was noted. Durable when it returns; after a crash there are the
-        old marks or the new. Raises NotFoundError, DiskFullError."""
+    def mark(self, manifest_id: str, change: Callable[[Marks], Marks]) -> None:
+        """Note about a manifest what `change` makes of its marks; nobody else changes them meanwhile. Durable when it
+        returns; after a crash there are the old marks or the new. Raises NotFoundError, DiskFullError."""
         with self._layout.change():
             self._require(manifest_id)
+            path = self._layout.marks(manifest_id)
+            marks = change(read_marks(path))
             self._layout.checkpoint("mark")
-            write_marks(self._layout.marks(manifest_id), marks, lambda: self._layout.checkpoint("marks written"))
+            write_marks(path, marks, lambda: self._layout.checkpoint("marks written"))
             self._layout.checkpoint("marks named")
 
     def _require(self, manifest_id: str) -> None:
         if not self._layout.manifest(manifest_id).exists():
             raise no_manifest(manifest_id)
 
-    def remove(self, manifest_id: str) -> None:
-        """Remove a manifest, damaged or not; its chunks go with the next garbage collection. Raises NotFoundError."""
+    def remove(self, manifest_id: str, *, spare_pinned: bool = False) -> bool:
+        """Remove a manifest, damaged or not; its chunks go with the next garbage collection. False: it is pinned and
+        was to be spared then. Raises NotFoundError."""
         path = self._layout.manifest(manifest_id)
         with self._layout.change():
+            if spare_pinned and read_marks(self._layout.marks(manifest_id)).pinned:
+                return False
             with system_errors(path, "removing"):
                 try:
                     path.unlink()
@@ -148,6 +153,7 @@ class Store:
             self._layout.checkpoint("marks removed")
             with self._layout.index.change() as connection:
                 drop_manifest(connection, manifest_id)
+        return True
 
     def collect_garbage(self, *, wait: float = 60.0) -> GarbageReport:
         """Delete chunks that no manifest needs. Blocks while transactions or readers are open anywhere.
