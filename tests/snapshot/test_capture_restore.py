@@ -38,7 +38,7 @@ class Host:
     """The service's calls, made directly."""
 
     def __init__(self, store: Store, criu: Criu, log: Path) -> None:
-        self.service = Service(store, criu, DigestCache(log.parent / "digests"))
+        self.service = Service(store, criu, DigestCache(log.parent / "digests"), log.parent / "criu")
         self.log = log
         self.cells: list[str] = []
         self.workers: list[AttachedWorker] = []

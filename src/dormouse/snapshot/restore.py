@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from dormouse.snapshot.memory_restore import Fill, fill_plan, page_parts, pagema
 from dormouse.snapshot.prefetch import prefetch
 from dormouse.snapshot.streamer import Parts, RestoreStream, image_parts
 from dormouse.snapshot.tree import Home, ProcessTree, continue_tree
+from dormouse.snapshot.work_folder import work_folder
 from dormouse.store.store import Store
 from dormouse.transfer.readahead import ReadAhead
 
@@ -61,6 +61,7 @@ def restore(
     take_home: Callable[[], Home],
     timeout: float,
     digests: DigestCache,
+    work: Path,
     inherit: Sequence[int | None] = (None,),
     criu_options: Sequence[str] = (),
     fill: bool = True,
@@ -68,7 +69,8 @@ def restore(
     """Restore a snapshot on this host, whose compatibility key is `key`, in a home of its own.
 
     `inherit[i]` is the descriptor that takes the place of the snapshot's external i; None: a fresh control socket (one
-    at most). With `fill` false every page goes through CRIU's pipe.
+    at most). In `work` CRIU gets a folder to work in, which the home must see. With `fill` false every page goes
+    through CRIU's pipe.
 
     Raises NotFoundError, IncompatibleError (names the field), DamagedError, SnapshotError.
     """
@@ -89,7 +91,7 @@ def restore(
             images = _Images(body, chunks)
             with phases.time("plan"):
                 work = _Work(images, chunks, fill)
-            command = _Command(criu, inherit, criu_options, timeout)
+            command = _Command(criu, inherit, criu_options, timeout, work)
             with work.fill, ThreadPoolExecutor(1, thread_name_prefix="mapped") as beside:
                 compared = beside.submit(first_changed_file, [file for file in body.mapped if file.digest], digests)
                 pid, control = _run_criu(home, body, work, command, phases)
@@ -191,6 +193,7 @@ class _Command:
     inherit: Sequence[int | None]
     options: Sequence[str]
     timeout: float
+    work: Path
 
 
 def _run_criu(
@@ -200,18 +203,16 @@ def _run_criu(
     numbers = [_FIRST_INHERITED_FD + i for i in range(len(how.inherit))]
     fds = {number: fd for number, fd in zip(numbers, how.inherit, strict=True) if fd is not None}
     control_number = next((n for n, fd in zip(numbers, how.inherit, strict=True) if fd is None), None)
-    with tempfile.TemporaryDirectory(prefix="dormouse-") as folder:
-        directory = Path(folder)
+    with work_folder(how.work) as directory:
         command = restore_command(
             how.criu,
-            directory,
             inherited=dict(zip(numbers, body.externals, strict=True)),
             options=how.options,
         )
         with RestoreStream(directory, work.served) as stream:
             threading.Thread(target=_read_ahead, args=(stream, body, work.fill), name="prefetch", daemon=True).start()
             begin = time.perf_counter()
-            process = home.spawn(command, env={"PATH": os.defpath}, fds=fds, control=control_number)
+            process = home.spawn(command, env={"PATH": os.defpath}, fds=fds, control=control_number, cwd=str(directory))
             try:
                 code = home.wait(process.pid, how.timeout)
                 if stream.error is not None:
