@@ -231,7 +231,7 @@ def our_capture(*, home: str, words: list[str], store: str) -> None:
                 still_wanted=lambda: True,
                 timeout=_CRIU_TIMEOUT,
                 digests=DigestCache(Path(home) / CACHE_NAME),
-                work=criu_folders(Path(home) / "run"),
+                folders=criu_folders(Path(home) / "run"),
             )
         Operation.add("capture", sync_seconds=0.0, phases=result.phases, raw_bytes=result.raw_bytes)
         Operation.add("capture", stored_bytes=allocated_bytes([folder]))
@@ -254,7 +254,7 @@ def our_restore(*, home: str, store: str, snapshot: dict[str, Any], fill: bool) 
                 take_home=lambda: cell,
                 timeout=_CRIU_TIMEOUT,
                 digests=DigestCache(Path(home) / CACHE_NAME),
-                work=criu_folders(Path(home) / "run"),
+                folders=criu_folders(Path(home) / "run"),
                 inherit=(None,),
                 fill=fill,
             )

@@ -308,7 +308,7 @@ def test_a_socket_to_the_outside_survives_both_ways(
         take_home=Cell.create,
         timeout=60,
         digests=DigestCache(tmp_path / "digests"),
-        work=tmp_path / "criu",
+        folders=tmp_path / "criu",
     )
     try:
         assert made.control is not None

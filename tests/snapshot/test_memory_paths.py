@@ -94,7 +94,7 @@ def captured(tree: ProcessTree, store: Store, criu: Criu) -> CaptureResult:
         *(tree, store, criu),
         **{"kind": "process", "name": "p", "key": {}, "now": time.time, "timeout": 60, "still_wanted": lambda: True},
         digests=DigestCache(Path("/nowhere/digests")),
-        work=store._layout.root.parent / "run" / "criu",
+        folders=store._layout.root.parent / "run" / "criu",
     )
 
 
@@ -110,7 +110,7 @@ def restored(snapshot_id: str, store: Store, criu: Criu, *, fill: bool) -> Resto
         inherit=(),
         fill=fill,
         digests=DigestCache(Path("/nowhere/digests")),
-        work=store._layout.root.parent / "run" / "criu",
+        folders=store._layout.root.parent / "run" / "criu",
     )
     for pid in made.tree.home.processes():
         os.kill(pid, signal.SIGSTOP)
@@ -275,7 +275,7 @@ def test_a_restore_that_fails_leaves_no_process_and_no_descriptor(
                 take_home=take_home,
                 timeout=60,
                 digests=DigestCache(tmp_path / "digests"),
-                work=tmp_path / "criu",
+                folders=tmp_path / "criu",
                 inherit=(),
                 fill=fill,
             )

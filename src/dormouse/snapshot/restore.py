@@ -61,7 +61,7 @@ def restore(
     take_home: Callable[[], Home],
     timeout: float,
     digests: DigestCache,
-    work: Path,
+    folders: Path,
     inherit: Sequence[int | None] = (None,),
     criu_options: Sequence[str] = (),
     fill: bool = True,
@@ -69,7 +69,7 @@ def restore(
     """Restore a snapshot on this host, whose compatibility key is `key`, in a home of its own.
 
     `inherit[i]` is the descriptor that takes the place of the snapshot's external i; None: a fresh control socket (one
-    at most). In `work` CRIU gets a folder to work in, which the home must see. With `fill` false every page goes
+    at most). In `folders` CRIU gets a folder to work in, which the home must see. With `fill` false every page goes
     through CRIU's pipe.
 
     Raises NotFoundError, IncompatibleError (names the field), DamagedError, SnapshotError.
@@ -91,7 +91,7 @@ def restore(
             images = _Images(body, chunks)
             with phases.time("plan"):
                 work = _Work(images, chunks, fill)
-            command = _Command(criu, inherit, criu_options, timeout, work)
+            command = _Command(criu, inherit, criu_options, timeout, folders)
             with work.fill, ThreadPoolExecutor(1, thread_name_prefix="mapped") as beside:
                 compared = beside.submit(first_changed_file, [file for file in body.mapped if file.digest], digests)
                 pid, control = _run_criu(home, body, work, command, phases)
@@ -193,7 +193,7 @@ class _Command:
     inherit: Sequence[int | None]
     options: Sequence[str]
     timeout: float
-    work: Path
+    folders: Path
 
 
 def _run_criu(
@@ -203,7 +203,7 @@ def _run_criu(
     numbers = [_FIRST_INHERITED_FD + i for i in range(len(how.inherit))]
     fds = {number: fd for number, fd in zip(numbers, how.inherit, strict=True) if fd is not None}
     control_number = next((n for n, fd in zip(numbers, how.inherit, strict=True) if fd is None), None)
-    with work_folder(how.work) as directory:
+    with work_folder(how.folders) as directory:
         command = restore_command(
             how.criu,
             inherited=dict(zip(numbers, body.externals, strict=True)),

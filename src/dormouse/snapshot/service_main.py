@@ -122,11 +122,11 @@ class SpareCell:
 class Service:
     """The calls, each blocking and run in a thread of its own."""
 
-    def __init__(self, store: Store, criu: Criu, digests: DigestCache, work: Path) -> None:
+    def __init__(self, store: Store, criu: Criu, digests: DigestCache, folders: Path) -> None:
         self._store = store
         self._criu = criu
         self._digests = digests
-        self._work = work
+        self._folders = folders
         self._spare = SpareCell()
         self._spare.refill()
         self._lock = threading.Lock()
@@ -219,7 +219,7 @@ class Service:
                 take_home=self._spare.take,
                 timeout=_CRIU_TIMEOUT,
                 digests=self._digests,
-                work=self._work,
+                folders=self._folders,
             )
         except DamagedError:
             with self._lock:
@@ -251,7 +251,7 @@ class Service:
             still_wanted=lambda: request.cell_id in self._workers,
             timeout=_CRIU_TIMEOUT,
             digests=self._digests,
-            work=self._work,
+            folders=self._folders,
             like=self._latest.get(request.key.get("engine", "")),
         )
         self._latest[request.key.get("engine", "")] = result.snapshot_id
@@ -328,9 +328,9 @@ def preflight(data_dir: Path) -> Service:
         cell.close()
     if code != 0:
         raise HostError(f"a program in a cell ended with status {code}", remedy="Run `dormouse doctor`")
-    work = criu_folders(data_dir / "run")
-    sweep_work_folders(work)
-    return Service(Store.open(data_dir / "store"), criu, DigestCache(data_dir / CACHE_NAME), work)
+    folders = criu_folders(data_dir / "run")
+    sweep_work_folders(folders)
+    return Service(Store.open(data_dir / "store"), criu, DigestCache(data_dir / CACHE_NAME), folders)
 
 
 def main() -> None:
