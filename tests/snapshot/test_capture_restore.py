@@ -266,6 +266,7 @@ def test_a_capture_nobody_wants_any_more_is_not_committed(
             *(cell_worker, store, criu),
             **{"kind": "snapshot", "name": "m", "key": KEY, "now": time.time, "timeout": 60},
             digests=DigestCache(tmp_path / "digests"),
+            folders=tmp_path / "criu",
             still_wanted=lambda: False,
         )
     assert store.manifests() == []
