@@ -403,13 +403,13 @@ def main() -> int:
             errors.print(f"run {number + 1} of {arguments.runs}")
             for subject, command in words.items():
                 bench.run(subject, command)
-        result = as_json(bench, {"heap_mb": arguments.heap_mb, "runs": arguments.runs, "model": MODEL})
+            if arguments.json:  # after each run: a long measurement that is ended early is not lost
+                result = as_json(bench, {"heap_mb": arguments.heap_mb, "runs": number + 1, "model": MODEL})
+                arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     out = Console(width=200)
     out.print(render(bench.rows, f"median of {arguments.runs}, heap of {arguments.heap_mb} MiB, page cache dropped"))
     for goal in goals(bench.rows):
         out.print(f"{'met   ' if goal.met else 'MISSED'} {goal.have:5.2f}x of {goal.want:.0f}x  {goal.text}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     failed = [row for (_subject, way), row in bench.rows.items() if row.error is not None and way != "criu-compress"]
     return 1 if failed else 0
 

@@ -19,6 +19,7 @@ from dormouse.snapshot.criu import failure_reason
 from dormouse.snapshot.images import BODY_VERSION, ImageFile, MappedFile, SnapshotBody, decode_body, encode_body
 from dormouse.snapshot.memory_map import AddressSpace, Piece, Window
 from dormouse.snapshot.prefetch import mapped_ranges, merge, prefetch, present_ranges
+from dormouse.snapshot.process_memory import ProcessMemory
 from dormouse.snapshot.tree import External
 
 PAGE = mmap.PAGESIZE
@@ -106,6 +107,38 @@ def test_mapped_ranges_name_what_this_process_has_touched(tmp_path: Path) -> Non
         assert found.private and found.inode == path.stat().st_ino
         assert any(offset <= 40 * PAGE < offset + length for offset, length in mapped.ranges)
     assert prefetch([mapped]) >= PAGE
+
+
+ODD_NAMES = [b"a\x0cb", b"a\xc2\x85b", b"with blanks ", b"x\x0cdead0000-dead2000 rw-p 00000000 00:00 0"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_odd_names_of_mapped_files_are_names_and_nothing_else(tmp_path: Path, name: bytes) -> None:
+    path = os.path.join(os.fsencode(tmp_path), name)  # noqa: PTH118 - a name as bytes
+    with open(path, "wb+") as file:  # noqa: PTH123
+        file.write(bytes(4 * PAGE))
+        file.flush()
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as view:
+            assert view[PAGE] == 0
+            assert os.fsdecode(path) in mapped_ranges([os.getpid()])
+            with ProcessMemory(os.getpid()) as memory:
+                assert (0xDEAD0000, 0xDEAD2000) not in list(memory.anonymous())
+
+
+def test_a_name_that_is_not_utf_8_is_told_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.dat")  # noqa: PTH118
+    with open(path, "wb+") as file:  # noqa: PTH123
+        file.write(bytes(PAGE))
+        file.flush()
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE):
+            assert not [found for found in mapped_ranges([os.getpid()]) if "caf" in found]
+    assert "not UTF-8" in caplog.text
+
+
+def test_prefetch_does_not_wait_for_a_pipe_or_a_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    places = [MappedFile(path=str(place), ranges=[(0, 4096)]) for place in (tmp_path / "pipe", tmp_path)]
+    assert prefetch(places) == 0
 
 
 def test_prefetch_leaves_a_missing_file_to_criu(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -14,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dormouse.errors import DamagedError, SnapshotError
+from dormouse.errors import DamagedError, HostError, SnapshotError
+from dormouse.snapshot import streamer
 from dormouse.snapshot.images import INLINE_LIMIT, ImageFile
 from dormouse.snapshot.memory_map import AddressSpace
 from dormouse.snapshot.streamer import (
@@ -25,6 +27,7 @@ from dormouse.snapshot.streamer import (
     RestoreStream,
     image_parts,
     parse_request,
+    read_image,
 )
 from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest
@@ -196,6 +199,50 @@ def test_criu_that_never_connects_is_not_waited_for(store: Store, tmp_path: Path
     ):
         stream.finish()
         assert stream.images() == []
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("can't start new thread")])
+def test_whatever_ends_an_images_thread_ends_the_capture(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def read(name: str, pipe: int, ingest: Ingest) -> ImageFile:
+        if name == "files.img":
+            raise error
+        return read_image(name, pipe, ingest)
+
+    monkeypatch.setattr(streamer, "read_image", read)
+    with store.begin() as transaction, Ingest(transaction) as ingest:
+        with CaptureStream(tmp_path, ingest, no_memory) as stream:
+            criu = FakeCriu(tmp_path, CAPTURE_SOCKET)
+            for name in ("files.img", "inventory.img"):
+                with contextlib.suppress(ConnectionError):
+                    os.close(criu.write_image(name))
+            criu.close()
+            with pytest.raises(SnapshotError, match="streaming CRIU's images failed"):
+                stream.finish()
+
+
+def test_an_image_without_a_thread_is_an_error_not_a_hang(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("criu-image"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with store.begin() as transaction, Ingest(transaction) as ingest:
+        with CaptureStream(tmp_path, ingest, no_memory) as stream:
+            criu = FakeCriu(tmp_path, CAPTURE_SOCKET)
+            pipe = criu.write_image("core-1.img")
+            with pytest.raises(HostError, match="no thread"):
+                stream.finish()
+            with pytest.raises(BrokenPipeError):
+                os.write(pipe, b"x")
+            os.close(pipe)
+            criu.close()
 
 
 def test_an_image_written_twice_is_refused(store: Store, tmp_path: Path) -> None:

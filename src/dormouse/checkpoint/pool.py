@@ -67,10 +67,15 @@ class SegmentPool:
         manifest = self._manifest(checkpoint)
         body = decode_body(manifest.body, f"the checkpoint of {manifest.name}")
         shared = _Shared(Segment.create(f"dormouse {manifest.name}"[:200], body.size))
-        self._segments[checkpoint] = shared
-        threading.Thread(
+        thread = threading.Thread(
             target=self._fill, args=(checkpoint, manifest, shared), name=f"fill {manifest.name}", daemon=True
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:
+            shared.segment.close()
+            raise HostError(f"no thread could be started to fill a segment: {error}") from error
+        self._segments[checkpoint] = shared
         return shared
 
     def _manifest(self, checkpoint: str) -> Manifest:

@@ -90,13 +90,15 @@ class Arena:
                 handle.close()
 
     def wait(self) -> None:
-        """Block until every mapped segment is filled. Raises what the filling failed with."""
+        """Block until every mapped segment is filled. Raises what the filling failed with; then nothing is mapped any
+        more, so that nobody looks at half of the weights."""
         while self._reports:
-            report = self._reports.pop()
             try:
-                await_report(report)
-            finally:
-                os.close(report)
+                await_report(self._reports[-1])
+            except BaseException:
+                self.unmap()
+                raise
+            os.close(self._reports.pop())
 
     def unmap(self) -> None:
         """Take the segments away; their addresses stay reserved."""

@@ -202,7 +202,16 @@ def note_mapped(files: Mapping[str, MappedRanges], digests: DigestCache) -> list
     for path, file in files.items():
         known = prints.get(path)
         size, mtime_ns, digest = (known.size, known.mtime_ns, known.digest) if known else (0, 0, b"")
-        noted.append(MappedFile(path=path, ranges=merge(file.ranges), size=size, mtime_ns=mtime_ns, digest=digest))
+        noted.append(
+            MappedFile(
+                path=path,
+                ranges=merge(file.ranges),
+                written=merge(file.written),
+                size=size,
+                mtime_ns=mtime_ns,
+                digest=digest,
+            )
+        )
     return noted
 
 

@@ -175,7 +175,9 @@ class Cell:
         return self.outer_pid(1)
 
     def processes(self) -> list[int]:
-        """The host's pids of all processes in the cell but PID 1."""
+        """The host's pids of all processes in the cell but PID 1; none once it is closed."""
+        if self._closed:
+            return []  # the launcher's pid may be somebody else's by now
         return [pid for pid in descendants(self._launcher.pid) if _namespace_pid(pid) not in (None, 1)]
 
     def close(self) -> None:

@@ -38,14 +38,16 @@ class ImageFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MappedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file the process had mapped: `ranges` are the (offset, length) in bytes that were in its memory. `size`,
-    `mtime_ns` and `digest` (BLAKE3) tell whether the file is still the same; no digest: it may change."""
+    """A file the process had mapped: `ranges` are the (offset, length) in bytes that were in its memory, `written` those
+    that it had copies of. `size`, `mtime_ns` and `digest` (BLAKE3) tell whether the file is still the same; no digest:
+    it may change."""
 
     path: str
     ranges: list[tuple[int, int]]
     size: int = 0
     mtime_ns: int = 0
     digest: bytes = b""
+    written: list[tuple[int, int]] = []
 
 
 class SnapshotBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

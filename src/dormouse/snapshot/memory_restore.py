@@ -157,6 +157,7 @@ class Fill:
                 for job in jobs:
                     job.result()
             finally:  # before the memories close: no thread may use a closed descriptor
+                self._ended = True
                 self._pool.shutdown(cancel_futures=True)
 
     def _advise(self) -> None:

@@ -44,13 +44,14 @@ class ProcessMemory:
     def anonymous(self) -> Iterator[tuple[int, int]]:
         """The (start, end) of the mappings of no file: a page of theirs that was never written is zero."""
         try:
-            lines = Path(f"/proc/{self.pid}/maps").read_text(errors="replace").splitlines()
+            lines = Path(f"/proc/{self.pid}/maps").read_bytes().removesuffix(b"\n").split(b"\n")
         except OSError as error:
             raise _failed("listed", self.pid, error) from error
-        for line in lines:
-            place, _protection, _offset, _device, inode, *name = line.split(maxsplit=5)
-            if inode == "0" and (not name or name[0] in ("[heap]", "[stack]") or name[0].startswith("[anon:")):
-                start, _dash, end = place.partition("-")
+        for line in lines:  # as bytes: a file's name may hold whatever `str` takes for a blank or an end of line
+            place, _protection, _offset, _device, inode, *rest = line.split(b" ", 5)
+            name = rest[0].lstrip(b" ") if rest else b""
+            if inode == b"0" and (name in (b"", b"[heap]", b"[stack]") or name.startswith(b"[anon:")):
+                start, _dash, end = place.partition(b"-")
                 yield int(start, 16), int(end, 16)
 
     def read(self, window: int, mask: int, into: memoryview) -> int:

@@ -80,7 +80,8 @@ class HostService:
         """Snapshot a quiesced worker, commit, then kill it. `key` is the compatibility key; `kind` and `model` are the
         manifest's kind and name.
 
-        On any error (SnapshotError, DiskFullError, StoreError) the worker is alive and as it was: send it Resume.
+        On any error (SnapshotError, DiskFullError, StoreError) the worker is alive and as it was: send it Resume. (Only
+        when CRIU itself was killed or hung at work in it, its cell is closed.)
         """
         process = self._process
         if process is None or process.ended is not None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 import struct
@@ -27,7 +28,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Self
 
-from dormouse.errors import DormouseError, SnapshotError
+from dormouse.errors import DormouseError, HostError, SnapshotError
 from dormouse.snapshot.images import INLINE_LIMIT, ImageFile
 from dormouse.snapshot.memory_capture import drain, process_of
 from dormouse.snapshot.memory_map import AddressSpace
@@ -37,6 +38,8 @@ from dormouse.transfer.readahead import ReadAhead
 
 CAPTURE_SOCKET = "streamer-capture.sock"
 SERVE_SOCKET = "streamer-serve.sock"
+
+log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<I")
 _MAX_REQUEST = 4096
@@ -175,10 +178,15 @@ class _Stream:
             self._peer = peer
             self._serve(_Connection(peer))
 
-    def _start_file(self, target: Callable[[], None], name: str) -> None:
+    def _start_file(self, target: Callable[[], None], name: str, pipe: int) -> None:
+        """Have a thread of its own take or give an image through `pipe`, which is the thread's to close."""
         thread = threading.Thread(target=self._guard, args=(target,), name=f"criu-image {name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            os.close(pipe)
+            raise HostError(f"no thread could be started for CRIU's image {name}: {error}") from error
         self._files.append(thread)
-        thread.start()
 
     def _guard(self, target: Callable[[], None]) -> None:
         with self._noting():
@@ -202,6 +210,9 @@ class _Stream:
             self._fail(error)
         except OSError as error:
             self._fail(SnapshotError(f"streaming CRIU's images failed: {error}"))
+        except Exception as error:  # the end of a thread must never pass for the end of an image
+            log.exception("streaming CRIU's images failed")
+            self._fail(SnapshotError(f"streaming CRIU's images failed: {error!r}"))
 
     def _fail(self, error: DormouseError) -> None:
         with self._lock:
@@ -228,11 +239,15 @@ class CaptureStream(_Stream):
         self._images: dict[str, ImageFile] = {}
         self._memory: dict[int, AddressSpace] = {}
         self._drained: dict[str, int] = {}
+        self._asked: list[str] = []
         super().__init__(directory, CAPTURE_SOCKET)
 
     def memory(self) -> list[AddressSpace]:
         """After `finish`: the private memory of all processes, by pid. Raises SnapshotError when what was dropped as
-        the pages of a process is not what its page map names."""
+        the pages of a process is not what its page map names, or when an image is not whole."""
+        taken = len(self._images) + len(self._memory) + len(self._drained)
+        if taken != len(self._asked):
+            raise SnapshotError(f"CRIU sent {len(self._asked)} images, {taken} of them are whole")
         for name, pid in self._drained.items():
             if pid not in self._memory or self._memory[pid].pages_name != name:
                 raise SnapshotError(f"CRIU sent {name} after the page map of process {pid}, which has other pages")
@@ -246,7 +261,8 @@ class CaptureStream(_Stream):
         before = ""
         while (name := connection.read_name()) is not None:
             pipe = connection.receive_pipe()
-            self._start_file(self._taker(name, before, pipe), name)
+            self._asked.append(name)
+            self._start_file(self._taker(name, before, pipe), name, pipe)
             before = name
 
     def _taker(self, name: str, before: str, pipe: int) -> Callable[[], None]:
@@ -336,7 +352,8 @@ class RestoreStream(_Stream):
             connection.reply_exists(parts is not None)
             if parts is not None:
                 pipe = connection.receive_pipe()
-                self._start_file(lambda parts=parts, pipe=pipe: self._give(parts, pipe), name)  # type: ignore[misc]
+                give = lambda parts=parts, pipe=pipe: self._give(parts, pipe)  # noqa: E731
+                self._start_file(give, name, pipe)
 
     def _give(self, parts: Parts, pipe: int) -> None:
         # CRIU closes an image it has seen enough of (it looks into some twice); if it died, its exit code tells.

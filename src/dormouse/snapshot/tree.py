@@ -65,7 +65,7 @@ def stopped_processes(home: Home) -> list[int]:
 
 
 def continue_tree(home: Home, *, but: Iterable[int] = ()) -> None:
-    """Let every stopped process of a tree run on, except for the (host) pids in `but`."""
+    """Send SIGCONT to every process of a tree, except for the (host) pids in `but`: what is stopped runs on."""
     for pid in set(home.processes()).difference(but):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)

@@ -94,13 +94,22 @@ class _Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def send_report(pipe: int, error: errors.DormouseError | None) -> None:
     """Tell through `pipe` that a segment is filled, or why it never will be, and close it. A reader that has gone
     needs no report."""
-    report = _Report() if error is None else _Report(type(error).__name__, error.message[:3000], error.remedy[:500])
+    report = (
+        _Report()
+        if error is None
+        else _Report(type(error).__name__, _cut(error.message, 3000), _cut(error.remedy, 500))
+    )
     try:
         os.write(pipe, msgspec.msgpack.encode(report)[:_MAX_REPORT])
     except BrokenPipeError:
         return
     finally:
         os.close(pipe)
+
+
+def _cut(text: str, size: int) -> str:
+    """At most `size` bytes of it as UTF-8."""
+    return text.encode()[:size].decode(errors="ignore")
 
 
 def await_report(pipe: int) -> None:
