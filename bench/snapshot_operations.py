@@ -36,6 +36,7 @@ from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import restore
 from dormouse.snapshot.service_main import worker_environment
 from dormouse.snapshot.tree import External, ProcessTree
+from dormouse.snapshot.work_folder import criu_folders
 from dormouse.store.store import Store
 from dormouse.transfer.memory import keep_freed_memory
 from measuring import Operation, allocated_bytes, drop_page_cache, sync_files, timed
@@ -230,6 +231,7 @@ def our_capture(*, home: str, words: list[str], store: str) -> None:
                 still_wanted=lambda: True,
                 timeout=_CRIU_TIMEOUT,
                 digests=DigestCache(Path(home) / CACHE_NAME),
+                folders=criu_folders(Path(home) / "run"),
             )
         Operation.add("capture", sync_seconds=0.0, phases=result.phases, raw_bytes=result.raw_bytes)
         Operation.add("capture", stored_bytes=allocated_bytes([folder]))
@@ -252,6 +254,7 @@ def our_restore(*, home: str, store: str, snapshot: dict[str, Any], fill: bool) 
                 take_home=lambda: cell,
                 timeout=_CRIU_TIMEOUT,
                 digests=DigestCache(Path(home) / CACHE_NAME),
+                folders=criu_folders(Path(home) / "run"),
                 inherit=(None,),
                 fill=fill,
             )

@@ -137,8 +137,10 @@ def keeper_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def tell(quiet: bool) -> Callable[[str], None]:
-    """Words about a job, on stderr so that its own output stays clean."""
-    return lambda text: None if quiet else err.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Words about a job, on stderr so that its own output stays clean. That nobody reads them harms no job."""
+    from dormouse.jobs.streams import say
+
+    return lambda text: None if quiet else say(2, text)
 
 
 @cli.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
@@ -154,7 +156,8 @@ def run(
     from dormouse.jobs import launch
 
     place = launch.Place(name, network, publish, detach)
-    sys.exit(launch.run_job(data_dir, argv, place, tmpfs, tell(reporter.silent)))
+    words = launch.Words(tell(reporter.silent), emit if as_json else None)
+    sys.exit(launch.run_job(data_dir, argv, place, tmpfs, words))
 
 
 @cli.command()
@@ -197,9 +200,9 @@ def restore(
     from dormouse.jobs import launch
 
     place = launch.Place(name, network, publish or None, detach)
-    told = tell(reporter.silent)
+    words = launch.Words(tell(reporter.silent), emit if as_json else None)
     sys.exit(
-        launch.restore_job(data_dir, snapshot_id, place, replicas, told, timeout=timeout, hook_timeout=hook_timeout)
+        launch.restore_job(data_dir, snapshot_id, place, replicas, words, timeout=timeout, hook_timeout=hook_timeout)
     )
 
 
@@ -215,7 +218,7 @@ def jobs_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
         return
     for job in running:
         pids = ", ".join(str(replica["pid"]) for replica in job.get("replicas", ()))
-        words = job.get("error") or " ".join(job["argv"])
+        words = job.get("error") or " ".join(job["argv"]) + (" (starts)" if job["state"] == "starts" else "")
         out.print(f"{job['name']}  pid {pids or '?'}  {words}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -227,7 +230,9 @@ def stop(name: str, grace: float, data_dir: DataDir, as_json: bool, reporter: Re
     """End a job."""
     from dormouse.jobs.launch import stop_job
 
-    stop_job(data_dir, name, grace)
+    result = stop_job(data_dir, name, grace)
+    if as_json:
+        emit(result)
 
 
 @cli.command("ls")

@@ -46,7 +46,7 @@ class Host:
     """The service's calls, made directly."""
 
     def __init__(self, store: Store, criu: Criu, log: Path) -> None:
-        self.service = Service(store, criu, DigestCache(log.parent / "digests"))
+        self.service = Service(store, criu, DigestCache(log.parent / "digests"), log.parent / "criu")
         self.log = log
         self.cells: list[str] = []
         self.workers: list[AttachedWorker] = []
@@ -275,6 +275,7 @@ def test_a_capture_nobody_wants_any_more_is_not_committed(
             *(cell_worker, store, criu),
             **{"kind": "snapshot", "name": "m", "key": KEY, "now": time.time, "timeout": 60},
             digests=DigestCache(tmp_path / "digests"),
+            folders=tmp_path / "criu",
             still_wanted=lambda: False,
         )
     assert store.manifests() == []

@@ -303,7 +303,12 @@ def test_a_socket_to_the_outside_survives_both_ways(
     spawned.control.close()
     identity = imported(folder, store, externals=(External("socket", spawned.inode),))
     made = restore(
-        identity, store, criu, key={}, take_home=Cell.create, timeout=60, digests=DigestCache(tmp_path / "digests")
+        *(identity, store, criu),
+        key={},
+        take_home=Cell.create,
+        timeout=60,
+        digests=DigestCache(tmp_path / "digests"),
+        folders=tmp_path / "criu",
     )
     try:
         assert made.control is not None

@@ -95,6 +95,7 @@ def captured(tree: ProcessTree, store: Store, criu: Criu) -> CaptureResult:
         *(tree, store, criu),
         **{"kind": "process", "name": "p", "key": {}, "now": time.time, "timeout": 60, "still_wanted": lambda: True},
         digests=DigestCache(Path("/nowhere/digests")),
+        folders=store._layout.root.parent / "run" / "criu",
     )
 
 
@@ -110,6 +111,7 @@ def restored(snapshot_id: str, store: Store, criu: Criu, *, fill: bool) -> Resto
         inherit=(),
         fill=fill,
         digests=DigestCache(Path("/nowhere/digests")),
+        folders=store._layout.root.parent / "run" / "criu",
     )
     for pid in made.tree.home.processes():
         os.kill(pid, signal.SIGSTOP)
@@ -274,6 +276,7 @@ def test_a_restore_that_fails_leaves_no_process_and_no_descriptor(
                 take_home=take_home,
                 timeout=60,
                 digests=DigestCache(tmp_path / "digests"),
+                folders=tmp_path / "criu",
                 inherit=(),
                 fill=fill,
             )

@@ -14,6 +14,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from dormouse.errors import ConfigError, DormouseError, NotFoundError, SnapshotE
 _MAX_LINE = 1 << 16
 _MAX_REQUESTS = 8
 _ASK_TIMEOUT = 5.0
+_QUEUE_POLL = 0.05
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True):
@@ -93,12 +95,13 @@ class ControlSocket:
                 connection.settimeout(_ASK_TIMEOUT)
                 request = msgspec.json.decode(_read_line(connection), type=Request)
                 try:
-                    answer = handler(request, lambda: _still_there(connection))
+                    answer = msgspec.json.encode(handler(request, lambda: _still_there(connection)))
                 except DormouseError as error:
-                    answer = error_answer(error)
+                    answer = msgspec.json.encode(error_answer(error))
                 except Exception as error:  # noqa: BLE001 - the asker is told, and the job runs on
-                    answer = {"error": f"unexpected {type(error).__name__}: {error}", "remedy": "", "code": ""}
-                connection.sendall(msgspec.json.encode(answer) + b"\n")
+                    words = ascii(f"unexpected {type(error).__name__}: {error}")
+                    answer = msgspec.json.encode({"error": words, "remedy": "", "code": ""})
+                connection.sendall(answer + b"\n")
         except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, SnapshotError):
             return  # the asker has gone, or was none of ours
         finally:
@@ -110,20 +113,40 @@ def ask(data_dir: DataDir, name: str, request: Request, *, timeout: float | None
     """A keeper's answer. Raises NotFoundError when no such job runs, or the error that the keeper answered with."""
     folder = jobs_folder(data_dir)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        _connect(connection, folder, name)
         connection.settimeout(timeout)
-        try:
-            with _short_path(folder, name) as path:
-                connection.connect(path)
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise NotFoundError(f"no job called {name} runs", remedy="`dormouse jobs` lists those that do") from error
         try:
             connection.sendall(msgspec.json.encode(request) + b"\n")
             answer: Answer = msgspec.json.decode(_read_line(connection))
+        except TimeoutError as error:
+            raise SnapshotError(
+                f"the keeper of job {name} has not answered within {timeout:g} s", remedy="Try again; else see its log"
+            ) from error
         except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, SnapshotError) as error:
             raise SnapshotError(f"the keeper of job {name} ended without an answer", remedy="See its log") from error
     if "error" in answer:
         raise error_in(answer)
     return answer
+
+
+def _connect(connection: socket.socket, folder: Path, name: str) -> None:
+    """Raises NotFoundError, or SnapshotError when the keeper has no ear for us."""
+    deadline = time.monotonic() + _ASK_TIMEOUT
+    connection.settimeout(_ASK_TIMEOUT)
+    while True:
+        try:
+            with _short_path(folder, name) as path:
+                connection.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise NotFoundError(f"no job called {name} runs", remedy="`dormouse jobs` lists those that do") from error
+        except BlockingIOError as error:  # its queue is full
+            if time.monotonic() > deadline:
+                raise SnapshotError(
+                    f"the keeper of job {name} is busy with other requests", remedy="Try again in a while"
+                ) from error
+            time.sleep(_QUEUE_POLL)
+        else:
+            return
 
 
 def running_jobs(data_dir: DataDir) -> list[Answer]:
@@ -185,7 +208,7 @@ def _reachable(folder: Path, name: str) -> bool:
             probe.connect(path)
         except (FileNotFoundError, ConnectionRefusedError):
             return False
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             return True  # its queue is full, so it lives
         return True
 

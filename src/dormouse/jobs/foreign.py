@@ -52,6 +52,7 @@ class HostHome:
         env: Mapping[str, str],
         fds: Mapping[int, int] | None = None,
         control: int | None = None,
+        cwd: str = "/",
     ) -> Spawned:
         """Start a program here; it can be given no descriptors and no control socket."""
         assert not fds and control is None
@@ -59,6 +60,7 @@ class HostHome:
             process = subprocess.Popen(
                 argv,
                 env=dict(env),
+                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

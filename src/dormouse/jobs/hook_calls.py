@@ -95,7 +95,7 @@ class Hooks:
                     log.warning("the socket %s belongs to no process of the tree; it is left alone", hook.name)
                     return
                 connection.sendall(line.encode() + b"\n")
-                answer = _read_to_end(connection)
+                answer = _read_to_end(connection, deadline)
             except ConnectionRefusedError:
                 return  # it has stopped listening since we looked
             except TimeoutError as error:
@@ -141,8 +141,14 @@ def _peer_pid(connection: socket.socket) -> int:
     return pid
 
 
-def _read_to_end(connection: socket.socket) -> str:
+def _read_to_end(connection: socket.socket, deadline: float) -> str:
+    """Raises TimeoutError when that takes until the deadline, however the bytes drip in."""
     data = b""
-    while len(data) < _MAX_ANSWER and (part := connection.recv(_MAX_ANSWER)):
+    while len(data) < _MAX_ANSWER:
+        if (left := deadline - time.monotonic()) <= 0:
+            raise TimeoutError
+        connection.settimeout(left)
+        if not (part := connection.recv(_MAX_ANSWER)):
+            break
         data += part
     return data.decode(errors="replace").strip()

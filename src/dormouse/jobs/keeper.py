@@ -15,10 +15,12 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -26,19 +28,20 @@ from dormouse.config import DataDir
 from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError, SnapshotError
 from dormouse.jobs.control import Answer, ControlSocket, Request, error_answer, error_in
 from dormouse.jobs.publish import MakeSocket, Publisher
-from dormouse.jobs.record import JobRecord, Stream
+from dormouse.jobs.record import JobRecord, Stream, shown
 from dormouse.jobs.replica import (
     CaptureOptions,
+    Cells,
     Replica,
     StoredJob,
+    Tools,
     announce_restore,
     capture_replica,
     environment_of_jobs,
     start,
 )
-from dormouse.jobs.streams import FileSink, Input, LogSink, NumberedSink, Output, Sink
-from dormouse.snapshot.criu_setup import find_criu
-from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
+from dormouse.jobs.streams import FileSink, Input, LogSink, NumberedSink, Output, Sink, say
+from dormouse.snapshot.work_folder import criu_folders, sweep_work_folders
 from dormouse.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ log = logging.getLogger(__name__)
 _PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # What a terminal would send to the whole foreground group, of which the job's processes are not.
 _TO_ALL = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
+_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _RESTORES_AT_ONCE = 4
 
 
@@ -65,7 +69,20 @@ class Captured:
     snapshot_id: str
 
 
-Event = Exited | Captured | signal.Signals
+@dataclass(frozen=True)
+class Finished:
+    """A piece of work beside the main thread is done."""
+
+
+Event = Exited | Captured | Finished | signal.Signals
+
+
+class GivenUp(SnapshotError):
+    """A signal came while the job was being restored; nothing is left of it."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(f"the restore was given up: {number.name}", remedy="Restore it again")
+        self.number = number
 
 
 class Keeper:
@@ -83,11 +100,15 @@ class Keeper:
         self._outputs: list[Output] = []
         self._capturing: dict[int, threading.Lock] = {}
         self._codes: dict[int, int] = {}
+        self._caught: list[signal.Signals] = []
+        self._complete = False
+        sweep_work_folders(criu_folders(data_dir.run))
         with contextlib.ExitStack() as stack:
             self._control = ControlSocket(data_dir, record.name)
             stack.callback(self._control.close)
             self._publisher = Publisher(record.publish)
             stack.callback(self._publisher.close)
+            self._control.serve(self._handle)  # from now on, as a restore may take its time
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Keeper:
@@ -96,38 +117,65 @@ class Keeper:
     def __exit__(self, *_exception: object) -> None:
         for replica in self._replicas.values():
             replica.home.close()
-        for number in _PASSED_ON:
+        for number in self._caught:
             signal.signal(number, signal.SIG_DFL)  # a reader of our output may be slow; who has no patience ends us
         for output in self._outputs:
             output.join()
         self._stack.close()
 
-    def run(self, cwd: Path) -> None:
+    def run(self, argv: Sequence[str], cwd: Path) -> None:
         """Start the job's program."""
         self._catch_signals()
-        self._adopt([start(self.record, environment_of_jobs(), cwd)])
+        self._adopt([start(self.record, argv, environment_of_jobs(), cwd)])
 
     def restore(self, stored: StoredJob, count: int, timeout: float, hook_timeout: float) -> None:
-        """Bring `count` replicas back, or none: raises the first error."""
-        criu, digests = find_criu(self._data_dir.root), DigestCache(self._data_dir.root / CACHE_NAME)
-        replicas: list[Replica] = []
+        """Bring `count` replicas back, or none: raises the first error, or GivenUp when a signal ends it before."""
+        self._catch_signals()
+        tools, cells = Tools.find(self._data_dir, timeout), Cells()
+        ended_by: list[signal.Signals] = []
+
+        def give_up(number: signal.Signals) -> None:
+            if number in _ENDING and not ended_by:
+                ended_by.append(number)
+                cells.give_up()
+
         with Store.open(self._data_dir.store) as store, ThreadPoolExecutor(_RESTORES_AT_ONCE) as pool:
             calls = [
-                pool.submit(stored.restore, number, self.record, store, criu, digests, timeout)
-                for number in range(1, count + 1)
+                pool.submit(stored.restore, number, self.record, store, tools, cells) for number in range(1, count + 1)
             ]
-            errors = [error for call in calls if (error := call.exception()) is not None]
-            replicas = [call.result() for call in calls if call.exception() is None]
-        if errors:
+            self._beside(calls, give_up)
+        errors = [error for call in calls if (error := call.exception()) is not None]
+        replicas = [call.result() for call in calls if call.exception() is None]
+        if ended_by or errors:
             for replica in replicas:
                 replica.home.close()
                 replica.pipes.close()
-            raise errors[0]
-        self._catch_signals()  # not before: until there is a job, a signal is for us
+            raise GivenUp(ended_by[0]) if ended_by else errors[0]
         self._adopt(replicas)
+        with ThreadPoolExecutor(1) as pool:
+            self._beside([pool.submit(self._announce, replicas, hook_timeout)], self._pass_on)
+
+    def _announce(self, replicas: Sequence[Replica], hook_timeout: float) -> None:
         for replica in replicas:
             for problem in announce_restore(replica, hook_timeout):
                 self._tell(f"warning: {problem}")
+
+    def _beside(self, calls: Sequence[Future[Any]], on_signal: Callable[[signal.Signals], None]) -> None:
+        """Wait for all of these, and attend to signals meanwhile. Other events are kept for later."""
+        for call in calls:
+            call.add_done_callback(lambda _call: self._events.put(Finished()))
+        later: list[Event] = []
+        unfinished = len(calls)
+        while unfinished:
+            match self._events.get():
+                case Finished():
+                    unfinished -= 1
+                case signal.Signals() as number:
+                    on_signal(number)
+                case other:
+                    later.append(other)
+        for event in later:
+            self._events.put(event)
 
     def wait(self) -> int:
         """Serve until every replica has ended; the exit code for the command."""
@@ -160,16 +208,18 @@ class Keeper:
         return self._publisher.addresses
 
     def _catch_signals(self) -> None:
-        """From now on signals are events. Only the main thread may do this."""
-        for number in _PASSED_ON:
+        """From now on signals are events, but for those that whoever started us wants ignored (nohup, a shell's
+        background jobs). Only the main thread may do this."""
+        self._caught = [number for number in _PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
+        for number in self._caught:
             signal.signal(number, lambda caught, _frame: self._events.put(signal.Signals(caught)))
 
     def _adopt(self, replicas: Sequence[Replica]) -> None:
         several = len(replicas) > 1
         sinks = self._sinks()
         for replica in replicas:
-            self._replicas[replica.number] = replica
             self._capturing[replica.number] = threading.Lock()
+            self._replicas[replica.number] = replica
             ours = replica.pipes.ours
             for stream, plain in sinks.items():
                 sink = NumberedSink(replica.number, plain) if several else plain
@@ -178,12 +228,12 @@ class Keeper:
             replica.feed = Input(ours.pop("stdin"), source, replica.record.pending_input)
             threading.Thread(target=self._watch, args=(replica,), name="job-watch", daemon=True).start()
         self._publisher.start(self._targets)
-        self._control.serve(self._handle)
+        self._complete = True
 
     def _sinks(self) -> dict[Stream, Sink]:
         if self._log_path is None:
             return {"stdout": FileSink(1), "stderr": FileSink(2)}
-        both = LogSink(self._log_path)
+        both = LogSink(self._log_path, also=(1, 2))  # where a detached keeper's own words go
         return {"stdout": both, "stderr": both}
 
     def _targets(self) -> list[MakeSocket]:
@@ -222,6 +272,7 @@ class Keeper:
                 self._events.put(signal.SIGTERM)
                 return {}
             case "kill":
+                self._events.put(signal.SIGTERM)  # which gives up a restore under way
                 for replica in list(self._replicas.values()):
                     replica.home.close()
                 return {}
@@ -232,6 +283,7 @@ class Keeper:
         return {
             "name": self.record.name,
             "keeper": os.getpid(),
+            "state": "runs" if self._complete else "starts",
             "argv": self.record.argv,
             "replicas": [
                 {"number": number, "pid": _outer_pid(replica)}
@@ -240,7 +292,7 @@ class Keeper:
             ],
             "network": self.record.network,
             "published": self.addresses,
-            "log": str(self._log_path) if self._log_path is not None else None,
+            "log": shown(str(self._log_path)) if self._log_path is not None else None,
         }
 
     def _checkpoint(self, request: Request, still_there: Callable[[], bool]) -> Answer:
@@ -251,16 +303,15 @@ class Keeper:
         try:
             if replica.number in self._codes:
                 raise SnapshotError(f"job {self.record.name} has just ended")
-            criu, digests = find_criu(self._data_dir.root), DigestCache(self._data_dir.root / CACHE_NAME)
+            tools = Tools.find(self._data_dir, request.timeout)
             options = CaptureOptions(
                 leave_running=request.leave_running,
                 close_connections=request.close_connections,
                 hook_timeout=request.hook_timeout,
-                timeout=request.timeout,
                 still_wanted=still_there,
             )
             with Store.open(self._data_dir.store) as store:
-                result = capture_replica(replica, store, criu, digests, options)
+                result = capture_replica(replica, store, tools, options)
             if not request.leave_running:
                 self._events.put(Captured(replica.number, result.snapshot_id))
         finally:
@@ -274,6 +325,8 @@ class Keeper:
         }
 
     def _chosen(self, number: int | None) -> Replica:
+        if not self._complete:
+            raise SnapshotError(f"job {self.record.name} is still being started", remedy="Try again once it runs")
         running = {number: replica for number, replica in self._replicas.items() if number not in self._codes}
         if number is None and len(running) == 1:
             return next(iter(running.values()))
@@ -310,8 +363,9 @@ def in_background(log_path: Path, work: Callable[[Callable[[Answer], None]], int
     """Run `work` in a child of its own session that outlives us; returns what it reports by its argument once the job
     runs. Raises the error it ends with before that. Fork it before any thread is started."""
     reading, writing = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it was closed when we were started
+            stream.flush()
     child = os.fork()
     if child == 0:
         os.close(reading)
@@ -322,7 +376,7 @@ def in_background(log_path: Path, work: Callable[[Callable[[Answer], None]], int
         finally:
             os._exit(code)
     os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
+    with os.fdopen(reading, "rb") as pipe, _passed_to(child):
         data = pipe.read()
     if not data:
         os.waitpid(child, 0)
@@ -332,6 +386,25 @@ def in_background(log_path: Path, work: Callable[[Callable[[Answer], None]], int
         os.waitpid(child, 0)
         raise error_in(answer)
     return answer
+
+
+@contextlib.contextmanager
+def _passed_to(child: int) -> Iterator[None]:
+    """What would end us ends the keeper instead, as long as its job does not run; it says so, and we end."""
+
+    def end(_number: int, _frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _background(log_path: Path, work: Callable[[Callable[[Answer], None]], int], writing: int) -> int:
@@ -344,12 +417,20 @@ def _background(log_path: Path, work: Callable[[Callable[[Answer], None]], int],
     def report(answer: Answer) -> None:
         nonlocal reported
         reported = True
-        os.write(writing, msgspec.json.encode(answer))
+        with contextlib.suppress(BrokenPipeError):  # who started us has gone; the job need not
+            os.write(writing, msgspec.json.encode(answer))
         os.close(writing)
 
     try:
         return work(report)
     except DormouseError as error:
+        say(2, f"error: {error}")
         if not reported:
             report(error_answer(error))
         return error.exit_code
+    except Exception as error:
+        FileSink(2).write(traceback.format_exc().encode(errors="backslashreplace"))
+        if not reported:
+            words = ascii(f"unexpected {type(error).__name__}: {error}")
+            report(error_answer(SnapshotError(words, remedy=f"See {log_path}")))
+        raise

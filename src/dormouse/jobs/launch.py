@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,24 +13,27 @@ import msgspec
 
 from dormouse import catalogue
 from dormouse.config import DataDir
-from dormouse.errors import ConfigError, NotFoundError, SnapshotError
+from dormouse.errors import ConfigError, HostError, NotFoundError, SnapshotError
 from dormouse.jobs.control import Request, ask, free_name
 from dormouse.jobs.foreign import find_tree
 from dormouse.jobs.guard import Guard
-from dormouse.jobs.keeper import Keeper, in_background, require_root
+from dormouse.jobs.keeper import GivenUp, Keeper, in_background, require_root
 from dormouse.jobs.private_files import DEFAULT_FOLDERS
-from dormouse.jobs.record import JobRecord, Network, check_name, made_up_name, parse_publish
-from dormouse.jobs.replica import CaptureOptions, StoredJob, capture_replica
+from dormouse.jobs.record import JobRecord, Network, check_name, made_up_name, parse_publish, shown
+from dormouse.jobs.replica import CaptureOptions, StoredJob, Tools, capture_replica
+from dormouse.jobs.streams import say
 from dormouse.jobs.survey import addresses_in_use
 from dormouse.snapshot.criu_setup import find_criu
-from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.tree import stopped_processes
 from dormouse.store.store import Store
 
 Tell = Callable[[str], None]
+Emit = Callable[[dict[str, Any]], None]
 
 MAX_REPLICAS = 64
 _POLL = 0.1
+_KILL_TIMEOUT = 120.0
+_LONGEST_PID = 10
 
 
 @dataclass(frozen=True)
@@ -42,23 +46,33 @@ class Place:
     detach: bool
 
 
-def run_job(data_dir: DataDir, argv: Sequence[str], place: Place, tmpfs: Sequence[str], tell: Tell) -> int:
+@dataclass(frozen=True)
+class Words:
+    """For the user: `tell` shows a line. `emit`, when given, gets what a detached job is instead of lines."""
+
+    tell: Tell
+    emit: Emit | None = None
+
+
+def run_job(data_dir: DataDir, argv: Sequence[str], place: Place, tmpfs: Sequence[str], words: Words) -> int:
     """`dormouse run`: the exit code of the job. With `detach` it returns once the job runs."""
     require_root()
+    command = [shown(word) for word in argv]
     record = JobRecord(
-        name=check_name(place.name) if place.name is not None else made_up_name(argv[0]),
-        argv=list(argv),
+        name=check_name(place.name) if place.name is not None else made_up_name(command[0]),
+        argv=command,
         network=place.network or "own",
         streams=[],
         tmpfs=sorted({*DEFAULT_FOLDERS, *map(_folder, tmpfs)}),
         publish=[parse_publish(text) for text in place.publish or ()],
     )
     cwd = Path.cwd()
-    return _keep(data_dir, _checked(record), place.detach, tell, lambda keeper: keeper.run(cwd))
+    _refuse_hidden(data_dir, record)
+    return _keep(data_dir, _checked(record), place.detach, words, lambda keeper: keeper.run(argv, cwd))
 
 
 def restore_job(
-    data_dir: DataDir, snapshot: str, place: Place, replicas: int, tell: Tell, *, timeout: float, hook_timeout: float
+    data_dir: DataDir, snapshot: str, place: Place, replicas: int, words: Words, *, timeout: float, hook_timeout: float
 ) -> int:
     """`dormouse restore`: the exit code of the job. With `detach` it returns once the replicas run."""
     require_root()
@@ -71,12 +85,13 @@ def restore_job(
     kept = record.publish if network == "own" else []
     publish = kept if place.publish is None else [parse_publish(text) for text in place.publish]
     record = msgspec.structs.replace(record, name=name, network=network, publish=publish)
+    _refuse_hidden(data_dir, record)
     _refuse_taken_addresses(record, replicas)
     return _keep(
         data_dir,
         _checked(record),
         place.detach,
-        tell,
+        words,
         lambda keeper: keeper.restore(stored, replicas, timeout, hook_timeout),
     )
 
@@ -84,19 +99,19 @@ def restore_job(
 def checkpoint(data_dir: DataDir, target: str, request: Request) -> dict[str, Any]:
     """`dormouse checkpoint`: captures a job by name, or any tree by the pid of its first process."""
     require_root()
-    if not target.isdigit():
-        return ask(data_dir, target, request, timeout=None)
-    criu = find_criu(data_dir.root)
+    if not (target.isascii() and target.isdigit()):
+        return ask(data_dir, check_name(target), request, timeout=None)
+    if len(target) > _LONGEST_PID:
+        raise SnapshotError(f"there is no process {target[:20]}…", remedy="`ps` shows what runs")
+    tools = Tools.find(data_dir.create(), request.timeout)
     tree = find_tree(int(target), None)
     options = CaptureOptions(
         leave_running=request.leave_running,
         close_connections=request.close_connections,
         hook_timeout=request.hook_timeout,
-        timeout=request.timeout,
     )
-    digests = DigestCache(data_dir.root / CACHE_NAME)
-    with Store.open(data_dir.create().store) as store, Guard(tree.pid, stopped_processes(tree.home)):
-        result = capture_replica(tree, store, criu, digests, options)
+    with Store.open(data_dir.store) as store, Guard(tree.pid, stopped_processes(tree.home)):
+        result = capture_replica(tree, store, tools, options)
     return {
         "id": result.snapshot_id,
         "name": tree.record.name,
@@ -106,42 +121,79 @@ def checkpoint(data_dir: DataDir, target: str, request: Request) -> dict[str, An
     }
 
 
-def stop_job(data_dir: DataDir, name: str, grace: float) -> None:
+def stop_job(data_dir: DataDir, name: str, grace: float) -> dict[str, Any]:
     """`dormouse stop`: asks the job to end, and after `grace` seconds ends it. Raises NotFoundError."""
-    ask(data_dir, name, Request("stop"))
+    ask(data_dir, check_name(name), Request("stop"))
     deadline = time.monotonic() + grace
     while time.monotonic() < deadline:
-        try:
-            ask(data_dir, name, Request("status"))
-        except NotFoundError:
-            return
+        if not _runs(data_dir, name):
+            return {"name": name, "killed": False}
         time.sleep(_POLL)
-    ask(data_dir, name, Request("kill"))
+    try:
+        ask(data_dir, name, Request("kill"), timeout=_KILL_TIMEOUT)
+    except NotFoundError:
+        return {"name": name, "killed": False}
+    return {"name": name, "killed": True}
 
 
-def _keep(data_dir: DataDir, record: JobRecord, detach: bool, tell: Tell, begin: Callable[[Keeper], None]) -> int:
+def _runs(data_dir: DataDir, name: str) -> bool:
+    try:
+        ask(data_dir, name, Request("status"))
+    except NotFoundError:
+        return False
+    except SnapshotError:
+        return True  # it is busy or about to end; the next look tells
+    return True
+
+
+def _keep(data_dir: DataDir, record: JobRecord, detach: bool, words: Words, begin: Callable[[Keeper], None]) -> int:
     log_path = data_dir.create().logs / f"{record.name}.log" if detach else None
 
     def work(report: Callable[[dict[str, Any]], None]) -> int:
-        with Keeper(data_dir, record, log_path=log_path, tell=_log if detach else tell) as keeper:
-            begin(keeper)
+        tell = _log if detach else words.tell
+        with Keeper(data_dir, record, log_path=log_path, tell=tell) as keeper:
+            try:
+                begin(keeper)
+            except GivenUp as error:
+                if detach:
+                    raise
+                tell(error.message)
+                return 128 + error.number
             report({"name": record.name, "pids": keeper.pids, "published": keeper.addresses})
             return keeper.wait()
 
     def report(state: dict[str, Any]) -> None:
         where = f", published at {', '.join(state['published'])}" if state["published"] else ""
         pids = ", ".join(map(str, state["pids"]))
-        tell(f"job {state['name']} runs (pid {pids}{where})")
+        words.tell(f"job {state['name']} runs (pid {pids}{where})")
 
     if log_path is None:
         return work(report)
-    report(in_background(log_path, work))
-    tell(f"its output goes to {log_path}; `dormouse stop {record.name}` ends it")
+    state = in_background(log_path, work)
+    if words.emit is not None:
+        words.emit(state | {"log": shown(str(log_path))})
+        return 0
+    report(state)
+    words.tell(f"its output goes to {log_path}; `dormouse stop {record.name}` ends it")
     return 0
 
 
 def _log(text: str) -> None:
-    print(text, flush=True)
+    say(1, text)
+
+
+def _refuse_hidden(data_dir: DataDir, record: JobRecord) -> None:
+    """CRIU works inside the job's cell, and must see itself and the data folder there."""
+    needed = {data_dir.root: "the data folder", data_dir.criu: "CRIU"}
+    with contextlib.suppress(HostError):  # no CRIU yet: `dormouse setup criu` puts it into the data folder
+        needed |= {Path(find_criu(data_dir.root).argv_prefix[0]): "CRIU"}
+    for path, what in needed.items():
+        for folder in record.tmpfs:
+            if path.resolve().is_relative_to(folder):
+                raise ConfigError(
+                    f"a tmpfs of the job's own at {folder} would hide {what} ({path}) from it",
+                    remedy="Choose another --tmpfs, or a --data-dir elsewhere",
+                )
 
 
 def _checked(record: JobRecord) -> JobRecord:
@@ -170,4 +222,6 @@ def _folder(text: str) -> str:
     path = Path(text).resolve()
     if not path.is_dir() or path == Path("/"):
         raise ConfigError(f"{text} can't have a tmpfs of the job's own", remedy="Name an existing folder other than /")
-    return str(path)
+    if (name := str(path)) != shown(name):
+        raise ConfigError(f"{shown(name)} can't have a tmpfs of the job's own", remedy="Its name must be UTF-8")
+    return name

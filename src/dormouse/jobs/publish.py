@@ -104,6 +104,7 @@ class Publisher:
 
     async def _forward(self, client: socket.socket, port: Publish) -> None:
         with client:
+            _keep_alive(client)
             try:
                 inner = await self._connect(port)
             except OSError as error:
@@ -142,6 +143,13 @@ class Publisher:
                 await self._loop.sock_sendall(sink, data)
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
+
+
+def _keep_alive(client: socket.socket) -> None:
+    """A client that has gone without a word is noticed within minutes, and its place is free again."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 30), (socket.TCP_KEEPCNT, 4)):
+        client.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _listen(port: Publish) -> socket.socket:

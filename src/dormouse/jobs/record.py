@@ -6,6 +6,7 @@ holds it is, and still parsed strictly.
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from typing import Literal
@@ -89,6 +90,11 @@ def _record_of_import(body: SnapshotBody, snapshot_id: str) -> JobRecord:
     name = re.sub(r"[^a-z0-9._-]+", "-", body.name.lower()).strip("-._")[:60]
     streams = [[stream] for stream in names[: len(body.externals)]]
     return JobRecord(name=f"{name}-x" if name.isdigit() or not name else name, argv=[], network="own", streams=streams)
+
+
+def shown(text: str) -> str:
+    """Text from the system in a form that JSON can hold and a terminal can show: odd bytes become `\\xff`."""
+    return os.fsencode(text).decode(errors="backslashreplace")
 
 
 def check_name(name: str) -> str:

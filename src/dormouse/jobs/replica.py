@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from typing import Protocol
 
 import msgspec
 
+from dormouse.config import DataDir
 from dormouse.errors import IncompatibleError, SnapshotError
 from dormouse.jobs.explain import explained
 from dormouse.jobs.hook_calls import Hooks
@@ -31,11 +33,12 @@ from dormouse.jobs.survey import Survey, refusal, survey
 from dormouse.snapshot.capture import PROCESS_KIND, CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.compatibility import system_key
-from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.snapshot.images import ImageFile, SnapshotBody, decode_body
-from dormouse.snapshot.mapped_files import DigestCache
+from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import restore
 from dormouse.snapshot.tree import External, Home, ProcessTree, continue_tree, stopped_processes
+from dormouse.snapshot.work_folder import criu_folders
 from dormouse.store.store import Store
 from dormouse.transfer.ingest import Ingest
 
@@ -60,7 +63,6 @@ class CaptureOptions:
     leave_running: bool = False
     close_connections: bool = False
     hook_timeout: float = 30.0
-    timeout: float = 600.0
     still_wanted: Callable[[], bool] = lambda: True
 
 
@@ -92,14 +94,15 @@ def job_key(criu: Criu) -> dict[str, str]:
     return system_key(gpu=False) | {"criu": criu.version_text}
 
 
-def start(record: JobRecord, environment: dict[str, str], cwd: Path) -> Replica:
-    """Start a job's program in a new cell. Raises SnapshotError, HostError."""
+def start(record: JobRecord, argv: Sequence[str], environment: dict[str, str], cwd: Path) -> Replica:
+    """Start a job's program in a new cell; the record has `argv` in a form that can be shown. Raises
+    SnapshotError, HostError."""
     cell = Cell.create(host_network=record.network == "host", tmpfs=record.tmpfs)
     pipes = Pipes.make()
     try:
         inodes = {stream: inode_of(descriptor) for stream, descriptor in pipes.theirs.items()}
         spawned = cell.spawn(
-            record.argv,
+            argv,
             env=environment,
             fds={0: pipes.theirs["stdin"], 1: pipes.theirs["stdout"], 2: pipes.theirs["stderr"]},
             pid_floor=worker_pid_floor(),
@@ -114,6 +117,47 @@ def start(record: JobRecord, environment: dict[str, str], cwd: Path) -> Replica:
     grouped = standard_streams(inodes)
     record = msgspec.structs.replace(record, streams=[streams for _inode, streams in grouped])
     return Replica(1, cell, spawned.pid, record, tuple(External("pipe", inode) for inode, _streams in grouped), pipes)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What captures and restores work with. `folders` is where CRIU's working folders are made, `timeout` is CRIU's."""
+
+    criu: Criu
+    digests: DigestCache
+    folders: Path
+    timeout: float
+
+    @classmethod
+    def find(cls, data_dir: DataDir, timeout: float) -> Tools:
+        """Those of a data folder. Raises HostError."""
+        return cls(
+            find_criu(data_dir.root), DigestCache(data_dir.root / CACHE_NAME), criu_folders(data_dir.run), timeout
+        )
+
+
+class Cells:
+    """The cells of a restore under way, so that it can be given up: whatever works in them then fails."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cells: list[Cell] = []
+        self._given_up = False
+
+    def add(self, cell: Cell) -> None:
+        """Raises SnapshotError when the restore has been given up."""
+        with self._lock:
+            if self._given_up:
+                raise SnapshotError("the restore was given up")
+            self._cells.append(cell)
+
+    def give_up(self) -> None:
+        """End them all, and let none be added."""
+        with self._lock:
+            self._given_up = True
+            cells = list(self._cells)
+        for cell in cells:
+            cell.close()
 
 
 @dataclass(frozen=True)
@@ -135,25 +179,26 @@ class StoredJob:
         body = decode_body(manifest.body, snapshot_id)
         return cls(snapshot_id, body, record_of(body, snapshot_id))
 
-    def restore(
-        self, number: int, record: JobRecord, store: Store, criu: Criu, digests: DigestCache, timeout: float
-    ) -> Replica:
-        """One replica in a cell of its own; `record` may differ from the stored one in network and ports."""
+    def restore(self, number: int, record: JobRecord, store: Store, tools: Tools, cells: Cells) -> Replica:
+        """One replica in a cell of its own, which `cells` gets to know; `record` may differ from the stored one in
+        network and ports."""
         pipes = Pipes.make()
         inherit = [pipes.theirs[streams[0]] for streams in record.streams]
         inodes = [inode_of(descriptor) for descriptor in inherit]
         options = [*_ALWAYS[:1], *restore_options(record)]
         # Of images that were imported it is not known which CRIU made them.
-        key = {field: value for field, value in job_key(criu).items() if field != "criu" or field in self.body.key}
+        ours, theirs = job_key(tools.criu), self.body.key
+        key = {field: value for field, value in ours.items() if field != "criu" or field in theirs}
         try:
             restored = restore(
                 self.snapshot_id,
                 store,
-                criu,
+                tools.criu,
                 key=key,
-                take_home=lambda: self._cell(record, store),
-                timeout=timeout,
-                digests=digests,
+                take_home=lambda: self._cell(record, store, cells),
+                timeout=tools.timeout,
+                digests=tools.digests,
+                folders=tools.folders,
                 inherit=inherit,
                 criu_options=options,
             )
@@ -174,9 +219,10 @@ class StoredJob:
         externals = tuple(External("pipe", inode) for inode in inodes)
         return Replica(number, home, restored.tree.pid, record, externals, pipes, snapshot_id=self.snapshot_id)
 
-    def _cell(self, record: JobRecord, store: Store) -> Cell:
+    def _cell(self, record: JobRecord, store: Store, cells: Cells) -> Cell:
         cell = Cell.create(host_network=record.network == "host", tmpfs=record.tmpfs)
         try:
+            cells.add(cell)
             for image in self.body.images:
                 if image.name == FILES_IMAGE:
                     unpack_files(cell, image, store)
@@ -194,13 +240,11 @@ def restore_options(record: JobRecord) -> list[str]:
     ]
 
 
-def capture_replica(
-    replica: Replica, store: Store, criu: Criu, digests: DigestCache, options: CaptureOptions
-) -> CaptureResult:
+def capture_replica(replica: Replica, store: Store, tools: Tools, options: CaptureOptions) -> CaptureResult:
     """Capture it. Afterwards its home is closed, or with `leave_running` it goes on. Raises SnapshotError, StoreError;
     it runs on then, unless CRIU itself was killed or hung."""
     found = survey(replica.home.processes(), replica.home.inner_socket, replica.home.insider())
-    _refuse_what_cannot_be(found, replica, criu, options)
+    _refuse_what_cannot_be(found, replica, tools.criu, options)
     record = msgspec.structs.replace(
         replica.record, connections_closed=options.close_connections, listening=found.listening()
     )
@@ -212,14 +256,15 @@ def capture_replica(
             result = capture(
                 replica.tree,
                 store,
-                criu,
+                tools.criu,
                 kind=PROCESS_KIND,
                 name=record.name,
-                key=job_key(criu),
+                key=job_key(tools.criu),
                 now=time.time,
                 still_wanted=options.still_wanted,
-                timeout=options.timeout,
-                digests=digests,
+                timeout=tools.timeout,
+                digests=tools.digests,
+                folders=tools.folders,
                 criu_options=[*_ALWAYS, *restore_options(record)],
                 attach=lambda ingest: attachments(replica, record, ingest),
             )

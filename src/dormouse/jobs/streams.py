@@ -3,7 +3,8 @@
     keeper's stdin --Input--> pipe --> job --> pipe --Output--> keeper's stdout, stderr, or the log
 
 Pipes, never files: a file that grows between capture and restore would be refused by CRIU, and a pipe's other end can
-be a new one. One thread per stream; a slow reader slows the job down, as with any pipe.
+be a new one. One thread per stream; a slow reader slows the job down, as with any pipe, and one that has gone is
+noticed by the job. A full disk or a broken terminal costs words, never the job.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import os
 import select
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,7 @@ _MAX_LINE = 1 << 16
 _MAX_LOG = 16 << 20
 _SPLICE_F_NONBLOCK = 2
 _GLANCE = 0.5
+_SAY_TIMEOUT = 1.0
 
 
 @dataclass
@@ -78,14 +80,16 @@ class FileSink:
 
     def write(self, data: bytes) -> bool:
         with self._lock:
-            return _write_all(self._descriptor, data)
+            return _pass_on(self._descriptor, data)
 
 
 class LogSink:
-    """A log that is appended to; a long one becomes NAME.log.1, so that a job can't fill the disk with words."""
+    """A log that is appended to; a long one becomes NAME.log.1, so that a job can't fill the disk with words. `also`
+    are descriptors that shall lead to the log as well, whichever file it is."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, also: Sequence[int] = ()) -> None:
         self._path = path
+        self._also = also
         self._lock = threading.Lock()
         self._descriptor = self._open()
 
@@ -94,11 +98,21 @@ class LogSink:
 
     def write(self, data: bytes) -> bool:
         with self._lock:
-            if os.fstat(self._descriptor).st_size > _MAX_LOG:
-                self._path.replace(self._path.with_name(self._path.name + ".1"))
-                os.close(self._descriptor)
-                self._descriptor = self._open()
-            return _write_all(self._descriptor, data)
+            try:
+                if os.fstat(self._descriptor).st_size > _MAX_LOG:
+                    self._rotate()
+            except OSError:
+                return True  # no room for a new one: these words are lost
+            return _pass_on(self._descriptor, data)
+
+    def _rotate(self) -> None:
+        with suppress(FileNotFoundError):  # then a rotation has failed half-way, or somebody has removed it
+            self._path.replace(self._path.with_name(self._path.name + ".1"))
+        fresh = self._open()
+        os.dup2(fresh, self._descriptor, inheritable=False)
+        os.close(fresh)
+        for number in self._also:
+            os.dup2(self._descriptor, number)
 
 
 class NumberedSink:
@@ -236,6 +250,38 @@ def _write_all(descriptor: int, data: bytes) -> bool:
     except BrokenPipeError:
         return False
     return True
+
+
+def _pass_on(descriptor: int, data: bytes) -> bool:
+    """Write all of it, also where that needs waiting for; False when the reader has gone. What can't be written for
+    another reason, such as a full disk, is lost: words are not worth a job."""
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[_write_some(descriptor, rest) :]
+    except BrokenPipeError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _write_some(descriptor: int, data: memoryview) -> int:
+    try:
+        return os.write(descriptor, data)
+    except BlockingIOError:
+        _ready(descriptor, select.POLLOUT)
+        return 0
+
+
+def say(descriptor: int, text: str) -> None:
+    """A line for the user, when somebody takes it soon; else it is lost."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    if poll.poll(_SAY_TIMEOUT * 1000):
+        with suppress(OSError):
+            # No more than a pipe that is ready takes at once.
+            os.write(descriptor, f"{text}\n".encode(errors="backslashreplace")[: select.PIPE_BUF])
 
 
 def inode_of(descriptor: int) -> int:

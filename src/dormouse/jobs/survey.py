@@ -246,6 +246,10 @@ def refuse_foreign(pid: int) -> None:
             f"process {describe(pid)} has no memory of its own: it is a kernel thread or has ended",
             remedy="Name a process of a program",
         )
+    if (leader := status_field(pid, "Tgid")) not in (None, str(pid)):
+        raise SnapshotError(
+            f"{pid} is a thread of process {leader}, not a process of its own", remedy=f"Capture {leader}"
+        )
     if pid in ancestors(os.getpid()):
         raise SnapshotError(
             f"process {describe(pid)} is an ancestor of this command, which would have to capture itself",

@@ -14,7 +14,6 @@ import logging
 import os
 import secrets
 import signal
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from dormouse.snapshot.memory_map import AddressSpace
 from dormouse.snapshot.prefetch import MappedRanges, mapped_ranges, merge
 from dormouse.snapshot.streamer import CaptureStream
 from dormouse.snapshot.tree import ProcessTree, continue_tree, stopped_processes
+from dormouse.snapshot.work_folder import work_folder
 from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest
 
@@ -73,13 +73,15 @@ def capture(
     still_wanted: Callable[[], bool],
     timeout: float,
     digests: DigestCache,
+    folders: Path,
     like: str | None = None,
     criu_options: Sequence[str] = (),
     attach: Callable[[Ingest], Sequence[ImageFile]] = lambda _ingest: (),
 ) -> CaptureResult:
     """Dump and commit a tree as a manifest of `kind` and `name`; it is then stopped and the caller's to kill or to
     continue (`continue_tree`). `timeout` is CRIU's, in seconds; `still_wanted` is asked last before the commit;
-    `digests` remembers those of mapped files. A tree that was restored from a snapshot shares with it all pages that
+    `digests` remembers those of mapped files; in `folders` CRIU gets a folder to work in, which the tree's
+    home must see. A tree that was restored from a snapshot shares with it all pages that
     have not changed; another tree shares those that are the same at the same addresses in the snapshot `like`.
     `attach` is called while the tree is stopped and makes further images, which are stored with CRIU's. What was
     stopped before stays so.
@@ -100,7 +102,7 @@ def capture(
                 _parent(store, tree.snapshot_id or like) as parent,
             ):
                 noted = beside.submit(note_mapped, files, digests)
-                images, memory = _dump(tree, ingest, parent, criu, timeout, criu_options)
+                images, memory = _dump(tree, ingest, parent, criu, timeout, criu_options, folders)
                 images += attach(ingest)
             with phases.time("mapped files"):
                 mapped = noted.result()
@@ -156,15 +158,15 @@ def _dump(
     criu: Criu,
     timeout: float,
     options: Sequence[str],
+    folders: Path,
 ) -> tuple[list[ImageFile], list[AddressSpace]]:
     def take_memory(pid: int, pagemap: int) -> AddressSpace:
         return capture_memory(pid, tree.home.outer_pid(pid), pagemap, ingest, parent)
 
-    with tempfile.TemporaryDirectory(prefix="dormouse-") as folder:
-        directory = Path(folder)
-        command = dump_command(criu, directory, pid=tree.pid, externals=tree.externals, options=options)
+    with work_folder(folders) as directory:
+        command = dump_command(criu, pid=tree.pid, externals=tree.externals, options=options)
         with CaptureStream(directory, ingest, take_memory) as stream:
-            process = tree.home.spawn(command, env={"PATH": os.defpath})
+            process = tree.home.spawn(command, env={"PATH": os.defpath}, cwd=str(directory))
             code = tree.home.wait(process.pid, timeout)
             if code is None or code < 0:
                 tree.home.close()  # also ends a CRIU that hangs

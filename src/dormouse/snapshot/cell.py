@@ -214,7 +214,9 @@ class Cell:
                 message = json.loads(data)
                 if "spawned" in message:
                     self._replies[message["spawned"]] = (message, fds)
+                    self._exits.pop(message.get("pid"), None)  # of an earlier process that had the same pid
                 else:
+                    self._exits.pop(message["exited"], None)  # so that the new one counts as the youngest
                     self._exits[message["exited"]] = message["status"]
                     if len(self._exits) > _KEPT_EXITS:
                         del self._exits[next(iter(self._exits))]

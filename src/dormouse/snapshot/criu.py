@@ -1,14 +1,13 @@
 """How CRIU is called, and what its log says when it fails. Nothing here runs anything.
 
-Both commands run inside the cell (cell.py) with the image folder as working folder; images go through the streamer's
-socket there, only logs and statistics are files.
+Both commands run inside the cell (cell.py), started in the image folder so that its name may have any length; images
+go through the streamer's socket there, only logs and statistics are files.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.tree import External
@@ -19,16 +18,14 @@ _ERROR_LINE = re.compile(r"\s*(?:\([\d.]+\)\s*)?(?:pie: )?(?:\d+: )?Error \([^)]
 _HARMLESS = "rlimit: Can't setup"
 
 
-def dump_command(
-    criu: Criu, directory: Path, *, pid: int, externals: Sequence[External], options: Sequence[str] = ()
-) -> list[str]:
+def dump_command(criu: Criu, *, pid: int, externals: Sequence[External], options: Sequence[str] = ()) -> list[str]:
     """`criu dump` of the tree whose root is `pid`; it is left stopped, so that its memory can be read, and it can be
     killed or continued once the manifest's fate is known."""
     sockets = [f"unix[{external.inode}]" for external in externals if external.kind == "socket"]
     return [
         *criu.argv_prefix,
         "dump",
-        *_common(directory, "dump.log"),
+        *_common("dump.log"),
         *("--tree", str(pid), "--leave-stopped"),
         # The other end of such a socket is outside the dump, and it comes back by --inherit-fd. A pipe needs no word.
         *(["--ext-unix-sk"] if sockets else []),
@@ -37,15 +34,13 @@ def dump_command(
     ]
 
 
-def restore_command(
-    criu: Criu, directory: Path, *, inherited: Mapping[int, External], options: Sequence[str] = ()
-) -> list[str]:
+def restore_command(criu: Criu, *, inherited: Mapping[int, External], options: Sequence[str] = ()) -> list[str]:
     """`criu restore` where descriptor N of the criu process takes the place of `inherited[N]`. The restored processes
     are stopped and wait for SIGCONT."""
     return [
         *criu.argv_prefix,
         "restore",
-        *_common(directory, "restore.log"),
+        *_common("restore.log"),
         *("--restore-detached", "--leave-stopped"),
         *(word for fd, external in inherited.items() for word in ("--inherit-fd", f"fd[{fd}]:{_as_link(external)}")),
         *options,
@@ -57,9 +52,9 @@ def _as_link(external: External) -> str:
     return f"{external.kind}:[{external.inode}]"
 
 
-def _common(directory: Path, log: str) -> Sequence[str]:
+def _common(log: str) -> Sequence[str]:
     return (
-        *("--stream", "--images-dir", str(directory), "--work-dir", str(directory)),
+        *("--stream", "--images-dir", ".", "--work-dir", "."),
         *("--log-file", log, "-v2"),
         # A worker sits in the node's own cgroup, and that is where it shall wake.
         "--manage-cgroups=ignore",

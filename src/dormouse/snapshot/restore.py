@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,7 @@ from dormouse.snapshot.prefetch import prefetch
 from dormouse.snapshot.shortage import REMEDY, tells_of_shortage
 from dormouse.snapshot.streamer import Parts, RestoreStream, image_parts
 from dormouse.snapshot.tree import Home, ProcessTree, continue_tree
+from dormouse.snapshot.work_folder import work_folder
 from dormouse.store.store import Store
 from dormouse.transfer.readahead import ReadAhead
 
@@ -65,6 +65,7 @@ def restore(
     take_home: Callable[[], Home],
     timeout: float,
     digests: DigestCache,
+    folders: Path,
     inherit: Sequence[int | None] = (None,),
     criu_options: Sequence[str] = (),
     fill: bool = True,
@@ -72,7 +73,8 @@ def restore(
     """Restore a snapshot on this host, whose compatibility key is `key`, in a home of its own.
 
     `inherit[i]` is the descriptor that takes the place of the snapshot's external i; None: a fresh control socket (one
-    at most). With `fill` false every page goes through CRIU's pipe.
+    at most). In `folders` CRIU gets a folder to work in, which the home must see. With `fill` false every page goes
+    through CRIU's pipe.
 
     Raises NotFoundError, IncompatibleError (names the field), DamagedError, SnapshotError; HostError when it is not the
     snapshot's fault: this host is out of something, or somebody has killed what was at work.
@@ -94,7 +96,7 @@ def restore(
             images = _Images(body, chunks)
             with phases.time("plan"):
                 work = _Work(images, chunks, fill)
-            command = _Command(criu, inherit, criu_options, timeout)
+            command = _Command(criu, inherit, criu_options, timeout, folders)
             with work.fill, ThreadPoolExecutor(1, thread_name_prefix="mapped") as beside:
                 compared = beside.submit(first_changed_file, [file for file in body.mapped if file.digest], digests)
                 pid, control = _run_criu(home, body, work, command, phases)
@@ -209,6 +211,7 @@ class _Command:
     inherit: Sequence[int | None]
     options: Sequence[str]
     timeout: float
+    folders: Path
 
 
 def _run_criu(
@@ -218,11 +221,9 @@ def _run_criu(
     numbers = [_FIRST_INHERITED_FD + i for i in range(len(how.inherit))]
     fds = {number: fd for number, fd in zip(numbers, how.inherit, strict=True) if fd is not None}
     control_number = next((n for n, fd in zip(numbers, how.inherit, strict=True) if fd is None), None)
-    with tempfile.TemporaryDirectory(prefix="dormouse-") as folder:
-        directory = Path(folder)
+    with work_folder(how.folders) as directory:
         command = restore_command(
             how.criu,
-            directory,
             inherited=dict(zip(numbers, body.externals, strict=True)),
             options=how.options,
         )
@@ -230,7 +231,9 @@ def _run_criu(
             threading.Thread(target=_read_ahead, args=(stream, body, work.fill), name="prefetch", daemon=True).start()
             begin = time.perf_counter()
             with _host_must("start criu"):
-                process = home.spawn(command, env={"PATH": os.defpath}, fds=fds, control=control_number)
+                process = home.spawn(
+                    command, env={"PATH": os.defpath}, fds=fds, control=control_number, cwd=str(directory)
+                )
             try:
                 with _host_must("run criu"):
                     code = home.wait(process.pid, how.timeout)

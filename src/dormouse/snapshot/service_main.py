@@ -43,6 +43,7 @@ from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import note_damage, restore
 from dormouse.snapshot.shortage import REMEDY, is_shortage
 from dormouse.snapshot.tree import External, ProcessTree
+from dormouse.snapshot.work_folder import criu_folders, sweep_work_folders
 from dormouse.store.store import Store
 from dormouse.transfer.handles import SegmentHandle
 from dormouse.transfer.memory import keep_freed_memory
@@ -131,10 +132,11 @@ class SpareCell:
 class Service:
     """The calls, each blocking and run in a thread of its own."""
 
-    def __init__(self, store: Store, criu: Criu, digests: DigestCache) -> None:
+    def __init__(self, store: Store, criu: Criu, digests: DigestCache, folders: Path) -> None:
         self._store = store
         self._criu = criu
         self._digests = digests
+        self._folders = folders
         self._spare = SpareCell()
         self._spare.refill()
         self._lock = threading.Lock()
@@ -235,6 +237,7 @@ class Service:
                 take_home=self._spare.take,
                 timeout=_CRIU_TIMEOUT,
                 digests=self._digests,
+                folders=self._folders,
             )
         except (DamagedError, UntrustedError):
             with self._lock:
@@ -266,6 +269,7 @@ class Service:
             still_wanted=lambda: request.cell_id in self._workers,
             timeout=_CRIU_TIMEOUT,
             digests=self._digests,
+            folders=self._folders,
             like=self._latest.get(request.key.get("engine", "")),
         )
         self._latest[request.key.get("engine", "")] = result.snapshot_id
@@ -347,7 +351,9 @@ def preflight(data_dir: Path) -> Service:
         cell.close()
     if code != 0:
         raise HostError(f"a program in a cell ended with status {code}", remedy="Run `dormouse doctor`")
-    return Service(Store.open(data_dir / "store"), criu, DigestCache(data_dir / CACHE_NAME))
+    folders = criu_folders(data_dir / "run")
+    sweep_work_folders(folders)
+    return Service(Store.open(data_dir / "store"), criu, DigestCache(data_dir / CACHE_NAME), folders)
 
 
 def main() -> None:

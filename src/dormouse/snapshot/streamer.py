@@ -121,7 +121,11 @@ class _Stream:
         self.connected_at = self.last_image_at = time.perf_counter()
         """When CRIU connected, and when the last image so far was through."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(directory / socket_name))
+        folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._listener.bind(f"/proc/self/fd/{folder}/{socket_name}")  # its full name may be too long for a socket
+        finally:
+            os.close(folder)
         self._listener.listen(1)
         self._lock = threading.Lock()
         self._error: DormouseError | None = None

@@ -32,6 +32,7 @@ class Home(Protocol):
         env: Mapping[str, str],
         fds: Mapping[int, int] | None = None,
         control: int | None = None,
+        cwd: str = "/",
     ) -> Spawned: ...
 
     def wait(self, pid: int, timeout: float | None) -> int | None: ...
