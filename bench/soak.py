@@ -44,7 +44,7 @@ MB = 1 << 20
 BOUNDS = {
     "service_bytes": 16 * MB,
     "node_bytes": 8 * MB,
-    "service_descriptors": 0,
+    "service_descriptors": 60,  # three per connection to the index; one per thread that asks at once, at most 20 idle
     "node_descriptors": 0,
     "service_threads": 16,  # one pool thread per call, at most 16, made when a call meets none that is idle
     "node_threads": 8,

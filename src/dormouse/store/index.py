@@ -33,6 +33,8 @@ VERSION = 1
 
 _REBUILD_REMEDY = "If this persists, stop dormouse and delete that file: it is built anew, no snapshot is lost"
 _FileId = tuple[int, int]
+_CACHED_STATEMENTS = 8  # queries for many chunks differ in length, and each that is kept takes tens of kB
+_MOST_IDLE = 20  # more than threads that ask at once
 _BATCH = 500
 _COLUMNS = "digest, mac, pack, offset, stored_length, plain_length, codec"
 _SCHEMA = f"""
@@ -309,7 +311,13 @@ class Index:
 
     def _connect(self) -> sqlite3.Connection:
         uri = f"{self._path.absolute().as_uri()}?mode=rw"
-        connection = sqlite3.connect(uri, uri=True, timeout=60, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            *(uri, 60),
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=_CACHED_STATEMENTS,
+        )
         try:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
@@ -322,7 +330,7 @@ class Index:
 
     def _put_back(self, file: _FileId, connection: sqlite3.Connection) -> None:
         with self._lock:
-            if not self._closed:
+            if not self._closed and len(self._idle) < _MOST_IDLE:
                 self._idle.append((file, connection))
                 return
         connection.close()
