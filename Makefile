@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .PHONY: help demo test lint bench setup model clean
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= --durations=20
 RUNS ?= 5
 MODEL := smollm2-135m
 BIN := .venv/bin

@@ -1,5 +1,5 @@
 """The parsers of CRIU images, bodies and frames, and what is planned by them, against hostile bytes: hypothesis always;
-atheris, which watches the branches taken, where it is installed, for DORMOUSE_FUZZ_SECONDS (2) a target."""
+atheris, which watches the branches taken, where it is installed, for DORMOUSE_FUZZ_SECONDS (1) a target."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dormouse.snapshot.criu_images import Mapping
 from dormouse.snapshot.images import BODY_VERSION, ImageFile, SnapshotBody, decode_body, encode_body
 from dormouse.snapshot.memory_map import AddressSpace, Piece, Window, mask_bytes, plain_windows
 
-SECONDS = int(os.environ.get("DORMOUSE_FUZZ_SECONDS", "2"))
+SECONDS = int(os.environ.get("DORMOUSE_FUZZ_SECONDS", "1"))
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -1,5 +1,5 @@
 """Every parser of the store against hostile bytes: hypothesis always; atheris, which watches the branches taken, where
-it is installed, for DORMOUSE_FUZZ_SECONDS (2) a target."""
+it is installed, for DORMOUSE_FUZZ_SECONDS (1) a target."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_targets import TARGETS, corpus
 
-SECONDS = int(os.environ.get("DORMOUSE_FUZZ_SECONDS", "2"))
+SECONDS = int(os.environ.get("DORMOUSE_FUZZ_SECONDS", "1"))
 
 
 @pytest.mark.parametrize("target", TARGETS)

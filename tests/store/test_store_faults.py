@@ -1,6 +1,6 @@
 """Random work on a disk that fails and loses power: what was committed is intact, and never is a byte wrong.
 
-Each schedule is one seed, and a failing one names it. DORMOUSE_FAULT_SCHEDULES sets how many run (150),
+Each schedule is one seed, and a failing one names it. DORMOUSE_FAULT_SCHEDULES sets how many run (60),
 DORMOUSE_FAULT_SEED the first one.
 """
 
@@ -22,7 +22,7 @@ from dormouse.errors import DormouseError, NotFoundError
 from dormouse.store.codec import Codec
 from dormouse.store.store import Manifest, Marks, Store
 
-SCHEDULES = int(os.environ.get("DORMOUSE_FAULT_SCHEDULES", "150"))
+SCHEDULES = int(os.environ.get("DORMOUSE_FAULT_SCHEDULES", "60"))
 FIRST_SEED = int(os.environ.get("DORMOUSE_FAULT_SEED", "0"))
 BATCHES = 10
 
