@@ -6,7 +6,9 @@ SHELL := /bin/bash
 .PHONY: help demo test lint bench setup model clean
 
 PYTHON ?= python3
-PYTEST_ARGS ?= --durations=20
+PYTEST_ARGS ?=
+# Files side by side: most tests wait for processes most of the time.
+WORKERS ?= 2
 RUNS ?= 5
 MODEL := smollm2-135m
 BIN := .venv/bin
@@ -19,7 +21,7 @@ demo: setup model ## Watch a model answer, fall asleep to disk and wake again (n
 	@$(BIN)/python demo/demo.py
 
 test: lint setup ## Check style and types, run all tests (needs root)
-	$(BIN)/pytest -q $(PYTEST_ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: .venv/installed ## Check style and types only
 	$(BIN)/ruff check
