@@ -33,7 +33,10 @@ def test_a_mismatch_names_its_field_both_values_and_what_follows(field: str) -> 
     assert str(reason).startswith(f"{field}: captured with other, here is {key[field]}; a restore ")
 
 
-@pytest.mark.parametrize("field", [*sorted(RULES.keys() - {"canary"}), "package x", "option y", "a field of another version"])
+FIELDS = [*sorted(RULES.keys() - {"canary"}), "package x", "option y", "a field of another version"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_field_that_only_one_side_has_is_a_mismatch(field: str) -> None:
     key = {"machine": "x86_64"} if field != "machine" else {}
     for then, now in ((key | {field: "1"}, key), (key, key | {field: "1"})):
