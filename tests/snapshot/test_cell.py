@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dormouse.errors import SnapshotError
-from dormouse.snapshot.cell import Cell, Spawned, worker_pid_floor
+from dormouse.snapshot.cell import Cell, Spawned, descendants, worker_pid_floor
 
 pytestmark = pytest.mark.root
 
@@ -88,3 +88,12 @@ def test_the_cell_ends_when_its_owner_is_killed() -> None:
             return
         time.sleep(0.02)
     pytest.fail("the sleeper outlived its owner")
+
+
+def test_descendants_are_found_while_others_come_and_go() -> None:
+    churn = subprocess.Popen(["bash", "-c", "while :; do /bin/true & /bin/true & wait; done"])
+    try:
+        assert all(churn.pid in descendants(os.getpid()) for _ in range(2000))
+    finally:
+        churn.kill()
+        churn.wait()

@@ -244,9 +244,10 @@ def descendants(pid: int) -> list[int]:
 
 def _children(pid: int) -> list[int]:
     pids: list[int] = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            pids += [int(word) for word in children.read_text().split()]
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # also from listing: a process may end any time
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                pids += [int(word) for word in (thread / "children").read_text().split()]
     return pids
 
 
