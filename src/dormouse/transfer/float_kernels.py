@@ -59,7 +59,9 @@ KINDS: Final = {
 }
 """By codec number: BF16, FP16, FP32, FP8_E4M3, FP8_E5M2."""
 
-_DECODE_OPTIONS: dict[str, Any] = {"LANES": 256, "num_warps": 8}
+DECODE_OPTIONS: dict[str, Any] = {"LANES": 256, "num_warps": 8, "maxnreg": 64}
+WRITE_OPTIONS: dict[str, Any] = {"LANES": 256, "num_warps": 8}
+"""Measured with bench/codec_gpu.py."""
 
 
 # ---- what both directions share -------------------------------------------------------------------------------------
@@ -430,7 +432,7 @@ class FloatDecoder:
                 begin,
                 ALIGN=align,
                 **batch.kind.constants,
-                **_DECODE_OPTIONS,
+                **DECODE_OPTIONS,
             )
 
     def warm(self, codecs: Iterable[int]) -> None:
@@ -707,11 +709,9 @@ def encode_batch(plain: torch.Tensor, codec: int, chunk_length: int) -> list[tor
     choice = _Choice.of(batch, histograms, present)
     layouts = _layouts(batch, choice.facts.cpu().numpy())
     coded = torch.zeros(sum(layout.room for layout in layouts), dtype=torch.uint8, device=plain.device)
-    places, headers = _tables(layouts)
     passed = torch.empty(sum(layout.passed for layout in layouts) + 16, dtype=torch.uint8, device=plain.device)
-    batch.launch(
-        _write, coded, places.to(plain.device), headers.to(plain.device), choice.unit_rows, passed, LANES=256, num_warps=8
-    )
+    tables = [table.to(plain.device) for table in _tables(layouts)]
+    batch.launch(_write, coded, *tables, choice.unit_rows, passed, **WRITE_OPTIONS)
     return [coded[each.start : each.start + each.length] if each.room else None for each in layouts]
 
 
