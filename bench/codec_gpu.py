@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -30,6 +31,7 @@ from dormouse.transfer import float_kernels as kernels
 
 CHUNK = 8 << 20
 RUNS = 7
+ROW_SECONDS = 20
 SIGMA = 0.02
 BF16 = 4
 DTYPES = {4: torch.bfloat16, 5: torch.float16, 6: torch.float32, 7: torch.float8_e4m3fn, 8: torch.float8_e5m2}
@@ -73,14 +75,21 @@ class Report:
             self.rows.append({"what": what, "skipped": "time is up"})
             return
         start = time.perf_counter()
+        signal.alarm(ROW_SECONDS)
         try:
             found = measure()
         except Exception as error:  # noqa: BLE001 (a variant that does not compile is a result)
             traceback.print_exc(limit=2, file=sys.stderr)
             found = {"error": f"{type(error).__name__}: {error}"[:300]}
+        finally:
+            signal.alarm(0)
         found["took_seconds"] = round(time.perf_counter() - start, 2)
         print(f"{what:58} {'  '.join(f'{key}={_short(value)}' for key, value in found.items())}", flush=True)
         self.rows.append({"what": what, **found})
+
+
+def _too_long(_signal: int, _frame: object) -> None:
+    raise TimeoutError(f"a row took longer than {ROW_SECONDS} s")
 
 
 def _short(value: object) -> str:
@@ -229,7 +238,7 @@ def nvcomp(plain: torch.Tensor) -> dict[str, Any]:
     """nvCOMP's ANS over 16-bit floats, in its own chunks."""
     from nvidia import nvcomp as library
 
-    array = library.as_array(plain.view(torch.int16))
+    array = library.as_array(plain.view(torch.float16))
     stream = torch.cuda.current_stream().cuda_stream
     coder = library.Codec(algorithm="ANS", data_type="<f2", uncomp_chunk_size=1 << 18, cuda_stream=stream)
     coded = coder.encode(array)
@@ -293,6 +302,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no NVIDIA GPU that torch can use: there is nothing to measure here")
+    signal.signal(signal.SIGALRM, _too_long)
     report = Report(arguments.seconds)
     torch.manual_seed(0)
     measure(report, arguments.size_mb << 20, variants=arguments.variants)

@@ -1,4 +1,4 @@
-"""The float codecs (docs/formats.md) on a GPU, in Triton: chunks are decoded in place behind the link and coded before it.
+"""The float codecs (docs/formats.md) on a GPU, in Triton: chunks are decoded in place behind the link, coded before it.
 
     rows -> FloatDecoder.prepare() -> Tasks -> decode(tasks, first, count): coded staging memory -> plain destination
     plain weights -> encode_batch(): counts per unit -> bases, deltas, places -> coded chunks
@@ -146,10 +146,10 @@ def _read_rest(
     rest = tl.zeros_like(value)
     if plane0 >= 0:
         rest = _read_plane(payload + tl.multiple_of(plane0 + unit * (1024 * W0), 16), value, W0)
-    if W1 > 0:
+    if W1 > 0:  # noqa: SIM102 (decided by the compiler; the next by the GPU)
         if plane1 >= 0:
             rest |= _read_plane(payload + tl.multiple_of(plane1 + unit * (1024 * W1), 16), value, W1) << W0
-    if W2 > 0:
+    if W2 > 0:  # noqa: SIM102
         if plane2 >= 0:
             rest |= _read_plane(payload + tl.multiple_of(plane2 + unit * (1024 * W2), 16), value, W2) << (W0 + W1)
     return rest
@@ -178,7 +178,7 @@ def _store_values(out, value, bits, left, ITEM: tl.constexpr, ALIGN: tl.constexp
 
 
 @triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["status"])
-def _decode(
+def _decode(  # noqa: PLR0915 (a kernel is one function)
     staging,
     destination,
     status,
@@ -421,7 +421,8 @@ class FloatDecoder:
         status: torch.Tensor,
     ) -> None:
         align = min(batch.align, _alignment(np.array([destination.data_ptr()])))
-        align = align if align >= batch.kind.item else 1
+        if align < 16:  # whole values, else bytes: few forms to compile
+            align = batch.kind.item if align >= batch.kind.item else 1
         with torch.cuda.device_of(staging):
             _decode[(programs,)](
                 staging,
@@ -460,9 +461,7 @@ def _check_memory(what: str, memory: torch.Tensor, ends: npt.NDArray[np.int64]) 
 
 
 @triton.jit
-def _plain_values(
-    plain, length, chunk_length, chunk, unit, ITEM: tl.constexpr
-):
+def _plain_values(plain, length, chunk_length, chunk, unit, ITEM: tl.constexpr):
     """Where a unit's values start, and how many there are."""
     start = tl.multiple_of(chunk * chunk_length, 16)
     n = tl.minimum(length - start, chunk_length) // ITEM
@@ -563,7 +562,7 @@ def _write_plane(
 
 
 @triton.jit(do_not_specialize=["length", "chunk_length", "chunk_units"])
-def _write(
+def _write(  # noqa: PLR0915
     plain,
     length,
     chunk_length,
@@ -695,11 +694,13 @@ def encode_batch(plain: torch.Tensor, codec: int, chunk_length: int) -> list[tor
     """The payloads of `plain` (1-D, uint8, on the device) cut into chunks: the same bytes as the reference codec makes,
     None for a chunk that would save less than 1/8. All lie in one block of memory, at multiples of 16. Waits once, for
     the payloads' lengths."""
-    kind, length = KINDS[codec], plain.numel()
+    kind = KINDS[codec]
     if chunk_length <= 0 or chunk_length % 16:
         raise ValueError(f"chunks of {chunk_length} bytes can't be coded; their length must be a multiple of 16")
     if plain.dtype != torch.uint8 or plain.dim() != 1 or not plain.is_contiguous() or plain.data_ptr() % kind.item:
-        raise ValueError("plain memory must be a contiguous 1-D tensor of uint8 that starts at a multiple of a value's size")
+        raise ValueError(
+            "plain memory must be a contiguous 1-D tensor of uint8 that starts at a multiple of a value's size"
+        )
     batch = _Plain(plain, kind, chunk_length)
     if not batch.units:
         return [None] * batch.chunks
