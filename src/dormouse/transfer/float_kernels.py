@@ -796,8 +796,8 @@ class _Choice(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """A payload's place in the block of all, its sections' (a plane that is left out is at -1), its header, and how many
-    values level 1 passes on. One that does not save enough has no room."""
+    """A payload's place in the block of all, its sections' (a plane that is left out is at -1), its header, and how
+    many values level 1 passes on. One that does not save enough has no room."""
 
     start: int
     length: int
