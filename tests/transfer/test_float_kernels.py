@@ -255,7 +255,7 @@ def test_random_changes_write_nothing_outside_the_target(codec: Codec) -> None:
     draw = random.Random(codec)
     plain = numbers(codec, UNIT - 20, outliers=20)
     payload = coded(codec, plain)
-    for _ in range(10_000 if DEVICE == "cuda" else 12):
+    for _ in range(1_000 if DEVICE == "cuda" else 12):
         wrong = bytearray(payload)
         for _change in range(draw.choice((1, 1, 5))):
             area = draw.choice((64, 96, len(wrong)))
