@@ -341,11 +341,13 @@ def _decode(  # noqa: PLR0915 (a kernel is one function)
 
 
 class _Batch(NamedTuple):
-    """The rows of one codec. `places` are their numbers among all rows, `starts` their first programs (one longer)."""
+    """The rows of one codec. `places` are their numbers among all rows, `ends` where they end in the staging memory and
+    in the destination, `starts` their first programs (one longer)."""
 
     kind: Kind
     align: int
     places: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
     table: torch.Tensor
     programs: torch.Tensor
@@ -355,7 +357,6 @@ class _Batch(NamedTuple):
 class Tasks:
     """A whole plan's chunks, on the device."""
 
-    rows: npt.NDArray[np.int64]
     batches: tuple[_Batch, ...]
 
 
@@ -372,15 +373,15 @@ class FloatDecoder:
         if (rows[:, 1:] < 0).any() or (rows[:, 1] % 16).any():
             raise ValueError("a chunk to decode has a place or length below 0, or a source that is no multiple of 16")
         found = ((kind, np.flatnonzero(rows[:, 0] == codec)) for codec, kind in KINDS.items())
-        return Tasks(rows, tuple(self._batch(kind, rows, places) for kind, places in found if len(places)))
+        return Tasks(tuple(self._batch(kind, rows[places, 1:], places) for kind, places in found if len(places)))
 
     def _batch(self, kind: Kind, rows: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> _Batch:
-        own = rows[places, 1:]
-        units = np.maximum(-(-(own[:, 3] // kind.item) // UNIT), 1)
+        units = np.maximum(-(-(rows[:, 3] // kind.item) // UNIT), 1)
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(units)])
-        table = np.column_stack([own, starts[:-1]])
-        programs = np.repeat(np.arange(len(places), dtype=np.int32), units)
-        return _Batch(kind, _alignment(own[:, 2]), places, starts, self._upload(table), self._upload(programs))
+        table = self._upload(np.column_stack([rows, starts[:-1]]))
+        programs = self._upload(np.repeat(np.arange(len(places), dtype=np.int32), units))
+        align = _alignment(int(np.bitwise_or.reduce(rows[:, 2])))
+        return _Batch(kind, align, places, rows[:, 0::2] + rows[:, 1::2], starts, table, programs)
 
     def _upload(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
@@ -397,34 +398,30 @@ class FloatDecoder:
         """Launch the decoding of rows `first` to `first + count` on the current stream; nothing is waited for. Places
         are counted from the starts of the two tensors (1-D, uint8). A malformed payload sets `status` (int32) to 1 and
         changes nothing outside its target."""
-        rows = tasks.rows[first : first + count]
-        rows = rows[np.isin(rows[:, 0], list(KINDS))]
-        if not len(rows):
-            return
-        _check_memory("staging", staging, rows[:, 1] + rows[:, 2])
-        _check_memory("destination", destination, rows[:, 3] + rows[:, 4])
-        if staging.data_ptr() % 16:
-            raise ValueError("staging memory must start at a multiple of 16 bytes")
         for batch in tasks.batches:
-            low, high = np.searchsorted(batch.places, (first, first + count))
-            begin, end = int(batch.starts[low]), int(batch.starts[high])
-            if end > begin:
-                self._launch(batch, begin, end - begin, staging, destination, status)
+            low, high = np.searchsorted(batch.places, (first, first + count)).tolist()
+            if low < high:
+                reached = batch.ends[low:high].max(axis=0).tolist()
+                _check_memory("staging", staging, reached[0])
+                _check_memory("destination", destination, reached[1])
+                if staging.data_ptr() % 16:
+                    raise ValueError("staging memory must start at a multiple of 16 bytes")
+                self._launch(batch, int(batch.starts[low]), int(batch.starts[high]), staging, destination, status)
 
     def _launch(
         self,
         batch: _Batch,
         begin: int,
-        programs: int,
+        end: int,
         staging: torch.Tensor,
         destination: torch.Tensor,
         status: torch.Tensor,
     ) -> None:
-        align = min(batch.align, _alignment(np.array([destination.data_ptr()])))
+        align = _alignment(batch.align | destination.data_ptr())
         if align < 16:  # whole values, else bytes: few forms to compile
             align = batch.kind.item if align >= batch.kind.item else 1
         with torch.cuda.device_of(staging):
-            _decode[(programs,)](
+            _decode[(end - begin,)](
                 staging,
                 destination,
                 status,
@@ -444,17 +441,16 @@ class FloatDecoder:
         self.decode(self.prepare(rows), 0, len(rows), nothing, nothing, status)
 
 
-def _alignment(places: npt.NDArray[np.int64]) -> int:
-    """The largest power of two, at most 16, that divides all."""
-    together = int(np.bitwise_or.reduce(places)) | 16
-    return together & -together
+def _alignment(places: int) -> int:
+    """The largest power of two, at most 16, that divides what is or-ed together."""
+    return (places | 16) & -(places | 16)
 
 
-def _check_memory(what: str, memory: torch.Tensor, ends: npt.NDArray[np.int64]) -> None:
+def _check_memory(what: str, memory: torch.Tensor, end: int) -> None:
     if memory.dtype != torch.uint8 or memory.dim() != 1 or not memory.is_contiguous():
         raise ValueError(f"{what} memory must be a contiguous 1-D tensor of uint8")
-    if int(ends.max()) > memory.numel():
-        raise ValueError(f"a chunk to decode ends at {int(ends.max())} of {memory.numel()} bytes of {what} memory")
+    if end > memory.numel():
+        raise ValueError(f"a chunk to decode ends at {end} of {memory.numel()} bytes of {what} memory")
 
 
 # ---- encoding -------------------------------------------------------------------------------------------------------
