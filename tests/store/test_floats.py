@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 import struct
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -265,6 +267,11 @@ def test_what_only_repeats_itself_is_left_to_lz4(codec: Codec) -> None:
 
 def test_every_codec_of_floats_has_a_format() -> None:
     assert set(FORMATS) == FLOATS
+
+
+def test_who_has_no_such_chunk_needs_no_numpy() -> None:
+    code = "import sys, dormouse.cli, dormouse.store.store, dormouse.checkpoint.writer; print('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "False\n"
 
 
 # Hostile payloads

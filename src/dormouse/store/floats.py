@@ -275,22 +275,25 @@ class _Combiner:
         form = self._form
         rest, wide = self._rest[: len(exponents)], self._wide[: len(exponents)]
         self._gather(span, rest, wide)
-        np.right_shift(rest, form.word.type(form.low), out=wide)
-        np.left_shift(wide, form.word.type(form.sign), out=wide)
-        np.bitwise_and(rest, form.word.type((1 << form.low) - 1), out=rest)
-        np.bitwise_or(rest, wide, out=rest)
+        # The sign moves up from `low`: s + s · (2^k - 1) = s · 2^k.
+        np.bitwise_and(rest, form.word.type(1 << form.low), out=wide)
+        np.multiply(wide, form.word.type((1 << (form.sign - form.low)) - 1), out=wide)
+        np.add(rest, wide, out=rest)
         np.left_shift(exponents, form.word.type(form.low), out=wide)
         _store(rest, wide, span, values)
 
     def _gather(self, span: slice, rest: Words, wide: Words) -> None:
         """All planes side by side: the bits below the exponent field, and the sign above them."""
-        rest.fill(0)
-        shift = 0
+        shift, target = 0, rest
         for plane, width in zip(self._planes, self._form.planes, strict=True):
             if plane is not None:
-                np.left_shift(self._plane_values(plane, width, span), self._form.word.type(shift), out=wide)
-                np.bitwise_or(rest, wide, out=rest)
+                np.left_shift(self._plane_values(plane, width, span), self._form.word.type(shift), out=target)
+                if target is wide:
+                    np.bitwise_or(rest, wide, out=rest)
+                target = wide
             shift += width
+        if target is rest:
+            rest.fill(0)
 
     def _plane_values(self, plane: Words, width: int, span: slice) -> Words:
         if width >= 8:
@@ -384,7 +387,8 @@ class _Choice:
 
     @classmethod
     def of(cls, form: FloatFormat, values: Words) -> _Choice:
-        histograms = np.concatenate([_histograms(_exponents(form, block)) for _span, block in _blocks(form, values)])
+        blocks = (_exponents(form, block) for _span, block in _blocks(form, values))
+        histograms = np.concatenate([_histograms(exponents) for exponents in blocks])
         last = (1 << form.bits) - 2
         windows = histograms[:, :last] + histograms[:, 1 : last + 1] + histograms[:, 2 : last + 2]
         bases = windows.argmax(axis=1)
@@ -411,6 +415,7 @@ class _Choice:
 
 
 def _histograms(exponents: Bytes) -> Counts:
+    """How often each exponent occurs in each unit."""
     return np.stack([np.bincount(unit, minlength=256) for unit in exponents])
 
 
