@@ -382,6 +382,22 @@ def test_made_up_payloads_never_do_harm(
     outcome(codec, header.pack() + (body + bytes(total))[: total - 64], length)
 
 
+@each_kind
+@pytest.mark.parametrize("level", range(3))
+def test_a_level_that_ends_before_its_digits_are_all_read_is_refused(codec: Codec, level: int) -> None:
+    """In the first of several blocks, whose units tell the truth; only the total does not."""
+    plain = numbers(codec, 70 * UNIT, 8)
+    stored = coded(plain, codec)
+    places = parts(codec, plain, stored)
+    cut = places[-4 + level]  # level 2, level 3, raw
+    bad = bytearray(stored)
+    bad[8 + 4 * level : 12 + 4 * level] = struct.pack("<I", 4)
+    first = bytes(bad[: cut.start]) + bytes(bad[cut.start : cut.start + (4 if level == 2 else 1)])
+    shorter = first + bytes(-len(first) % 16) + stored[cut.stop + -cut.stop % 16 :]
+    with pytest.raises(DamagedError, match="other counts"):
+        decode(codec, shorter, len(plain))
+
+
 def test_nothing_is_fetched_for_a_level_that_is_not_there() -> None:
     """No values, but values passed on."""
     header = Header(0, 0, (4, 4, 1), (b"\3\4\5", b"\6\7\x08"))
