@@ -145,6 +145,7 @@ def main() -> None:
         row for name, codec, plain in subjects(options.mb << 20) for row in measure(name, codec, plain, options.runs)
     ]
     result: dict[str, Any] = {"host": host_facts(), "numpy": np.__version__, "mb": options.mb, "runs": options.runs}
+    result["load_average"] = round(os.getloadavg()[0], 1)  # beside its cores, this tells how far to trust the speeds
     try:
         chunks = list(weights(options.model, default_data_dir(os.environ)))
     except DormouseError as error:
