@@ -2,10 +2,11 @@
 
     python bench/codec_cpu.py [--mb 8] [--runs 7] [--model smollm2-135m] [--json FILE]
 
-Subjects are chunks of numbers of known distributions, and the weights of an imported model (left out, with a note, when
-it is not there). FP8 is scaled so that the largest number is the type's largest, as checkpoints have it. Beside the codec
-stand LZ4, without the store's sampling that skips it, and a copy of the plain bytes. Speeds are plain bytes per second of
-one thread's CPU time, the best of the runs: what other programs take does not count, what they do to the caches does.
+Subjects are chunks of numbers of known distributions, and the weights of an imported model (left out, with a note,
+when it is not there). FP8 is scaled so that the largest number is the type's largest, as checkpoints have it. Beside
+the codec stand LZ4, without the store's sampling that skips it, and a copy of the plain bytes. Speeds are plain bytes
+per second of one thread's CPU time, the best of the runs: what other programs take does not count, what they do to the
+caches does.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def subjects(size: int) -> Iterator[tuple[str, Codec, bytes]]:
             draws["Student t(4) · 0.02"] = random.standard_t(4, count) * 0.02
         for name, draw in draws.items():
             if codec in (Codec.FP8_E4M3, Codec.FP8_E5M2):
-                draw *= torch.finfo(dtype).max / np.abs(draw).max()
+                np.multiply(draw, torch.finfo(dtype).max / np.abs(draw).max(), out=draw)
             yield (
                 f"{codec.name.lower()} {name}",
                 codec,
@@ -144,6 +145,7 @@ def main() -> None:
         row for name, codec, plain in subjects(options.mb << 20) for row in measure(name, codec, plain, options.runs)
     ]
     result: dict[str, Any] = {"host": host_facts(), "numpy": np.__version__, "mb": options.mb, "runs": options.runs}
+    result["load_average"] = round(os.getloadavg()[0], 1)  # beside its cores, this tells how far to trust the speeds
     try:
         chunks = list(weights(options.model, default_data_dir(os.environ)))
     except DormouseError as error:
