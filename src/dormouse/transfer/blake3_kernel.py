@@ -195,7 +195,7 @@ def _compressed(h, m, counter, length, flags):
     v13 = none
     v14 = length
     v15 = flags
-    for _ in tl.static_range(7):
+    for _ in range(7):  # not unrolled: Triton's passes take a time that grows with the square of the operations
         v0, v4, v8, v12 = _mixed(v0, v4, v8, v12, m[0], m[1])
         v1, v5, v9, v13 = _mixed(v1, v5, v9, v13, m[2], m[3])
         v2, v6, v10, v14 = _mixed(v2, v6, v10, v14, m[4], m[5])
@@ -238,13 +238,24 @@ def _load(values, pitch):
 
 
 @triton.jit
-def _four(pointer, at):
-    """Four neighbouring words for each lane, by one load of 16 bytes."""
-    words = tl.load(pointer + (at[:, None] + tl.arange(0, 4)[None, :]))
-    even, odd = tl.split(tl.reshape(words, (at.shape[0], 2, 2)))
+def _halves(words):
+    """The columns of even and of odd number."""
+    return tl.split(tl.reshape(words, (words.shape[0], words.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _columns(words):
+    """The columns of four."""
+    even, odd = _halves(words)
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
+
+
+@triton.jit
+def _four(pointer, at):
+    """Four neighbouring words for each lane, by one load of 16 bytes."""
+    return _columns(tl.load(pointer + (at[:, None] + tl.arange(0, 4)[None, :])))
 
 
 @triton.jit
@@ -280,23 +291,21 @@ def _edge(stored, length, there):
 
 
 @triton.jit
-def _tail_word(stored, identity, edge, position, length, there):
-    """The word at a position (in bytes) of a message: stored bytes, the identity, zeros, or the edge between them."""
-    last = length & ~3
-    whole = tl.load(stored + (position >> 2), mask=there & (position < last), other=0)
+def _tail_block(stored, identity, edge, at, length, there):
+    """The block at a position (in bytes) of a message: stored bytes, the identity, zeros, or the edge between them."""
+    position = at[:, None] + tl.arange(0, 16)[None, :] * 4
+    last = (length & ~3)[:, None]
+    whole = tl.load(stored[:, None] + (position >> 2), mask=there[:, None] & (position < last), other=0)
     index = (position - last) >> 2
-    named = tl.load(identity + index, mask=there & (index >= 0) & (index < IDENTITY_WORDS), other=0)
-    return whole | named.to(tl.uint32, bitcast=True) | tl.where(position == last, edge, 0)
-
-
-@triton.jit
-def _tail_four(stored, identity, edge, position, length, there):
+    inside = there[:, None] & (index >= 0) & (index < IDENTITY_WORDS)
+    named = tl.load(identity[:, None] + index, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    even, odd = _halves(whole | named | tl.where(position == last, edge[:, None], 0))
+    a, c = _halves(even)
+    b, d = _halves(odd)
+    a, b, c, d = _columns(a), _columns(b), _columns(c), _columns(d)
     return (
-        _tail_word(stored, identity, edge, position, length, there),
-        _tail_word(stored, identity, edge, position + 4, length, there),
-        _tail_word(stored, identity, edge, position + 8, length, there),
-        _tail_word(stored, identity, edge, position + 12, length, there),
-    )
+        a[0], b[0], c[0], d[0], a[1], b[1], c[1], d[1], a[2], b[2], c[2], d[2], a[3], b[3], c[3], d[3],
+    )  # fmt: skip
 
 
 @triton.jit
@@ -322,10 +331,7 @@ def _tails(staging, words, table, identities, key, values, pitch, first, count, 
     block = 0
     while block <= end:
         at = leaf * LEAF + block * 64
-        m = _tail_four(stored, identity, edge, at, length, there)
-        m += _tail_four(stored, identity, edge, at + 16, length, there)
-        m += _tail_four(stored, identity, edge, at + 32, length, there)
-        m += _tail_four(stored, identity, edge, at + 48, length, there)
+        m = _tail_block(stored, identity, edge, at, length, there)
         flags = KEYED + tl.where(block == 0, CHUNK_START, 0) + tl.where(block == last_block, CHUNK_END, 0)
         flags += tl.where((block == last_block) & alone, ROOT, 0)
         size = tl.minimum(tl.maximum(rest - block * 64, 0), 64)
@@ -360,7 +366,7 @@ def _leaves(staging, table, groups, identities, key, values, pitch, first, count
             _whole_leaves(words, tl.load(row), key, values, pitch, begin, leaf, whole)
 
 
-@triton.jit(do_not_specialize=["pitch", "first"])
+@triton.jit(do_not_specialize=["pitch", "first"], do_not_specialize_on_alignment=["status"])
 def _tree(table, groups, macs, key, values, status, pitch, first, AGAIN: tl.constexpr):
     """Put the value of up to 256 leaves in the place of the first of them; `AGAIN`: of up to 256 of these. Where that
     comes to the root, it is compared with the signature."""
