@@ -50,7 +50,7 @@ class Signed:
             for name, at, length in zip(names, self.sources, self.lengths, strict=False)
         ]
         rows = list(zip(self.sources, self.lengths, strict=False))
-        return self.check.prepare(rows, [list(identity(*name)) for name in names], [list(mac) for mac in macs])
+        return self.check.prepare(rows, b"".join(identity(*name) for name in names), b"".join(macs))
 
     def run(self, per_call: int) -> None:
         """Check all, `per_call` chunks at a time."""

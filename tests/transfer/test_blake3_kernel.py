@@ -60,8 +60,8 @@ class Signed:
     def prepared(self, check: SignatureCheck) -> SignedTasks:
         return check.prepare(
             list(zip(self.sources, self.lengths, strict=True)),
-            [list(name) for name in self.identities],
-            [list(mac) for mac in self.macs],
+            b"".join(self.identities),
+            b"".join(self.macs),
         )
 
     def bytes(self) -> torch.Tensor:
@@ -155,6 +155,23 @@ def test_a_tree_of_more_leaves_than_one_program_reduces(spoiled: bool) -> None:
     if spoiled:
         signed.macs[1] = flipped(signed.macs[1], 77)
     assert signed.status() == int(spoiled)
+
+
+def test_tables_may_be_arrays_lists_or_tensors() -> None:
+    numpy, signed = pytest.importorskip("numpy"), Signed([40])
+    identities, macs = (numpy.frombuffer(b"".join(parts), numpy.uint8) for parts in (signed.identities, signed.macs))
+    rows = numpy.array([[signed.sources[0], 40]], dtype=numpy.int64)
+    for convert in (lambda array: array, lambda array: array.tolist(), torch.tensor):
+        check, status = SignatureCheck(DEVICE, KEY.chunks.secret), zero()
+        tasks = check.prepare(convert(rows), convert(identities.reshape(1, 37)), convert(macs.reshape(1, 16)))
+        check.check(tasks, 0, 1, signed.bytes(), status)
+        assert int(status) == 0
+
+
+def test_a_plan_without_chunks_has_nothing_to_check() -> None:
+    check, status = SignatureCheck(DEVICE, KEY.chunks.secret), zero()
+    check.check(check.prepare([], b"", b""), 0, 0, torch.zeros(0, dtype=torch.uint8, device=DEVICE), status)
+    assert int(status) == 0
 
 
 def test_bytes_behind_a_chunk_do_not_matter() -> None:

@@ -54,7 +54,7 @@ TREE_LANES = tl.constexpr(_GROUP // 2)
 @dataclass(frozen=True)
 class SignedTasks:
     """What `check` needs to know of all chunks of a plan. Tensors lie on the device, lists here: with them a launch is
-    sized without asking the device."""
+    sized without asking the device. Keep it until the last check is done, not only launched."""
 
     table: torch.Tensor
     groups: torch.Tensor
@@ -77,8 +77,9 @@ class SignatureCheck:
 
     def prepare(self, rows: Any, identities: Any, macs: Any) -> SignedTasks:
         """Upload what is known of `rows` (int64 [n, 2]: source, a multiple of 16, and stored length), their identities
-        (uint8 [n, 37], store/pack.py, identity) and signatures (uint8 [n, 16]). Waits for the device."""
-        rows = torch.as_tensor(rows, dtype=torch.int64).reshape(-1, 2)
+        (uint8 [n, 37], or all as bytes; store/pack.py, identity) and signatures (uint8 [n, 16], or all as bytes). Arrays
+        and lists will do as well as tensors. Waits for the device."""
+        rows = _tensor(rows, torch.int64).reshape(-1, 2)
         source, length = rows[:, 0], rows[:, 1]
         _check_rows(source, length)
         shifted = _shifted(_bytes(identities, len(rows), IDENTITY_SIZE), length)
@@ -143,10 +144,19 @@ def _check_call(tasks: SignedTasks, first: int, end: int, staging: torch.Tensor,
         raise ValueError(f"a task of {first} to {end} ends after the {staging.numel()} bytes of staging")
     if status.dtype != torch.int32 or status.numel() != 1:
         raise ValueError("status is not one int32")
+    if not staging.device == status.device == tasks.table.device:
+        raise ValueError(f"staging is on {staging.device}, status on {status.device}, not on {tasks.table.device}")
 
 
 def _bytes(values: Any, count: int, size: int) -> torch.Tensor:
-    return torch.as_tensor(values, dtype=torch.uint8).reshape(count, size).contiguous()
+    if isinstance(values, bytes):
+        values = torch.frombuffer(bytearray(values), dtype=torch.uint8) if values else []
+    return _tensor(values, torch.uint8).reshape(count, size).contiguous()
+
+
+def _tensor(values: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor as it is, of others a copy: torch warns of sharing arrays that must not be written."""
+    return values.to(dtype) if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
 
 
 def _before(counts: torch.Tensor) -> torch.Tensor:
