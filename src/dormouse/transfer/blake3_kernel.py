@@ -77,8 +77,8 @@ class SignatureCheck:
 
     def prepare(self, rows: Any, identities: Any, macs: Any) -> SignedTasks:
         """Upload what is known of `rows` (int64 [n, 2]: source, a multiple of 16, and stored length), their identities
-        (uint8 [n, 37], or all as bytes; store/pack.py, identity) and signatures (uint8 [n, 16], or all as bytes). Arrays
-        and lists will do as well as tensors. Waits for the device."""
+        (uint8 [n, 37], or all as bytes; store/pack.py, identity) and signatures (uint8 [n, 16], or all as bytes).
+        Arrays and lists will do as well as tensors. Waits for the device."""
         rows = _tensor(rows, torch.int64).reshape(-1, 2)
         source, length = rows[:, 0], rows[:, 1]
         _check_rows(source, length)
