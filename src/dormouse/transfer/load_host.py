@@ -175,4 +175,3 @@ def _groups(extent: Extent) -> Iterator[Extent]:
         else:
             small.append(piece)
     yield from join(small, READ_BYTES)
-
