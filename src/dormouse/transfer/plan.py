@@ -3,20 +3,22 @@
     pieces (chunks of a checkpoint, runs of a plain file) -> plan() -> extents of many pieces -> load_host | load_device
 
 A piece is coded as a whole and decoded as a whole; its plain bytes, or parts of them, go to one or more places in the
-destinations (one block of memory per device), which are all zeros before: so chunks of zeros are not read, only their
-signatures are checked. Pieces that lie side by side in a file are read at once, as one extent of at most `extent_bytes`.
-Plain bytes without a signature may be cut anywhere: a long run of them becomes several pieces.
+destinations (one block of memory per device), which are all zeros before: so chunks of zeros are not read, and only
+their signatures are checked. Pieces that lie side by side in a file are read at once, as one extent of at most
+`extent_bytes`. Plain bytes without a signature may be cut anywhere: a long run of them becomes several pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dormouse.errors import DamagedError, StoreError
 from dormouse.store.codec import Codec
-from dormouse.store.pack import ALIGNMENT, StoredChunk, aligned
+from dormouse.store.files import VERIFY_REMEDY
+from dormouse.store.pack import ALIGNMENT, StoredChunk, aligned, makes_sense
 
 EXTENT_BYTES = 32 << 20
 """One read, one copy to the device, one launch of the decoder: large enough that Python's share is small."""
@@ -33,6 +35,16 @@ class Copy(NamedTuple):
     rows: int = 1
     source_pitch: int = 0
     target_pitch: int = 0
+
+    def fits(self, plain_length: int, sizes: Sequence[int]) -> bool:
+        """Whether it stays within a piece of `plain_length` and the destinations."""
+        last = self.rows - 1
+        return (
+            0 <= self.device < len(sizes)
+            and min(self.source, self.target, self.row_bytes, last, self.source_pitch, self.target_pitch) >= 0
+            and self.source + last * self.source_pitch + self.row_bytes <= plain_length
+            and self.target + last * self.target_pitch + self.row_bytes <= sizes[self.device]
+        )
 
 
 class Piece(NamedTuple):
@@ -89,9 +101,54 @@ class LoadPlan:
         return sum(extent.length for extent in self.extents)
 
     @property
+    def ours(self) -> tuple[bool, ...]:
+        """Which of the files are packs of a store."""
+        packs = {piece.file for extent in self.extents for piece in extent.pieces if piece.chunk is not None}
+        return tuple(number in packs for number in range(len(self.files)))
+
+    def require(self, sizes: Sequence[int]) -> None:
+        """Raises StoreError unless the destinations have these sizes and every copy stays within piece and destination:
+        what carries out a plan on a GPU checks nothing any more."""
+        if tuple(sizes) != self.sizes:
+            raise StoreError(f"a load needs memory of {self.sizes} bytes and was given {tuple(sizes)}")
+        for extent in self.extents:
+            for piece in extent.pieces:
+                if not all(copy.fits(piece.plain_length, self.sizes) for copy in piece.copies):
+                    raise StoreError(f"a copy out of {self.files[piece.file]} at {piece.offset} leaves its memory")
+
+    @property
     def plain_bytes(self) -> int:
         """What the pieces that are read decode to."""
         return sum(piece.plain_length for extent in self.extents for piece in extent.pieces)
+
+
+def stored_pieces(
+    placed: Iterable[tuple[StoredChunk, Sequence[Copy]]], pack: Callable[[StoredChunk], Path]
+) -> tuple[list[Path], list[Piece]]:
+    """Files and pieces for `plan`: one piece per chunk, however often it is needed. `pack` tells a chunk's pack. Raises
+    DamagedError for a chunk that no writer can have made."""
+    copies: dict[StoredChunk, list[Copy]] = {}
+    for chunk, wanted in placed:
+        if not makes_sense(chunk):
+            raise DamagedError(
+                f"chunk {chunk.digest.hex()} in {pack(chunk)} is damaged: its row of the index makes no sense",
+                remedy=VERIFY_REMEDY,
+            )
+        copies.setdefault(chunk, []).extend(wanted)
+    files: dict[Path, int] = {}
+    pieces = [
+        Piece(
+            files.setdefault(pack(chunk), len(files)),
+            chunk.offset,
+            chunk.stored_length,
+            chunk.plain_length,
+            chunk.codec,
+            chunk,
+            tuple(wanted),
+        )
+        for chunk, wanted in copies.items()
+    ]
+    return list(files), pieces
 
 
 def plan(
@@ -139,13 +196,13 @@ def _cut(piece: Piece, extent_bytes: int) -> Iterator[Piece]:
     begin = piece.offset
     while begin < piece.end:
         end = min(piece.end, (begin // extent_bytes + 1) * extent_bytes)
-        copies = tuple(_clipped(piece.copies, begin - piece.offset, end - piece.offset))
+        copies = tuple(clipped(piece.copies, begin - piece.offset, end - piece.offset))
         if copies:
             yield piece._replace(offset=begin, stored_length=end - begin, plain_length=end - begin, copies=copies)
         begin = end
 
 
-def _clipped(copies: Iterable[Copy], begin: int, end: int) -> Iterator[Copy]:
+def clipped(copies: Iterable[Copy], begin: int, end: int) -> Iterator[Copy]:
     """What of `copies` lies between `begin` and `end` of the plain bytes, counted from `begin`."""
     for copy in copies:
         pitch = copy.source_pitch or copy.row_bytes
