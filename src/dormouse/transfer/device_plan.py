@@ -97,7 +97,9 @@ def pack(plan: LoadPlan, *, kernels: bool) -> Packed:
     """`kernels`: whether the devices check and decode; else the host does."""
     tables = tuple(Tables() for _ in plan.sizes)
     parcels = (
-        _parcel(extent, host, tables) for whole in plan.extents for extent, host in _sorted_out(whole, kernels=kernels)
+        _parcel(extent, host, tables)
+        for whole in plan.extents
+        for extent, host in _sorted_out(whole, kernels=kernels)
     )
     return Packed(tuple(parcels), tables)
 

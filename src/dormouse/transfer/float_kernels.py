@@ -459,7 +459,9 @@ def _check_memory(what: str, memory: torch.Tensor, ends: npt.NDArray[np.int64]) 
 
 
 @triton.jit
-def _plain_values(plain, length, chunk_length, chunk, unit, ITEM: tl.constexpr):
+def _plain_values(
+    plain, length, chunk_length, chunk, unit, ITEM: tl.constexpr
+):
     """Where a unit's values start, and how many there are."""
     start = tl.multiple_of(chunk * chunk_length, 16)
     n = tl.minimum(length - start, chunk_length) // ITEM
@@ -681,9 +683,7 @@ def encode_batch(plain: torch.Tensor, codec: int, chunk_length: int) -> list[tor
     if chunk_length <= 0 or chunk_length % 16:
         raise ValueError(f"chunks of {chunk_length} bytes can't be coded; their length must be a multiple of 16")
     if plain.dtype != torch.uint8 or plain.dim() != 1 or not plain.is_contiguous() or plain.data_ptr() % kind.item:
-        raise ValueError(
-            "plain memory must be a contiguous 1-D tensor of uint8 that starts at a multiple of a value's size"
-        )
+        raise ValueError("plain memory must be a contiguous 1-D tensor of uint8 that starts at a multiple of a value's size")
     batch = _Plain(plain, kind, chunk_length)
     if not batch.units:
         return [None] * batch.chunks
