@@ -1,0 +1,151 @@
+"""What a run of the benchmark found: rows, limits, conditions; as JSON, as a table on the terminal and in Markdown."""
+
+from __future__ import annotations
+
+import platform
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dormouse.bench_load.limits import Limit
+
+GIGA = 1e9
+COLUMNS = ("method", "page cache", "seconds", "GB/s", "CPU s", "host memory", "cached before", "note")
+_PACKAGES = (
+    *("dormouse", "torch", "triton", "numpy", "safetensors", "fastsafetensors", "runai-model-streamer"),
+    *("instanttensor", "transformers", "peft"),
+)
+
+
+@dataclass
+class Row:
+    """One method under one condition. `outcome`: ok, wrong (the tensors are not those of the files), failed, missing,
+    skipped. `peak_memory` is how far the process's own memory (anonymous, shared, pinned; no file pages) grew while it
+    loaded; `resident_growth` counts file pages that it had mapped too."""
+
+    method: str
+    condition: str
+    how: str
+    ours: bool = False
+    outcome: str = "skipped"
+    note: str = ""
+    version: str = ""
+    seconds: float | None = None
+    plain_bytes: int = 0
+    bytes_per_second: float | None = None
+    cpu_seconds: float | None = None
+    peak_memory: int | None = None
+    resident_growth: int | None = None
+    device_bytes: int | None = None
+    resident_before: float | None = None
+
+
+@dataclass
+class Result:
+    """All of a run. `stored`: bytes on the disk of each imported checkpoint; `prepared`: seconds of what came first."""
+
+    device: str
+    host: dict[str, str]
+    weights: str = ""
+    plain_bytes: int = 0
+    files: int = 0
+    tensors: int = 0
+    stored: dict[str, int] = field(default_factory=dict)
+    prepared: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    limits: dict[str, Limit | str] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, limits that could not be measured as the reason."""
+        limits = {name: limit if isinstance(limit, str) else asdict(limit) for name, limit in self.limits.items()}
+        return asdict(self) | {"limits": limits}
+
+
+def host_facts() -> dict[str, str]:
+    """What a figure depends on: date, machine, and the versions of what is installed."""
+    info = Path("/proc/cpuinfo").read_text()
+    cpu = re.search(r"^model name\s*: (.*)", info, re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
+        "cpu": f"{len(re.findall(r'^processor', info, re.MULTILINE))} cores of {cpu[1] if cpu else platform.machine()}",
+        "memory": f"{int(memory[1]) * 1024 / GIGA:.0f} GB" if memory else "unknown",
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        **{name: version for name in _PACKAGES if (version := _version(name)) is not None},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    note = row.note if row.outcome == "ok" else f"{row.outcome}: {row.note}"
+    return (
+        row.method,
+        row.condition,
+        _figure(row.seconds, "{:.2f}"),
+        _figure(row.bytes_per_second, "{:.2f}", GIGA),
+        _figure(row.cpu_seconds, "{:.1f}"),
+        _figure(row.peak_memory, "{:.2f} GB", GIGA),
+        _figure(row.resident_before, "{:.0%}"),
+        note,
+    )
+
+
+def _limit_cells(name: str, limit: Limit | str) -> tuple[str, ...]:
+    if isinstance(limit, str):
+        return (f"limit: {name}", "", "", "", "", "", "", limit)
+    rate = f"{limit.bytes_per_second / GIGA:.2f}"
+    return (f"limit: {name}", "", f"{limit.seconds:.2f}", rate, "", "", "", limit.how)
+
+
+def _figure(value: float | None, form: str, unit: float = 1) -> str:
+    return "" if value is None else form.format(value / unit)
+
+
+def line(row: Row) -> str:
+    """A row as it is told while the benchmark runs."""
+    figures = ", ".join(
+        f"{value} {name}" for name, value in zip(COLUMNS[2:-1], _cells(row)[2:-1], strict=True) if value
+    )
+    return f"{row.method}, {row.condition}: {figures or row.outcome}{f' ({row.note})' if row.note else ''}"
+
+
+def table(result: Result) -> Table:
+    """For the terminal: the rows, then what the machine itself can do."""
+    made = Table(title=_title(result))
+    for column in COLUMNS:
+        made.add_column(column, justify="left" if column in ("method", "page cache", "note") else "right")
+    for cells in _all_cells(result):
+        made.add_row(*cells)
+    return made
+
+
+def markdown(result: Result) -> str:
+    """The same for documentation."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    lines += [f"| {' | '.join(cells)} |" for cells in _all_cells(result)]
+    return "\n".join(lines)
+
+
+def _all_cells(result: Result) -> Iterable[tuple[str, ...]]:
+    yield from (_cells(row) for row in result.rows)
+    yield from (_limit_cells(name, limit) for name, limit in result.limits.items())
+
+
+def _title(result: Result) -> str:
+    size = f"{result.plain_bytes / GIGA:.2f} GB in {result.files} files ({result.weights})"
+    return f"{size} to {result.device}" + ("" if result.complete else ", not complete")
