@@ -15,7 +15,7 @@ import msgspec
 
 from dormouse.bench_load.cache import files_below
 from dormouse.bench_load.processes import Child, ChildError
-from dormouse.checkpoint.importer import import_description
+from dormouse.checkpoint.importer import import_read
 from dormouse.checkpoint.models import Description
 from dormouse.checkpoint.safetensors_file import TensorInfo, read_header
 from dormouse.checkpoint.tensors import NewTensor
@@ -83,10 +83,10 @@ def _tensor(file: Path, tensor: TensorInfo) -> NewTensor:
 
 def main() -> None:
     """Import, then tell how long it took."""
-    copy, data_dir, *files = sys.argv[1:]
+    _copy, data_dir, *files = sys.argv[1:]
     begin = time.perf_counter()
     found = Description("bench", "transformers", "bfloat16", 0, _tensors([Path(file) for file in files]))
-    import_description(found, MODEL, DataDir(Path(data_dir)).create(), coded=copy == "coded")
+    import_read(lambda _folder: found, MODEL, DataDir(Path(data_dir)).create(), progress=lambda *_: None)
     sys.stdout.buffer.write(msgspec.json.encode({"seconds": time.perf_counter() - begin}) + b"\n")
 
 

@@ -32,6 +32,7 @@ from dormouse.bench_load.weights import SIGMA, Weights, make, write_reference
 from dormouse.errors import ConfigError
 
 CONDITIONS = ("warm", "tier", "cold")
+FOREVER = 1e6
 _CHILD = "dormouse.bench_load.child"
 _LIMIT_BYTES = 4 << 30
 _START_SECONDS = 120.0
@@ -40,7 +41,8 @@ _WARM = 0.99
 _GUESSES = {"warm": 3e9, "tier": 1.5e9, "cold": 1.5e9}  # bytes per second, until a row has shown better
 _OVERHEAD = 2.0
 _PATIENCE = 6.0
-_MOST_WAITING = 12
+_FEW, _MANY, _MANY_CORES = 2, 32, 8
+_NOT_REACHED = "not reached"
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,41 @@ class Options:
     files: tuple[Path, ...] = ()
     methods: tuple[Method, ...] = tuple(method for method in METHODS if not method.extra)
     conditions: tuple[str, ...] = CONDITIONS
-    budget: float = float("inf")
+    budget: float = FOREVER
     output: Path | None = None
+
+
+def options(
+    *,
+    gigabytes: float | None,
+    shards: int,
+    files: Path | None,
+    folder: Path,
+    device: str | None,
+    names: Sequence[str],
+    cold: bool,
+    budget_seconds: float | None,
+    output: Path | None,
+) -> Options:
+    """Options from the words of a command line. Raises ConfigError."""
+    gpu = Path("/dev/nvidiactl").exists()
+    known = {method.name: method for method in METHODS}
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"there is no method {unknown[0]!r}", remedy=f"There are: {', '.join(known)}")
+    given = tuple(sorted(files.glob("*.safetensors")) if files.is_dir() else [files]) if files is not None else ()
+    if files is not None and not given:
+        raise ConfigError(f"{files} has no .safetensors files", remedy="Give a folder that has some")
+    return Options(
+        folder=folder,
+        device=device or ("cuda:0" if gpu else "cpu"),
+        size=int((gigabytes or (16 if gpu else 1)) * 1e9),
+        shards=shards,
+        files=given,
+        methods=tuple(known[name] for name in names) or Options.methods,
+        conditions=CONDITIONS if cold else tuple(name for name in CONDITIONS if name != "cold"),
+        budget=budget_seconds or FOREVER,
+        output=output,
+    )
 
 
 @dataclass(frozen=True)
@@ -95,8 +130,7 @@ def measure(options: Options, hooks: Hooks) -> Result:
     result = Result(options.device, host_facts())
     with _scratch(options.folder) as scratch, contextlib.closing(_Run(options, hooks, result, scratch)) as run:
         run.prepare()
-        run.rows("warm")
-        run.rows("tier")
+        run.rows("warm", "tier")
         run.limits()
         run.rows("cold")
         result.complete = True
@@ -126,10 +160,11 @@ class _Run:
         self._link: Child | None = None
         self._imports = Imports(scratch)
         self._weights: Weights | None = None
+        self._methods = {method.name: method for method in options.methods}
         result.rows = [
-            Row(method.name, condition, method.how, method.ours, note="not reached")
-            for method in options.methods
+            Row(method.name, condition, method.how, method.ours, note=_NOT_REACHED)
             for condition in CONDITIONS
+            for method in options.methods
             if condition in method.conditions and condition in options.conditions
         ]
 
@@ -150,7 +185,7 @@ class _Run:
     def prepare(self) -> None:
         """Files, reference, imported checkpoints; meanwhile the first children start."""
         options, result = self._options, self._result
-        self._start(self._turns("warm")[: self._batch])
+        self._start(result.rows[: self._batch])
         if options.device.startswith("cuda"):
             self._link = Child(limits.__name__, options.device)
         begin = time.perf_counter()
@@ -171,42 +206,38 @@ class _Run:
 
     @property
     def _batch(self) -> int:
-        return max(2, min(self._threads, _MOST_WAITING))
+        """How many children wait at once: all, where there are the cores to start them beside making the weights."""
+        return _MANY if self._threads >= _MANY_CORES else _FEW
 
-    def _turns(self, condition: str) -> list[Method]:
-        named = {row.method for row in self._result.rows if row.condition == condition}
-        return [method for method in self._options.methods if method.name in named]
-
-    def rows(self, condition: str) -> None:
-        """Every method under one condition, a batch of children at a time."""
-        turns = self._turns(condition)
-        for first in range(0, len(turns), self._batch):
-            batch = turns[first : first + self._batch]
-            rows = [self._find(method.name, condition) for method in batch]
-            self._start(batch, condition)
-            for row, method in zip(rows, batch, strict=True):
-                self._hear_prepared(row, method)
-            for row, method in zip(rows, batch, strict=True):
-                self._hooks.step(f"{row.method}, {row.condition}")
-                self._fill(row, method)
+    def rows(self, *conditions: str) -> None:
+        """Every row of these conditions, a batch of children at a time."""
+        self._hooks.step(f"loading: {', '.join(conditions)}")
+        rows = [row for row in self._result.rows if row.condition in conditions]
+        for first in range(0, len(rows), self._batch):
+            batch = rows[first : first + self._batch]
+            self._start(batch)
+            self._hear_prepared()
+            for row in batch:
+                self._fill(row, self._methods[row.method])
                 self._hooks.show(line(row))
                 self.save()
 
-    def _find(self, name: str, condition: str) -> Row:
-        return next(row for row in self._result.rows if (row.method, row.condition) == (name, condition))
-
-    def _start(self, methods: Sequence[Method], condition: str = "warm") -> None:
+    def _start(self, rows: Sequence[Row]) -> None:
         """Start the children of these rows, where they are not there yet."""
-        for method in methods:
-            if (method.name, condition) not in self._children:
-                self._children[method.name, condition] = Child(
+        for row in rows:
+            if (row.method, row.condition) not in self._children:
+                method = self._methods[row.method]
+                self._children[row.method, row.condition] = Child(
                     _CHILD, method.place, self._options.device, environment=method.environment
                 )
 
-    def _hear_prepared(self, row: Row, method: Method) -> None:
-        with self._told_in(row):
-            row.version = self._children[method.name, row.condition].hear("version", _START_SECONDS)
-            row.outcome, row.note = "skipped", ""
+    def _hear_prepared(self) -> None:
+        """Wait until every child that was started has imported what it needs, so that none does beside a load."""
+        for row in self._result.rows:
+            if row.note == _NOT_REACHED and (child := self._children.get((row.method, row.condition))):
+                with self._told_in(row):
+                    row.version = child.hear("version", _START_SECONDS)
+                    row.note = ""
 
     @contextlib.contextmanager
     def _told_in(self, row: Row) -> Iterator[None]:
@@ -286,12 +317,13 @@ class _Run:
         """What the machine can do; each that can't be measured says why."""
         assert self._weights is not None
         files = self._weights.files
-        for name, take in {
+        self._hooks.step("what the machine itself can do")
+        measured: dict[str, Callable[[], Limit]] = {
             "link": self._take_link,
             "host copy": lambda: limits.host_copy(files, _LIMIT_BYTES, self._threads),
             "disk": lambda: limits.disk(files, _LIMIT_BYTES, lambda: cache.drop(files)),
-        }.items():
-            self._hooks.step(f"limit: {name}")
+        }
+        for name, take in measured.items():
             try:
                 limit: Limit | str = take()
             except (OSError, ChildError) as error:

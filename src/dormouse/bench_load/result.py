@@ -11,12 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from dormouse.bench_load.limits import Limit
 
 GIGA = 1e9
-COLUMNS = ("method", "page cache", "seconds", "GB/s", "CPU s", "host memory", "cached before", "note")
+_SELF_EVIDENT = ("date", "cpu", "memory")
+COLUMNS = ("method", "page cache", "seconds", "GB/s", "CPU s", "host GB", "cached")
 _PACKAGES = (
     *("dormouse", "torch", "triton", "numpy", "safetensors", "fastsafetensors", "runai-model-streamer"),
     *("instanttensor", "transformers", "peft"),
@@ -91,58 +94,76 @@ def _version(package: str) -> str | None:
         return None
 
 
+def line(row: Row) -> str:
+    """A row as it is told while the benchmark runs."""
+    figures = [f"{value} {name}" for name, value in zip(COLUMNS[2:], _cells(row)[2:], strict=True) if value]
+    shown = ", ".join(figures) if row.seconds is not None else ""
+    return ": ".join(part for part in (f"{row.method}, {row.condition}", shown, _remark(row)) if part)
+
+
+def _remark(row: Row) -> str:
+    return "" if row.outcome == "ok" else f"{row.outcome}: {row.note}"
+
+
 def _cells(row: Row) -> tuple[str, ...]:
-    note = row.note if row.outcome == "ok" else f"{row.outcome}: {row.note}"
+    seconds = _figure(row.seconds, "{:.2f}") if row.outcome == "ok" else row.outcome
     return (
         row.method,
         row.condition,
-        _figure(row.seconds, "{:.2f}"),
+        seconds,
         _figure(row.bytes_per_second, "{:.2f}", GIGA),
         _figure(row.cpu_seconds, "{:.1f}"),
-        _figure(row.peak_memory, "{:.2f} GB", GIGA),
+        _figure(row.peak_memory, "{:.2f}", GIGA),
         _figure(row.resident_before, "{:.0%}"),
-        note,
     )
 
 
 def _limit_cells(name: str, limit: Limit | str) -> tuple[str, ...]:
     if isinstance(limit, str):
-        return (f"limit: {name}", "", "", "", "", "", "", limit)
+        return (f"limit: {name}", "", "not measured", "", "", "", "")
     rate = f"{limit.bytes_per_second / GIGA:.2f}"
-    return (f"limit: {name}", "", f"{limit.seconds:.2f}", rate, "", "", "", limit.how)
+    return (f"limit: {name}", "", f"{limit.seconds:.2f}", rate, "", "", "")
 
 
 def _figure(value: float | None, form: str, unit: float = 1) -> str:
     return "" if value is None else form.format(value / unit)
 
 
-def line(row: Row) -> str:
-    """A row as it is told while the benchmark runs."""
-    figures = ", ".join(
-        f"{value} {name}" for name, value in zip(COLUMNS[2:-1], _cells(row)[2:-1], strict=True) if value
-    )
-    return f"{row.method}, {row.condition}: {figures or row.outcome}{f' ({row.note})' if row.note else ''}"
-
-
-def table(result: Result) -> Table:
-    """For the terminal: the rows, then what the machine itself can do."""
-    made = Table(title=_title(result))
+def table(result: Result) -> Group:
+    """For the terminal: the rows, then what the machine itself can do, then what there is to say about them."""
+    made = Table()
     for column in COLUMNS:
-        made.add_column(column, justify="left" if column in ("method", "page cache", "note") else "right")
+        left = column in COLUMNS[:2]
+        made.add_column(column, justify="left" if left else "right", no_wrap=True)
     for cells in _all_cells(result):
-        made.add_row(*cells)
-    return made
+        made.add_row(*(escape(cell) for cell in cells))
+    return Group(_title(result), made, *map(escape, remarks(result)))
 
 
 def markdown(result: Result) -> str:
     """The same for documentation."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * 2}{'---:|' * (len(COLUMNS) - 2)}"]
     lines += [f"| {' | '.join(cells)} |" for cells in _all_cells(result)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(f"* {remark}" for remark in remarks(result))])
+
+
+def remarks(result: Result) -> list[str]:
+    """What each figure was made with, and why others are not there."""
+    host = ", ".join(f"{name} {value}" if name not in _SELF_EVIDENT else value for name, value in result.host.items())
+    ways = {row.method: row.how for row in result.rows if row.seconds is not None}
+    stored = [f"{copy} {size / GIGA:.2f} GB" for copy, size in result.stored.items()]
+    return [
+        host,
+        *([f"on the disk: plain {result.plain_bytes / GIGA:.2f} GB, {', '.join(stored)}"] if stored else []),
+        *(f"{name}: {how}" for name, how in ways.items()),
+        *(f"{row.method}, {row.condition}: {_remark(row)}" for row in result.rows if row.outcome != "ok"),
+        *(f"limit: {name}: {limit if isinstance(limit, str) else limit.how}" for name, limit in result.limits.items()),
+    ]
 
 
 def _all_cells(result: Result) -> Iterable[tuple[str, ...]]:
-    yield from (_cells(row) for row in result.rows)
+    names = list(dict.fromkeys(row.method for row in result.rows))
+    yield from (_cells(row) for row in sorted(result.rows, key=lambda row: names.index(row.method)))
     yield from (_limit_cells(name, limit) for name, limit in result.limits.items())
 
 

@@ -153,7 +153,7 @@ def _write_block(job: tuple[Path, int, int, int]) -> None:
     random = np.random.Generator(np.random.SFC64([_SEED, number]))
     bits = (random.standard_normal(count, dtype=np.float32) * np.float32(SIGMA)).view(np.uint32)
     bits += 0x7FFF + ((bits >> 16) & 1)  # to the nearest bfloat16, ties to even
-    data = memoryview((bits >> 16).astype("<u2")).cast("B")
+    data = memoryview((bits >> 16).astype("<u2").tobytes())
     descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
     try:
         while data:

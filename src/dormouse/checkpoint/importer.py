@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +53,21 @@ def import_model(
     Raises ConfigError (the source or the name is wrong), NotFoundError (no such source), HostError (a package is
     missing), DiskFullError or StoreError. After an error nothing has changed.
     """
+    return import_read(
+        lambda folder: _read_source(source, folder, progress), name, folders, progress=progress, replace=replace
+    )
+
+
+def import_read(
+    read: Callable[[Path], Description],
+    name: str,
+    folders: DataDir,
+    *,
+    progress: Progress,
+    replace: bool = False,
+) -> ImportedModel:
+    """Import what `read` finds, which may leave files of the model in the folder it is given. Raises what
+    `import_model` does."""
     models.check_name(name)
     target = folders.models / name
     if target.exists() and not replace:
@@ -61,7 +76,7 @@ def import_model(
         folders.models.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sweep_folders(folders.models)
         with _staging(folders.models) as folder:
-            found = _read_source(source, folder, progress)
+            found = read(folder)
             with Store.open(folders.store) as store:
                 _import(found, folder, target, store, progress)
                 _tidy(store, folders.models)
