@@ -83,10 +83,12 @@ def _tensor(file: Path, tensor: TensorInfo) -> NewTensor:
 
 def main() -> None:
     """Import, then tell how long it took."""
-    _copy, data_dir, *files = sys.argv[1:]
+    copy, data_dir, *files = sys.argv[1:]
     begin = time.perf_counter()
     found = Description("bench", "transformers", "bfloat16", 0, _tensors([Path(file) for file in files]))
-    import_read(lambda _folder: found, MODEL, DataDir(Path(data_dir)).create(), progress=lambda *_: None)
+    import_read(
+        lambda _folder: found, MODEL, DataDir(Path(data_dir)).create(), progress=lambda *_: None, coded=copy == "coded"
+    )
     sys.stdout.buffer.write(msgspec.json.encode({"seconds": time.perf_counter() - begin}) + b"\n")
 
 

@@ -46,8 +46,8 @@ def _nothing(job: Job) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """`place` is where a child finds this very object, as MODULE:NAME. `source` tells what is read: the `plain` files, the
-    imported model, `raw` or `coded`, or a file that `before` makes in the scratch folder, with some of the tensors.
+    """`place` is where a child finds this very object, as MODULE:NAME. `source` tells what is read: the `plain` files,
+    the imported model, `raw` or `coded`, or a file that `before` makes in the scratch folder, with some of the tensors.
     `extra`: only measured when named."""
 
     place: str

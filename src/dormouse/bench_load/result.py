@@ -19,7 +19,7 @@ from dormouse.bench_load.limits import Limit
 
 GIGA = 1e9
 _SELF_EVIDENT = ("date", "cpu", "memory")
-COLUMNS = ("method", "page cache", "seconds", "GB/s", "CPU s", "host GB", "cached")
+COLUMNS = ("method", "cache", "seconds", "GB/s", "CPU s", "host GB", "cached")
 _PACKAGES = (
     *("dormouse", "torch", "triton", "numpy", "safetensors", "fastsafetensors", "runai-model-streamer"),
     *("instanttensor", "transformers", "peft"),
