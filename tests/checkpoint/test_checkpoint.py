@@ -113,7 +113,7 @@ def test_a_newer_table_is_refused_as_such() -> None:
 
 
 def test_the_segment_is_the_tensors_in_their_places(tmp_path: Path) -> None:
-    first, second = os.urandom(5 << 20), os.urandom((4 << 20) + 2)
+    first, second = os.urandom(9 << 20), os.urandom((8 << 20) + 2)
     with Store.open(tmp_path) as store:
         with store.begin() as transaction:
             written = write_tensors(
@@ -122,7 +122,7 @@ def test_the_segment_is_the_tensors_in_their_places(tmp_path: Path) -> None:
             transaction.commit(written.manifest("m", 1.0))
         whole = b"".join(store.read(digest) for digest in written.refs)
         assert store.manifest(written.id).name == "m"
-    assert [len(first), (5 << 20)] == [written.body.tensors[0].length, written.body.tensors[1].offset]
+    assert [len(first), (9 << 20)] == [written.body.tensors[0].length, written.body.tensors[1].offset]
     assert whole == first + second
     assert len(written.refs) == 3
 
