@@ -10,13 +10,15 @@ Plain bytes without a signature may be cut anywhere: a long run of them becomes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dormouse.errors import DamagedError, StoreError
 from dormouse.store.codec import Codec
-from dormouse.store.pack import ALIGNMENT, StoredChunk, aligned
+from dormouse.store.files import VERIFY_REMEDY
+from dormouse.store.pack import ALIGNMENT, StoredChunk, aligned, makes_sense
 
 EXTENT_BYTES = 32 << 20
 """One read, one copy to the device, one launch of the decoder: large enough that Python's share is small."""
@@ -33,6 +35,16 @@ class Copy(NamedTuple):
     rows: int = 1
     source_pitch: int = 0
     target_pitch: int = 0
+
+    def fits(self, plain_length: int, sizes: Sequence[int]) -> bool:
+        """Whether it stays within a piece of `plain_length` and the destinations."""
+        last = self.rows - 1
+        return (
+            0 <= self.device < len(sizes)
+            and min(self.source, self.target, self.row_bytes, last, self.source_pitch, self.target_pitch) >= 0
+            and self.source + last * self.source_pitch + self.row_bytes <= plain_length
+            and self.target + last * self.target_pitch + self.row_bytes <= sizes[self.device]
+        )
 
 
 class Piece(NamedTuple):
@@ -89,9 +101,54 @@ class LoadPlan:
         return sum(extent.length for extent in self.extents)
 
     @property
+    def ours(self) -> tuple[bool, ...]:
+        """Which of the files are packs of a store."""
+        packs = {piece.file for extent in self.extents for piece in extent.pieces if piece.chunk is not None}
+        return tuple(number in packs for number in range(len(self.files)))
+
+    def require(self, sizes: Sequence[int]) -> None:
+        """Raises StoreError unless the destinations have these sizes and every copy stays within piece and destination:
+        what carries out a plan on a GPU checks nothing any more."""
+        if tuple(sizes) != self.sizes:
+            raise StoreError(f"a load needs memory of {self.sizes} bytes and was given {tuple(sizes)}")
+        for extent in self.extents:
+            for piece in extent.pieces:
+                if not all(copy.fits(piece.plain_length, self.sizes) for copy in piece.copies):
+                    raise StoreError(f"a copy out of {self.files[piece.file]} at {piece.offset} leaves its memory")
+
+    @property
     def plain_bytes(self) -> int:
         """What the pieces that are read decode to."""
         return sum(piece.plain_length for extent in self.extents for piece in extent.pieces)
+
+
+def stored_pieces(
+    placed: Iterable[tuple[StoredChunk, Sequence[Copy]]], pack: Callable[[StoredChunk], Path]
+) -> tuple[list[Path], list[Piece]]:
+    """Files and pieces for `plan`: one piece per chunk, however often it is needed. `pack` tells a chunk's pack. Raises
+    DamagedError for a chunk that no writer can have made."""
+    copies: dict[StoredChunk, list[Copy]] = {}
+    for chunk, wanted in placed:
+        if not makes_sense(chunk):
+            raise DamagedError(
+                f"chunk {chunk.digest.hex()} in {pack(chunk)} is damaged: its row of the index makes no sense",
+                remedy=VERIFY_REMEDY,
+            )
+        copies.setdefault(chunk, []).extend(wanted)
+    files: dict[Path, int] = {}
+    pieces = [
+        Piece(
+            files.setdefault(pack(chunk), len(files)),
+            chunk.offset,
+            chunk.stored_length,
+            chunk.plain_length,
+            chunk.codec,
+            chunk,
+            tuple(wanted),
+        )
+        for chunk, wanted in copies.items()
+    ]
+    return list(files), pieces
 
 
 def plan(
