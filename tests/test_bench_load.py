@@ -156,9 +156,9 @@ def test_files_of_somebody_else_are_measured_where_they_are(tmp_path: Path) -> N
 def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     asked = {"gigabytes": 1.0, "shards": 1, "files": None, "folder": tmp_path, "device": "cpu", "names": (),
              "cold": True, "budget_seconds": None, "output": None}  # fmt: skip
-    with pytest.raises(ConfigError, match="no method 'fastest'"):
+    with pytest.raises(ConfigError, match="no method"):
         options(**{**asked, "names": ["fastest"]})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="has no [.]safetensors"):
+    with pytest.raises(ConfigError, match="has no"):
         options(**{**asked, "files": tmp_path})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="is not a folder"):
         measure(options(**{**asked, "folder": tmp_path / "nowhere"}), SILENT)  # type: ignore[arg-type]
