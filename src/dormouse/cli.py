@@ -122,6 +122,36 @@ def import_(source: str, name: str, replace: bool, data_dir: DataDir, as_json: b
         )
 
 
+@cli.command()
+@click.argument("name")
+@click.option("--device", "devices", multiple=True, default=["cpu"], show_default=True, help="cpu or cuda:N; several.")
+@click.option("--tensors", multiple=True, metavar="PATTERN", help="Only tensors whose names match.  [default: all]")
+@common
+def load(
+    name: str, devices: tuple[str, ...], tensors: tuple[str, ...], data_dir: DataDir, as_json: bool, reporter: Reporter
+) -> None:
+    """Load a model's weights into memory, tell how fast that went, and let go of them."""
+    try:
+        from dormouse.checkpoint import load as loading
+    except ImportError as error:
+        raise HostError(
+            f"loading needs a package that is missing: {error.name}",
+            remedy="Install it: pip install 'dormouse[transformers]'",
+        ) from error
+    with reporter:
+        result = loading.measured(name, devices, tensors or None, data_dir, reporter.amount("load"))
+    if as_json:
+        emit(result)
+        return
+    places = (("past the page cache", "direct_bytes"), ("through it", "cached_bytes"), ("from memory", "tier_bytes"))
+    read = ", ".join(f"{catalogue.human(result[key])} {words}" for words, key in places if result[key])
+    out.print(
+        f"Loaded [bold]{escape(name)}[/]: {result['tensors']} tensors, {catalogue.human(result['plain_bytes'])} in "
+        f"{result['seconds']:.2f} s, {result['gb_per_second']:.2f} GB/s; read {read or 'nothing'}",
+        soft_wrap=True,
+    )
+
+
 def keeper_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options of the verbs that run a job."""
     for option in (

@@ -13,10 +13,10 @@ import contextlib
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -68,11 +68,20 @@ def load_file(
     set, the load ends with StoreError. Raises NotFoundError, ConfigError for a file that is not sound, DamagedError for
     one that can't be read, HostError when there is no memory or no such GPU.
     """
-    path = Path(filename)
-    where = find_device(device)
+    return tensors_of_file(Path(filename), find_device(device), None, progress, cancelled)
+
+
+def tensors_of_file(
+    path: Path,
+    where: torch.device,
+    names: Container[str] | None,
+    progress: Progress | None,
+    cancelled: threading.Event | None,
+) -> Tensors:
+    """Those of the named tensors that are in a file; all for None."""
     with open_source(path) as file:
-        header = header_of(file, path)
-        tensors = [Tensor(each.name, each.dtype, each.shape, each.offset, each.length) for each in header.values()]
+        found = [each for name, each in header_of(file, path).items() if names is None or name in names]
+        tensors = [Tensor(each.name, each.dtype, each.shape, each.offset, each.length) for each in found]
         for tensor in tensors:
             torch_type(tensor)  # what torch does not know is told before anything is read
         if where.type == "cpu":
@@ -90,7 +99,7 @@ def _mapped(
     cancelled: threading.Event | None,
 ) -> Tensors:
     mapping = map_file(descriptor, path)
-    if tensors and len(mapping) != tensors[-1].offset + tensors[-1].length:
+    if tensors and len(mapping) < tensors[-1].offset + tensors[-1].length:
         raise DamagedError(f"{path} changed while it was read", remedy="Load it again")
     populate(mapping, path, progress=progress, cancelled=cancelled)
     return {tensor.name: typed(_bytes_of(mapping, tensor), tensor) for tensor in tensors}
@@ -166,7 +175,7 @@ def load(
         dtype=dtype,
         tensors=tensors,
         shard=shard,
-        data_dir=_data_dir(data_dir),
+        data_dir=data_dir_of(data_dir),
         tier=tier,
         progress=progress,
         cancelled=cancelled,
@@ -208,6 +217,31 @@ def load_measured(
     return Loaded(found, sum(placement.sizes), report)
 
 
+def measured(
+    name: str, devices: Sequence[str], tensors: Iterable[str] | None, data_dir: DataDir, progress: Progress
+) -> dict[str, Any]:
+    """Load and let go again: the figures, as `dormouse load --json` prints them. Seconds begin with the first read."""
+    loaded = load_measured(
+        name,
+        [find_device(device) for device in devices],
+        dtype=None,
+        tensors=tensors,
+        shard=None,
+        data_dir=data_dir,
+        tier=None,
+        progress=progress,
+        cancelled=None,
+    )
+    report = loaded.report
+    return asdict(report) | {
+        "name": name,
+        "devices": list(devices),
+        "tensors": len(loaded.tensors[0]),
+        "plain_bytes": loaded.plain_bytes,
+        "gb_per_second": loaded.plain_bytes / max(report.seconds, 1e-9) / 1e9,
+    }
+
+
 def checkpoint_of(model: ImportedModel) -> str:
     """The id of a model's checkpoint. Raises ConfigError when it has no weights."""
     if model.checkpoint is None:
@@ -215,7 +249,8 @@ def checkpoint_of(model: ImportedModel) -> str:
     return model.checkpoint
 
 
-def _data_dir(folder: str | os.PathLike[str] | None) -> DataDir:
+def data_dir_of(folder: str | os.PathLike[str] | None) -> DataDir:
+    """The data folder that was given, or that of the environment."""
     return DataDir(Path(folder) if folder is not None else default_data_dir(os.environ))
 
 
