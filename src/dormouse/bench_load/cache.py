@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _BLOCK = 16 << 20
+_FILES_AT_ONCE = 8
 _WINDOW = 1 << 30
 _ODD = bytes(range(1, 256, 2))
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -48,19 +49,27 @@ def _page_flags(descriptor: int, offset: int, length: int) -> bytes:
     return bytes(flags)
 
 
+def sync(files: Sequence[Path]) -> None:
+    """Write what is dirty to the disk. Raises OSError."""
+    _each(os.fsync, files)
+
+
 def drop(files: Sequence[Path]) -> None:
-    """Write back what is dirty, then take the files out of the page cache. Raises OSError."""
-    with ThreadPoolExecutor(min(8, len(files) or 1)) as pool:
-        list(pool.map(_drop, files))
+    """Write what is dirty to the disk, then take the files out of the page cache. Raises OSError."""
+    sync(files)
+    _each(lambda descriptor: os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED), files)
 
 
-def _drop(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+def _each(act: Callable[[int], None], files: Sequence[Path]) -> None:
+    def one(file: Path) -> None:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            act(descriptor)
+        finally:
+            os.close(descriptor)
+
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        list(pool.map(one, files))
 
 
 def warm(files: Sequence[Path], threads: int) -> None:

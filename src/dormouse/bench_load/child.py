@@ -2,12 +2,13 @@
 
 It talks in lines of JSON over the standard output it was started with (a peer's own prints go to stderr):
 
-    -> prepared   packages imported, the device's context made; "version", or "missing" / "error"
+    -> version    packages imported, the device's context made; or "missing", "error"
     <- job        what to load (methods.Job)
     -> ready      `before` is done; only now is the page cache put into the state that the row asks for
     <- go         an empty line
     -> loaded     seconds, CPU seconds
-    -> checked    what is wrong with the tensors, nothing if they are right
+    -> wrong      what is wrong with the tensors, nothing if they are right
+    -> again      seconds of the same load once more in this process, with what it keeps; none if that is not asked
 
 On a GPU the clock stops after a synchronisation. In host memory it stops when every byte has been read once: a loader
 that only maps files would otherwise have done nothing yet.
@@ -24,7 +25,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from dormouse.bench_load.methods import WHOLE, Job, Method, MissingError, Tensors, find
+from dormouse.bench_load.methods import WHOLE, Job, Method, MissingError, Tensors, find, kept
 from dormouse.bench_load.weights import read_reference, sample_ranges, wrapped
 
 _NAMED = 3
@@ -71,8 +72,16 @@ def _serve(method: Method, device: str, orders: BinaryIO, out: BinaryIO) -> None
     if not orders.readline():
         return
     loaded, tensors, totals = _measure(method, job, prepared, torch)
-    _tell(out, {"loaded": msgspec.to_builtins(loaded)})
+    _tell(out, {"loaded": loaded})
     _tell(out, {"wrong": _wrong(tensors, totals, job, torch, some=method.source not in WHOLE)})
+    again = None
+    if job.again:
+        tensors.clear()
+        kept.clear()
+        if job.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        again = _measure(method, job, prepared, torch)[0].seconds
+    _tell(out, {"again": again})
 
 
 def _torch(device: str) -> Any:

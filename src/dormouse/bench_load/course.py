@@ -201,6 +201,7 @@ class _Run:
         result.plain_bytes, result.tensors = self._weights.plain_bytes, self._weights.tensors
         result.files = len(files)
         self._imports.finish(max(1.0, self._budget.left * _PREPARE_SHARE))
+        cache.sync(files)  # nothing is to be written while rows are measured
         result.stored, result.prepared = self._imports.stored, result.prepared | self._imports.seconds
         self.save()
 
@@ -282,6 +283,7 @@ class _Run:
         row.device_bytes = loaded.device_bytes
         wrong = child.hear("wrong", seconds)
         row.outcome, row.note = ("wrong", "; ".join(wrong)) if wrong else ("ok", "")
+        row.again_seconds = child.hear("again", seconds)
 
     def _job(self, method: Method, condition: str) -> Job:
         assert self._weights is not None
@@ -294,6 +296,7 @@ class _Run:
             device=self._options.device,
             condition=condition,
             reference=str(self._weights.reference),
+            again=condition != "cold",
         )
 
     def _set_cache(self, method: Method, condition: str) -> float | None:

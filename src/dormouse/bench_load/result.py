@@ -19,7 +19,7 @@ from dormouse.bench_load.limits import Limit
 
 GIGA = 1e9
 _SELF_EVIDENT = ("date", "cpu", "memory")
-COLUMNS = ("method", "cache", "seconds", "GB/s", "CPU s", "host GB", "cached")
+COLUMNS = ("method", "cache", "seconds", "again", "GB/s", "CPU s", "host GB", "cached")
 _PACKAGES = (
     *("dormouse", "torch", "triton", "numpy", "safetensors", "fastsafetensors", "runai-model-streamer"),
     *("instanttensor", "transformers", "peft"),
@@ -30,7 +30,8 @@ _PACKAGES = (
 class Row:
     """One method under one condition. `outcome`: ok, wrong (the tensors are not those of the files), failed, missing,
     skipped. `peak_memory` is how far the process's own memory (anonymous, shared, pinned; no file pages) grew while it
-    loaded; `resident_growth` counts file pages that it had mapped too."""
+    loaded; `resident_growth` counts file pages that it had mapped too.
+    `again_seconds`: the same load once more in the same process, with what it keeps, such as pinned memory."""
 
     method: str
     condition: str
@@ -42,6 +43,7 @@ class Row:
     seconds: float | None = None
     plain_bytes: int = 0
     bytes_per_second: float | None = None
+    again_seconds: float | None = None
     cpu_seconds: float | None = None
     peak_memory: int | None = None
     resident_growth: int | None = None
@@ -111,6 +113,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.method,
         row.condition,
         seconds,
+        _figure(row.again_seconds, "{:.2f}"),
         _figure(row.bytes_per_second, "{:.2f}", GIGA),
         _figure(row.cpu_seconds, "{:.1f}"),
         _figure(row.peak_memory, "{:.2f}", GIGA),
@@ -120,9 +123,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _limit_cells(name: str, limit: Limit | str) -> tuple[str, ...]:
     if isinstance(limit, str):
-        return (f"limit: {name}", "", "not measured", "", "", "", "")
+        return (f"limit: {name}", "", "not measured", "", "", "", "", "")
     rate = f"{limit.bytes_per_second / GIGA:.2f}"
-    return (f"limit: {name}", "", f"{limit.seconds:.2f}", rate, "", "", "")
+    return (f"limit: {name}", "", f"{limit.seconds:.2f}", "", rate, "", "", "")
 
 
 def _figure(value: float | None, form: str, unit: float = 1) -> str:
@@ -163,7 +166,7 @@ def remarks(result: Result) -> list[str]:
 
 def _all_cells(result: Result) -> Iterable[tuple[str, ...]]:
     names = list(dict.fromkeys(row.method for row in result.rows))
-    yield from (_cells(row) for row in sorted(result.rows, key=lambda row: names.index(row.method)))
+    yield from (_cells(row) for row in sorted(result.rows, key=lambda row: (row.ours, names.index(row.method))))
     yield from (_limit_cells(name, limit) for name, limit in result.limits.items())
 
 

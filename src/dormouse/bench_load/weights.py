@@ -114,7 +114,7 @@ def _split(shapes: Shapes, shards: int) -> list[Shapes]:
 
 
 def make(folder: Path, wanted: int, shards: int, threads: int) -> tuple[Path, ...]:
-    """Write the files, to the disk itself. Every value is drawn anew: no two tensors are alike."""
+    """Write the files. Every value is drawn anew: no two tensors are alike."""
     parts = lay_out(wanted, shards)
     files = tuple(folder / f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1))
     jobs: list[tuple[Path, int, int, int]] = []
@@ -130,7 +130,6 @@ def make(folder: Path, wanted: int, shards: int, threads: int) -> tuple[Path, ..
         ]
     with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
         list(pool.map(_write_block, jobs))
-        list(pool.map(_sync, files))
     return files
 
 
@@ -159,14 +158,6 @@ def _write_block(job: tuple[Path, int, int, int]) -> None:
         while data:
             written = os.pwrite(descriptor, data, offset)
             data, offset = data[written:], offset + written
-    finally:
-        os.close(descriptor)
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
