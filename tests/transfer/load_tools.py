@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +138,7 @@ def plain_file(path: Path, content: bytes, cuts: Sequence[int]) -> LoadPlan:
     path.write_bytes(content)
     ends = [0, *sorted(cuts), len(content)]
     pieces, target = [], 0
-    for begin, end in reversed(list(zip(ends, ends[1:], strict=False))):
+    for begin, end in reversed(list(pairwise(ends))):
         if end > begin:
             copy = Copy(0, 0, target, end - begin)
             pieces.append(Piece(0, begin, end - begin, end - begin, Codec.RAW, None, (copy,)))
@@ -148,4 +149,4 @@ def plain_file(path: Path, content: bytes, cuts: Sequence[int]) -> LoadPlan:
 def reversed_parts(content: bytes, cuts: Sequence[int]) -> bytes:
     """What `plain_file` must come to."""
     ends = [0, *sorted(cuts), len(content)]
-    return b"".join(content[begin:end] for begin, end in reversed(list(zip(ends, ends[1:], strict=False))))
+    return b"".join(content[begin:end] for begin, end in reversed(list(pairwise(ends))))

@@ -3,9 +3,9 @@
     pieces (chunks of a checkpoint, runs of a plain file) -> plan() -> extents of many pieces -> load_host | load_device
 
 A piece is coded as a whole and decoded as a whole; its plain bytes, or parts of them, go to one or more places in the
-destinations (one block of memory per device), which are all zeros before: so chunks of zeros are not read, only their
-signatures are checked. Pieces that lie side by side in a file are read at once, as one extent of at most `extent_bytes`.
-Plain bytes without a signature may be cut anywhere: a long run of them becomes several pieces.
+destinations (one block of memory per device), which are all zeros before: so chunks of zeros are not read, and only
+their signatures are checked. Pieces that lie side by side in a file are read at once, as one extent of at most
+`extent_bytes`. Plain bytes without a signature may be cut anywhere: a long run of them becomes several pieces.
 """
 
 from __future__ import annotations
@@ -196,13 +196,13 @@ def _cut(piece: Piece, extent_bytes: int) -> Iterator[Piece]:
     begin = piece.offset
     while begin < piece.end:
         end = min(piece.end, (begin // extent_bytes + 1) * extent_bytes)
-        copies = tuple(_clipped(piece.copies, begin - piece.offset, end - piece.offset))
+        copies = tuple(clipped(piece.copies, begin - piece.offset, end - piece.offset))
         if copies:
             yield piece._replace(offset=begin, stored_length=end - begin, plain_length=end - begin, copies=copies)
         begin = end
 
 
-def _clipped(copies: Iterable[Copy], begin: int, end: int) -> Iterator[Copy]:
+def clipped(copies: Iterable[Copy], begin: int, end: int) -> Iterator[Copy]:
     """What of `copies` lies between `begin` and `end` of the plain bytes, counted from `begin`."""
     for copy in copies:
         pitch = copy.source_pitch or copy.row_bytes
