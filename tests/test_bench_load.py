@@ -145,7 +145,7 @@ def test_files_of_somebody_else_are_measured_where_they_are(tmp_path: Path) -> N
     (scratch := tmp_path / "scratch").mkdir()
     found = options(
         gigabytes=None, shards=4, files=folder, folder=scratch, device="cpu", names=["safetensors"], cold=False,
-        budget_seconds=None, output=None,
+        repeats=1, lora=False, codec=False, budget_seconds=None, output=None,
     )  # fmt: skip
     result = measure(found, SILENT)
     assert [(row.outcome, row.note) for row in result.rows] == [("ok", "")]
@@ -155,7 +155,7 @@ def test_files_of_somebody_else_are_measured_where_they_are(tmp_path: Path) -> N
 
 def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     asked = {"gigabytes": 1.0, "shards": 1, "files": None, "folder": tmp_path, "device": "cpu", "names": (),
-             "cold": True, "budget_seconds": None, "output": None}  # fmt: skip
+             "cold": True, "repeats": 1, "lora": False, "codec": False, "budget_seconds": None, "output": None}  # fmt: skip
     with pytest.raises(ConfigError, match="no method"):
         options(**{**asked, "names": ["fastest"]})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="has no"):
@@ -166,7 +166,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_made_weights_are_normal_distributed_and_differ_from_tensor_to_tensor(tmp_path: Path, shards: int) -> None:
-    files = weights.make(tmp_path, SIZE, shards, threads=2)
+    files = weights.make(tmp_path, weights.lay_out(SIZE, shards), threads=2)
     assert len(files) == shards
     found = {}
     for file in files:

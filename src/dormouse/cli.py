@@ -624,6 +624,9 @@ def bench_start(model: str, runs: int, prompt: str, data_dir: DataDir, as_json: 
 @click.option("--device", help="cpu, cuda:0, ...  [default: cuda:0 if there is one, else cpu]")
 @click.option("--method", "names", multiple=True, help="Only this one; may be given more than once.")
 @click.option("--cold/--no-cold", default=True, help="Whether to load from the disk, too.")
+@click.option("--repeats", default=1, show_default=True, type=click.IntRange(1, 100), help="The fastest counts.")
+@click.option("--lora", is_flag=True, help="An adapter of 1 GB into a running model, too.")
+@click.option("--codec", is_flag=True, help="The codec alone, too.")
 @click.option("--budget-seconds", type=click.FloatRange(1.0), help="Skip what no longer fits into that time.")
 @click.option("--output", type=click.Path(path_type=Path), help="A JSON file, written anew after every row.")
 @common

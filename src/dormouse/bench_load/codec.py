@@ -69,7 +69,7 @@ def on_device(torch: Any, device: str) -> CodecFigures:
     size = _DEVICE_CHUNKS * CHUNK_SIZE
     values = torch.empty(size // 2, dtype=torch.bfloat16, device=device).normal_(0, SIGMA)
     plain = values.view(torch.uint8)
-    payloads = encode_batch(plain, Codec.BF16, CHUNK_SIZE)
+    payloads = [payload for payload in encode_batch(plain, Codec.BF16, CHUNK_SIZE) if payload is not None]
     starts = np.cumsum([0, *(-(-payload.numel() // 16) * 16 for payload in payloads)])
     staging = torch.zeros(int(starts[-1]), dtype=torch.uint8, device=device)
     for start, payload in zip(starts.tolist(), payloads, strict=False):
@@ -81,19 +81,19 @@ def on_device(torch: Any, device: str) -> CodecFigures:
     target, status = torch.zeros_like(plain), torch.zeros(1, dtype=torch.int32, device=device)
     decoder = FloatDecoder(device)
     tasks = decoder.prepare(np.array(rows, np.int64))
-    decode = _synchronised(torch, lambda: decoder.decode(tasks, 0, len(rows), staging, target, status))
-    encode = _synchronised(torch, lambda: encode_batch(plain, Codec.BF16, CHUNK_SIZE))
+    decode = _synchronised(torch, device, lambda: decoder.decode(tasks, 0, len(rows), staging, target, status))
+    encode = _synchronised(torch, device, lambda: encode_batch(plain, Codec.BF16, CHUNK_SIZE))
     decoded, encoded = _best(decode), _best(encode)
     stored = sum(payload.numel() for payload in payloads)
-    right = bool(torch.equal(target, plain)) and int(status.item()) == 0
+    right = int(status.item()) == 0 and bool(torch.equal(target, plain))
     return CodecFigures(device, size, size / stored, size / encoded, size / decoded, right)
 
 
-def _synchronised(torch: Any, work: Callable[[], object]) -> Callable[[], None]:
+def _synchronised(torch: Any, device: str, work: Callable[[], object]) -> Callable[[], None]:
     def timed() -> None:
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
 
     return timed
 

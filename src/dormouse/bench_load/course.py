@@ -16,110 +16,29 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from dormouse.bench_load import cache, limits
+from dormouse.bench_load import cache, codec, limits, lora
 from dormouse.bench_load.child import Loaded
 from dormouse.bench_load.importing import COPIES, MODEL, Imports
 from dormouse.bench_load.limits import Limit
-from dormouse.bench_load.methods import METHODS, Job, Method
+from dormouse.bench_load.methods import Job, Method
+from dormouse.bench_load.options import CONDITIONS, Budget, Hooks, Options
 from dormouse.bench_load.processes import Child, ChildError
-from dormouse.bench_load.result import Result, Row, host_facts, line
-from dormouse.bench_load.weights import SIGMA, Weights, make, write_reference
+from dormouse.bench_load.result import Result, Row, codec_line, host_facts, line
+from dormouse.bench_load.weights import SIGMA, Weights, lay_out, make, write_reference
 from dormouse.errors import ConfigError
 
-CONDITIONS = ("warm", "tier", "cold")
-FOREVER = 1e6
 _CHILD = "dormouse.bench_load.child"
 _LIMIT_BYTES = 4 << 30
 _START_SECONDS = 120.0
 _PREPARE_SHARE = 0.6
 _WARM = 0.99
-_GUESSES = {"warm": 3e9, "tier": 1.5e9, "cold": 1.5e9}  # bytes per second, until a row has shown better
-_OVERHEAD = 2.0
-_PATIENCE = 6.0
+_PATIENCE, _GRACE = 6.0, 2.0
 _FEW, _MANY, _MANY_CORES = 2, 32, 8
-_NOT_REACHED = "not reached"
-
-
-@dataclass(frozen=True)
-class Options:
-    """`files`: measure these instead of making `size` bytes in `shards`. `folder`: on the disk to be measured. `device`
-    as torch names it. `budget`: seconds for everything; rows that no longer fit are skipped. `output`: where the result
-    is written after each row."""
-
-    folder: Path
-    device: str = "cpu"
-    size: int = 1_000_000_000
-    shards: int = 4
-    files: tuple[Path, ...] = ()
-    methods: tuple[Method, ...] = tuple(method for method in METHODS if not method.extra)
-    conditions: tuple[str, ...] = CONDITIONS
-    budget: float = FOREVER
-    output: Path | None = None
-
-
-def options(
-    *,
-    gigabytes: float | None,
-    shards: int,
-    files: Path | None,
-    folder: Path,
-    device: str | None,
-    names: Sequence[str],
-    cold: bool,
-    budget_seconds: float | None,
-    output: Path | None,
-) -> Options:
-    """Options from the words of a command line. Raises ConfigError."""
-    gpu = Path("/dev/nvidiactl").exists()
-    known = {method.name: method for method in METHODS}
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"there is no method {unknown[0]!r}", remedy=f"There are: {', '.join(known)}")
-    given = tuple(sorted(files.glob("*.safetensors")) if files.is_dir() else [files]) if files is not None else ()
-    if files is not None and not given:
-        raise ConfigError(f"{files} has no .safetensors files", remedy="Give a folder that has some")
-    return Options(
-        folder=folder,
-        device=device or ("cuda:0" if gpu else "cpu"),
-        size=int((gigabytes or (16 if gpu else 1)) * 1e9),
-        shards=shards,
-        files=given,
-        methods=tuple(known[name] for name in names) or Options.methods,
-        conditions=CONDITIONS if cold else tuple(name for name in CONDITIONS if name != "cold"),
-        budget=budget_seconds or FOREVER,
-        output=output,
-    )
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """Whom the benchmark tells what: `step` what begins, `show` a row or limit that is done."""
-
-    step: Callable[[str], None]
-    show: Callable[[str], None]
-
-
-class Budget:
-    """The time that is left, and how long rows took so far."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-        self._longest: dict[str, float] = {}
-
-    @property
-    def left(self) -> float:
-        return self._end - time.monotonic()
-
-    def note(self, condition: str, seconds: float) -> None:
-        self._longest[condition] = max(seconds, self._longest.get(condition, 0.0))
-
-    def expected(self, condition: str, plain_bytes: int) -> float:
-        """Seconds for one more row of that condition: what the longest took, or a guess."""
-        return self._longest.get(condition, plain_bytes / _GUESSES[condition] + _OVERHEAD)
 
 
 def measure(options: Options, hooks: Hooks) -> Result:
@@ -128,14 +47,31 @@ def measure(options: Options, hooks: Hooks) -> Result:
     if not options.folder.is_dir():
         raise ConfigError(f"{options.folder} is not a folder", remedy="Give a folder on the disk to be measured")
     result = Result(options.device, host_facts())
-    with _scratch(options.folder) as scratch, contextlib.closing(_Run(options, hooks, result, scratch)) as run:
-        run.prepare()
-        run.rows("warm", "tier")
-        run.limits()
-        run.rows("cold")
+    budget = Budget(options.budget)
+    with _scratch(options.folder) as scratch:
+        with contextlib.closing(_Run(options, hooks, result, scratch, budget)) as run:
+            run.prepare()
+            run.rows("warm", "tier")
+            if options.limits:
+                run.limits()
+            run.rows("cold")
+            run.codec()
+        if options.lora:
+            result.lora = _measure_lora(options, hooks, budget)
         result.complete = True
         run.save()
     return result
+
+
+def _measure_lora(options: Options, hooks: Hooks, budget: Budget) -> Result:
+    """The same course with an adapter."""
+    with _scratch(options.folder) as scratch:
+        files = make(scratch, [lora.shapes(options.lora)], os.cpu_count() or 1)
+        asked = replace(
+            options, files=files, methods=lora.LORA_METHODS, budget=max(0.0, budget.left), lora=0, codec=False,
+            limits=False, output=None,
+        )  # fmt: skip
+        return measure(asked, hooks)
 
 
 @contextlib.contextmanager
@@ -151,18 +87,18 @@ def _scratch(place: Path) -> Iterator[Path]:
 class _Run:
     """One run's state: what is prepared, which children wait."""
 
-    def __init__(self, options: Options, hooks: Hooks, result: Result, scratch: Path) -> None:
+    def __init__(self, options: Options, hooks: Hooks, result: Result, scratch: Path, budget: Budget) -> None:
         self._options, self._hooks, self._result, self._scratch = options, hooks, result, scratch
-        self._budget = Budget(options.budget)
+        self._budget = budget
         self._threads = os.cpu_count() or 1
         self._children: dict[tuple[str, str], Child] = {}
-        self._prepared: set[tuple[str, str]] = set()
-        self._link: Child | None = None
+        self._unheard: set[tuple[str, str]] = set()
+        self._helpers: dict[str, Child] = {}
         self._imports = Imports(scratch)
         self._weights: Weights | None = None
         self._methods = {method.name: method for method in options.methods}
         result.rows = [
-            Row(method.name, condition, method.how, method.ours, note=_NOT_REACHED)
+            Row(method.name, condition, method.how, method.ours)
             for condition in CONDITIONS
             for method in options.methods
             if condition in method.conditions and condition in options.conditions
@@ -171,9 +107,8 @@ class _Run:
     def close(self) -> None:
         """End every child."""
         self._imports.close()
-        for child in (*self._children.values(), self._link):
-            if child is not None:
-                child.close()
+        for child in (*self._children.values(), *self._helpers.values()):
+            child.close()
 
     def save(self) -> None:
         """Write the result so far to the file that was asked for; never half of one."""
@@ -186,16 +121,15 @@ class _Run:
         """Files, reference, imported checkpoints; meanwhile the first children start."""
         options, result = self._options, self._result
         self._start(result.rows[: self._batch])
-        if options.device.startswith("cuda"):
-            self._link = Child(limits.__name__, options.device)
+        self._start_helpers()
         begin = time.perf_counter()
         files, result.weights = options.files, "given files"
         if not files:
             self._hooks.step(f"making {options.size / 1e9:.2f} GB of weights")
-            files = make(self._scratch, options.size, options.shards, self._threads)
+            files = make(self._scratch, lay_out(options.size, options.shards), self._threads)
             result.weights = f"bf16, N(0, {SIGMA})"
         result.prepared["files"] = time.perf_counter() - begin
-        self._hooks.step("importing them, coded and raw")
+        self._hooks.step("importing them")
         self._imports.start(files, [copy for copy in COPIES if any(m.source == copy for m in options.methods)])
         self._weights = write_reference(files, self._scratch / "reference.json", self._threads)
         result.plain_bytes, result.tensors = self._weights.plain_bytes, self._weights.tensors
@@ -203,7 +137,15 @@ class _Run:
         self._imports.finish(max(1.0, self._budget.left * _PREPARE_SHARE))
         cache.sync(files)  # nothing is to be written while rows are measured
         result.stored, result.prepared = self._imports.stored, result.prepared | self._imports.seconds
+        result.prepared["all"] = time.perf_counter() - begin
         self.save()
+
+    def _start_helpers(self) -> None:
+        device = self._options.device
+        if self._options.limits and device.startswith("cuda"):
+            self._helpers["link"] = Child(limits.__name__, device)
+        if self._options.codec:
+            self._helpers["codec"] = Child(codec.__name__, device)
 
     @property
     def _batch(self) -> int:
@@ -211,34 +153,36 @@ class _Run:
         return _MANY if self._threads >= _MANY_CORES else _FEW
 
     def rows(self, *conditions: str) -> None:
-        """Every row of these conditions, a batch of children at a time."""
-        self._hooks.step(f"loading: {', '.join(conditions)}")
+        """Every row of these conditions, a batch of children at a time, as often as was asked."""
         rows = [row for row in self._result.rows if row.condition in conditions]
-        for first in range(0, len(rows), self._batch):
-            batch = rows[first : first + self._batch]
-            self._start(batch)
-            self._hear_prepared()
-            for row in batch:
-                self._fill(row, self._methods[row.method])
-                self._hooks.show(line(row))
-                self.save()
+        if rows:
+            self._hooks.step(f"loading: {', '.join(conditions)}")
+        for _ in range(self._options.repeats):
+            for first in range(0, len(rows), self._batch):
+                self._start(rows[first : first + self._batch])
+                self._hear_prepared()
+                for row in rows[first : first + self._batch]:
+                    self._repeat(row)
 
     def _start(self, rows: Sequence[Row]) -> None:
-        """Start the children of these rows, where they are not there yet."""
+        """Start the children of these rows, where they are not there yet. A package that is missing stays so."""
         for row in rows:
-            if (row.method, row.condition) not in self._children:
+            if row.key not in self._children and row.outcome != "missing":
                 method = self._methods[row.method]
-                self._children[row.method, row.condition] = Child(
+                self._children[row.key] = Child(
                     _CHILD, method.place, self._options.device, environment=method.environment
                 )
+                self._unheard.add(row.key)
 
     def _hear_prepared(self) -> None:
         """Wait until every child that was started has imported what it needs, so that none does beside a load."""
         for row in self._result.rows:
-            if row.note == _NOT_REACHED and (child := self._children.get((row.method, row.condition))):
+            if row.key in self._unheard:
+                self._unheard.remove(row.key)
                 with self._told_in(row):
-                    row.version = child.hear("version", _START_SECONDS)
-                    row.note = ""
+                    row.version = self._children[row.key].hear("version", _START_SECONDS)
+                if row.outcome in ("missing", "failed"):
+                    self._children.pop(row.key).close()
 
     @contextlib.contextmanager
     def _told_in(self, row: Row) -> Iterator[None]:
@@ -250,25 +194,29 @@ class _Run:
         except OSError as error:
             row.outcome, row.note = "failed", str(error)
 
-    def _fill(self, row: Row, method: Method) -> None:
-        """Measure one row, if its child is prepared, its checkpoint there and the time long enough."""
+    def _repeat(self, row: Row) -> None:
+        """Measure a row once more, unless its child could not even prepare."""
+        if (child := self._children.pop(row.key, None)) is not None:
+            attempt = Row(row.method, row.condition, row.how, row.ours, version=row.version)
+            with contextlib.closing(child):
+                self._fill(attempt, self._methods[row.method], child)
+            row.take(attempt)
+        self._hooks.show(line(row))
+        self.save()
+
+    def _fill(self, row: Row, method: Method, child: Child) -> None:
+        """Measure one row, if its checkpoint is there and the time long enough."""
         assert self._weights is not None
-        child = self._children[method.name, row.condition]
         needed = self._budget.expected(row.condition, self._weights.plain_bytes)
-        begin = time.monotonic()
-        try:
-            if row.outcome in ("missing", "failed"):
-                return
-            if method.source in self._imports.failed:
-                row.outcome, row.note = "failed", self._imports.failed[method.source]
-            elif self._budget.left < needed:
-                row.note = f"{max(0.0, self._budget.left):.0f} s of the budget left, about {needed:.0f} s needed"
-            else:
-                with self._told_in(row):
-                    self._load(row, method, child, min(self._budget.left, needed * _PATIENCE + _OVERHEAD))
-                self._budget.note(row.condition, time.monotonic() - begin)
-        finally:
-            child.close()
+        if method.source in self._imports.failed:
+            row.outcome, row.note = "failed", self._imports.failed[method.source]
+        elif self._budget.left < needed:
+            row.note = f"{max(0.0, self._budget.left):.0f} s of the budget left, about {needed:.0f} s needed"
+        else:
+            begin = time.monotonic()
+            with self._told_in(row):
+                self._load(row, method, child, min(self._budget.left, needed * _PATIENCE + _GRACE))
+            self._budget.note(row.condition, time.monotonic() - begin)
 
     def _load(self, row: Row, method: Method, child: Child, seconds: float) -> None:
         """The conversation with the child, as in child.py."""
@@ -322,7 +270,7 @@ class _Run:
         files = self._weights.files
         self._hooks.step("what the machine itself can do")
         measured: dict[str, Callable[[], Limit]] = {
-            "link": self._take_link,
+            "link": lambda: msgspec.convert(self._ask("link"), Limit),
             "host copy": lambda: limits.host_copy(files, _LIMIT_BYTES, self._threads),
             "disk": lambda: limits.disk(files, _LIMIT_BYTES, lambda: cache.drop(files)),
         }
@@ -335,11 +283,23 @@ class _Run:
             self._hooks.show(f"limit: {name}: {limit if isinstance(limit, str) else limits.told(limit)}")
             self.save()
 
-    def _take_link(self) -> Limit:
-        if self._link is None:
+    def codec(self) -> None:
+        """The codec's own figures, if they were asked for."""
+        if self._options.codec:
+            self._hooks.step("the codec alone")
+            try:
+                self._result.codec = msgspec.convert(self._ask("codec"), list[codec.CodecFigures])
+            except ChildError as error:
+                self._result.codec = f"not measured: {error}"
+            for told in codec_line(self._result.codec):
+                self._hooks.show(told)
+            self.save()
+
+    def _ask(self, name: str) -> object:
+        """What a helper tells."""
+        if (child := self._helpers.pop(name, None)) is None:
             raise ChildError(f"there is none to {self._options.device}")
-        self._link.tell(b"")
-        try:
-            return msgspec.convert(self._link.hear("link", _START_SECONDS), Limit)
-        finally:
-            self._link.close()
+        with contextlib.closing(child):
+            child.tell(b"")
+            answer: object = child.hear(name, max(1.0, min(self._budget.left, _START_SECONDS)))
+            return answer

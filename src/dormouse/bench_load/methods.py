@@ -165,7 +165,7 @@ def _load_sllm(job: Job, folder: str) -> Tensors:
     return tensors
 
 
-def _prepare_ours(device: str) -> str:
+def prepare_ours(device: str) -> str:
     import dormouse
 
     _ = dormouse.load_file, dormouse.load  # imported when they are first asked for
@@ -174,7 +174,7 @@ def _prepare_ours(device: str) -> str:
     return _version("dormouse", "dormouse")
 
 
-def _before_load(job: Job) -> None:
+def before_load(job: Job) -> None:
     """On a GPU, have the kernels compiled or taken from Triton's cache, as those of peers come compiled: by loading the
     smallest tensor. Pinned memory is given back, for making it belongs to a load."""
     if not job.device.startswith("cuda"):
@@ -197,10 +197,41 @@ def _load_file(job: Job, _prepared: Any) -> Tensors:
     return tensors
 
 
-def _load(job: Job, _prepared: Any) -> Tensors:
+def prepare_tier(device: str) -> str:
+    if not device.startswith("cuda"):
+        raise MissingError("the DRAM tier serves loads to GPUs only")
+    importlib.import_module("dormouse.transfer.dram")
+    return prepare_ours(device)
+
+
+def filled_tier(job: Job) -> Any:
+    """A tier that holds the model's chunks, pinned."""
+    before_load(job)
+    from dormouse.checkpoint.load_plans import of_checkpoint
+    from dormouse.checkpoint.models import open_model
+    from dormouse.checkpoint.shards import place
+    from dormouse.checkpoint.tensors import decode_body
+    from dormouse.config import DataDir
+    from dormouse.store.store import Store
+    from dormouse.transfer.dram import SLAB_BYTES, DramTier
+
+    data_dir = DataDir(Path(job.data_dir))
+    checkpoint = open_model(data_dir.models, job.model).checkpoint
+    assert checkpoint is not None
+    with Store.open(data_dir.store) as store, store.reader() as reader:
+        manifest = store.manifest(checkpoint)
+        body = decode_body(manifest.body, job.model)
+        plan = of_checkpoint(body, manifest.refs, place(body.tensors, 1, {}), reader, job.model)
+        tier = DramTier(plan.stored_bytes * 6 // 5 + SLAB_BYTES, pin=True)
+        tier.hold(plan, store.key)
+    return tier
+
+
+def load_from(job: Job, tier: Any) -> Tensors:
+    """By name, through the tier if there is one."""
     import dormouse
 
-    tensors: Tensors = dormouse.load(job.model, device=job.device, data_dir=job.data_dir)
+    tensors: Tensors = dormouse.load(job.model, device=job.device, data_dir=job.data_dir, tier=tier)
     return tensors
 
 
@@ -268,7 +299,7 @@ LOAD_FILE = Method(
     "dormouse.load_file",
     "plain safetensors, one call per file",
     "plain",
-    _prepare_ours,
+    prepare_ours,
     _load_file,
     ours=True,
 )
@@ -277,9 +308,9 @@ LOAD_RAW = Method(
     "dormouse.load, raw",
     "imported checkpoint, chunks stored raw",
     "raw",
-    _prepare_ours,
-    _load,
-    _before_load,
+    prepare_ours,
+    load_from,
+    before_load,
     ours=True,
 )
 LOAD_CODED = Method(
@@ -287,11 +318,23 @@ LOAD_CODED = Method(
     "dormouse.load, coded",
     "imported checkpoint, chunks coded",
     "coded",
-    _prepare_ours,
-    _load,
-    _before_load,
+    prepare_ours,
+    load_from,
+    before_load,
     ours=True,
 )
 
-METHODS = (LOAD_CODED, LOAD_FILE, SAFETENSORS, FASTSAFETENSORS, INSTANTTENSOR, RUNAI, LOAD_RAW, TORCH, SLLM)
+LOAD_TIER = Method(
+    f"{_HERE}:LOAD_TIER",
+    "dormouse.load, DRAM tier",
+    "imported checkpoint, its coded chunks in pinned memory",
+    "coded",
+    prepare_tier,
+    load_from,
+    filled_tier,
+    conditions=("tier",),
+    ours=True,
+)
+
+METHODS = (LOAD_TIER, LOAD_CODED, LOAD_FILE, SAFETENSORS, FASTSAFETENSORS, INSTANTTENSOR, RUNAI, LOAD_RAW, TORCH, SLLM)
 """In the order in which they are measured: should the time run out, the last are left out."""

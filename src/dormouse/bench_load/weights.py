@@ -1,6 +1,6 @@
 """Weights to measure with: safetensors files of random bfloat16 in the shapes of a Llama, written by many threads.
 
-    lay_out(bytes, shards) -> shapes per shard --make--> model-00001-of-0000N.safetensors --reference--> what is in them
+    lay_out(bytes, shards) -> shapes per file --make--> model-00001-of-0000N.safetensors --reference--> what is in them
 
 The reference is what every method's tensors are compared with: type and shape, the sum of all bytes (as 64-bit
 integers that wrap around) and the BLAKE3 of three samples of each tensor. It is read from the files themselves, so
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from blake3 import blake3
@@ -27,16 +28,27 @@ SIGMA = 0.02
 SAMPLE = 64 << 10
 _BLOCK_VALUES = 1 << 20
 _SEED = 20_26
-_SIZES = (
-    # hidden, feed-forward, keys and values, vocabulary; the first whose weights are large enough is taken
-    (4096, 14336, 1024, 128256),
-    (2048, 8192, 512, 32000),
-    (512, 1536, 128, 4096),
-    (128, 384, 32, 256),
-)
 _LEAST_LAYERS = 6
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+class Widths(NamedTuple):
+    """Of a Llama."""
+
+    hidden: int
+    wide: int
+    narrow: int
+    words: int
+
+
+WIDTHS = (
+    Widths(4096, 14336, 1024, 128256),
+    Widths(2048, 8192, 512, 32000),
+    Widths(512, 1536, 128, 4096),
+    Widths(128, 384, 32, 256),
+)
+"""The first whose weights are not too large is taken."""
 
 
 class TensorReference(msgspec.Struct, frozen=True):
@@ -63,38 +75,42 @@ class Weights:
 
 def lay_out(wanted: int, shards: int) -> list[Shapes]:
     """Tensors of about `wanted` bytes in `shards` files of about the same size."""
-    hidden, wide, narrow, words = next(
-        (size for size in _SIZES if _bytes(_outer(*size)) + _LEAST_LAYERS * _bytes(_layer(0, *size)) <= wanted),
-        _SIZES[-1],
+    widths = next(
+        (each for each in WIDTHS if _bytes(_outer(each)) + _LEAST_LAYERS * _bytes(_layer(0, each)) <= wanted),
+        WIDTHS[-1],
     )
-    outer, layer = _outer(hidden, wide, narrow, words), _bytes(_layer(0, hidden, wide, narrow, words))
-    count = max(1, shards, round((wanted - _bytes(outer)) / layer))
-    shapes = outer | dict(
-        itertools.chain.from_iterable(_layer(n, hidden, wide, narrow, words).items() for n in range(count))
-    )
+    count = max(1, shards, round((wanted - _bytes(_outer(widths))) / _bytes(_layer(0, widths))))
+    layers = (_layer(number, widths).items() for number in range(count))
+    shapes = _outer(widths) | dict(itertools.chain.from_iterable(layers))
     return _split(shapes, shards)
 
 
-def _outer(hidden: int, _wide: int, _narrow: int, words: int) -> Shapes:
+def _outer(widths: Widths) -> Shapes:
     return {
-        "model.embed_tokens.weight": (words, hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (words, hidden),
+        "model.embed_tokens.weight": (widths.words, widths.hidden),
+        "model.norm.weight": (widths.hidden,),
+        "lm_head.weight": (widths.words, widths.hidden),
     }
 
 
-def _layer(number: int, hidden: int, wide: int, narrow: int, _words: int) -> Shapes:
+def _layer(number: int, widths: Widths) -> Shapes:
     at = f"model.layers.{number}"
+    linear = {f"{at}.{name}.weight": shape for name, shape in linear_layers(widths).items()}
+    norms = (f"{at}.input_layernorm.weight", f"{at}.post_attention_layernorm.weight")
+    return linear | dict.fromkeys(norms, (widths.hidden,))
+
+
+def linear_layers(widths: Widths) -> Shapes:
+    """The linear modules of one layer, with the shapes of their weights."""
+    hidden, wide, narrow, _ = widths
     return {
-        f"{at}.input_layernorm.weight": (hidden,),
-        f"{at}.self_attn.q_proj.weight": (hidden, hidden),
-        f"{at}.self_attn.k_proj.weight": (narrow, hidden),
-        f"{at}.self_attn.v_proj.weight": (narrow, hidden),
-        f"{at}.self_attn.o_proj.weight": (hidden, hidden),
-        f"{at}.post_attention_layernorm.weight": (hidden,),
-        f"{at}.mlp.gate_proj.weight": (wide, hidden),
-        f"{at}.mlp.up_proj.weight": (wide, hidden),
-        f"{at}.mlp.down_proj.weight": (hidden, wide),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (narrow, hidden),
+        "self_attn.v_proj": (narrow, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
     }
 
 
@@ -113,9 +129,8 @@ def _split(shapes: Shapes, shards: int) -> list[Shapes]:
     return [part for part in parts if part]
 
 
-def make(folder: Path, wanted: int, shards: int, threads: int) -> tuple[Path, ...]:
-    """Write the files. Every value is drawn anew: no two tensors are alike."""
-    parts = lay_out(wanted, shards)
+def make(folder: Path, parts: Sequence[Shapes], threads: int) -> tuple[Path, ...]:
+    """Write a file for each part. Every value is drawn anew: no two tensors are alike."""
     files = tuple(folder / f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1))
     jobs: list[tuple[Path, int, int, int]] = []
     for file, shapes in zip(files, parts, strict=True):
