@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.transfer.load_tools import Stored, cut_by, mixed, plain_file, reversed_parts, shards, stored, weights
 
 from dormouse.errors import DamagedError, NotFoundError, StoreError, UntrustedError
 from dormouse.store.codec import Codec
@@ -21,7 +22,6 @@ from dormouse.transfer import source_files
 from dormouse.transfer.load_host import load_host
 from dormouse.transfer.plan import Copy, LoadPlan, Piece, plan
 from dormouse.transfer.report import LoadReport
-from tests.transfer.load_tools import Stored, cut_by, mixed, plain_file, reversed_parts, shards, stored, weights
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ class Crew(Generic[Item]):
         self._join()
         error, self._error = self._error, None
         if error is not None:
-            _clear_frames(error)
+            clear_frames(error)
             try:
                 raise error
             finally:
@@ -88,7 +88,7 @@ class Crew(Generic[Item]):
             return None if self._error is not None else next(self._items, None)
 
 
-def _clear_frames(error: BaseException | None) -> None:
+def clear_frames(error: BaseException | None) -> None:
     """Drop what the functions that an error left had in their variables: buffers, memory of a device."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)

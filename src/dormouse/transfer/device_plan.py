@@ -27,7 +27,7 @@ class Span(NamedTuple):
     """Rows of a device's table."""
 
     first: int
-    count: int
+    rows: int
 
 
 class Direct(NamedTuple):
@@ -62,8 +62,8 @@ class Part(NamedTuple):
 
 
 class Parcel(NamedTuple):
-    """What comes in one slot: the bytes of an extent as they are, or, if `host`, the plain bytes of its pieces one after
-    the other. `starts` tells where each piece begins."""
+    """What comes in one slot: the bytes of an extent as they are, or, if `host`, the plain bytes of its pieces one
+    after the other. `starts` tells where each piece begins."""
 
     extent: Extent
     host: bool
@@ -93,18 +93,19 @@ class Packed(NamedTuple):
     tables: tuple[Tables, ...]
 
 
-def pack(plan: LoadPlan, *, kernels: bool) -> Packed:
-    """`kernels`: whether the devices check and decode; else the host does."""
+def pack(plan: LoadPlan, *, kernels: bool, plain_bytes: int = EXTENT_BYTES) -> Packed:
+    """`kernels`: whether the devices check and decode; else the host does. `plain_bytes`: the most that a parcel comes
+    to where room is needed for them, unless one piece comes to more."""
     tables = tuple(Tables() for _ in plan.sizes)
     parcels = (
         _parcel(extent, host, tables)
         for whole in plan.extents
-        for extent, host in _sorted_out(whole, kernels=kernels)
+        for extent, host in _sorted_out(whole, plain_bytes, kernels=kernels)
     )
     return Packed(tuple(parcels), tables)
 
 
-def _sorted_out(extent: Extent, *, kernels: bool) -> Iterator[tuple[Extent, bool]]:
+def _sorted_out(extent: Extent, plain_bytes: int, *, kernels: bool) -> Iterator[tuple[Extent, bool]]:
     """The extent in parts that are treated alike: decoded by the host, decoded to scratch, and all else; the first two
     come to a bounded number of plain bytes."""
     host: list[Piece] = []
@@ -122,9 +123,9 @@ def _sorted_out(extent: Extent, *, kernels: bool) -> Iterator[tuple[Extent, bool
         return
     for part in join(rest, extent.length):
         yield part, False
-    for part in join(scratch, extent.length, EXTENT_BYTES):
+    for part in join(scratch, extent.length, plain_bytes):
         yield part, False
-    for part in join(host, extent.length, EXTENT_BYTES):
+    for part in join(host, extent.length, plain_bytes):
         yield part, True
 
 

@@ -19,13 +19,14 @@ from typing import Protocol
 from dormouse.store.chunk import Buffer
 from dormouse.store.codec import Codec
 from dormouse.store.key import Key
+from dormouse.store.pack import ALIGNMENT
 from dormouse.transfer.budget import default_threads
 from dormouse.transfer.crew import Crew
 from dormouse.transfer.memory import keep_freed_memory
 from dormouse.transfer.pieces import Checker, place
 from dormouse.transfer.plan import Copy, Extent, LoadPlan, Piece, join
 from dormouse.transfer.report import LoadReport, Progress
-from dormouse.transfer.source_files import MARGIN, SourceFile, SourceFiles
+from dormouse.transfer.source_files import SourceFile, SourceFiles, room_for
 
 READ_BYTES = 4 << 20
 """What is read at once into a thread's buffer; a longer chunk alone."""
@@ -64,7 +65,7 @@ def load_host(
     keep_freed_memory()
     plan.require([_size(destination) for destination in destinations])
     checker = Checker(plan.files, key)
-    checker.check_zeros(plan)
+    checker.check_plan(plan)
     with SourceFiles(plan.files, ours=plan.ours) as files:
         load = _HostLoad(plan, destinations, files, checker, progress)
         with Crew(
@@ -110,7 +111,7 @@ class _HostLoad:
     def _in_place(self, file: SourceFile, piece: Piece, direct: bool) -> bool:
         """Read a raw piece to where it goes; False when it has to go through the buffer."""
         copy = piece.whole
-        if copy is None or piece.codec != Codec.RAW or piece.stored_length != piece.plain_length:
+        if copy is None or piece.codec != Codec.RAW:
             return False
         target = self._memory(copy)
         if target is None or (direct and not file.fits_direct(target, piece.offset)):
@@ -120,7 +121,9 @@ class _HostLoad:
         return True
 
     def _through_buffer(self, file: SourceFile, group: Extent, direct: bool) -> None:
-        stored = file.read_around(self._buffer(group.length + MARGIN), group.offset, group.length, direct=direct)
+        stored = file.read_around(
+            self._buffer(room_for(group.offset, group.length)), group.offset, group.length, direct=direct
+        )
         for piece in group.pieces:
             begin = piece.offset - group.offset
             self._finish(piece, stored[begin : begin + piece.stored_length])
@@ -145,7 +148,7 @@ class _HostLoad:
         """This thread's buffer, which begins at a page."""
         buffer: memoryview | None = getattr(self._buffers, "buffer", None)
         if buffer is None or len(buffer) < length:
-            size = max(length, READ_BYTES + MARGIN)
+            size = max(length, READ_BYTES + ALIGNMENT)
             buffer = self._buffers.buffer = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         return buffer
 

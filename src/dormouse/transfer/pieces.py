@@ -39,10 +39,15 @@ class Checker:
         if not same(chunk_mac(self._key, chunk.digest, piece.codec, piece.plain_length, stored), chunk.mac):
             raise self.damaged(piece, "its bytes do not match their signature")
 
-    def check_zeros(self, plan: LoadPlan) -> None:
-        """That what is said to be zeros was stored as such. Raises DamagedError."""
+    def check_plan(self, plan: LoadPlan) -> None:
+        """What can be told before anything is read: that what is said to be zeros was stored as such, and that raw
+        bytes are as many as they claim. Raises DamagedError."""
         for piece in plan.zeros:
             self.check(piece, b"")
+        for extent in plan.extents:
+            for piece in extent.pieces:
+                if piece.codec == Codec.RAW and piece.stored_length != piece.plain_length:
+                    raise self.damaged(piece, f"it has {piece.stored_length} raw bytes instead of {piece.plain_length}")
 
     def decoded(self, piece: Piece, stored: Buffer) -> Buffer:
         """The plain bytes. Raises DamagedError."""

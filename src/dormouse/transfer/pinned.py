@@ -17,7 +17,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from dormouse.errors import HostError
 from dormouse.transfer.budget import default_threads
@@ -42,18 +42,21 @@ class CudaPinner:
     """The CUDA runtime, as torch has loaded it."""
 
     def pin(self, address: int, size: int) -> None:
-        import torch
-
         portable = 1
-        _check(int(torch.cuda.cudart().cudaHostRegister(address, size, portable)), f"pinning {size} bytes of memory")
+        _check(_cudart().cudaHostRegister(address, size, portable), f"pinning {size} bytes of memory")
 
     def unpin(self, address: int) -> None:
-        import torch
-
-        _check(int(torch.cuda.cudart().cudaHostUnregister(address)), "unpinning memory")
+        _check(_cudart().cudaHostUnregister(address), "unpinning memory")
 
 
-def _check(code: int, doing: str) -> None:
+def _cudart() -> Any:
+    import torch
+
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _check(result: Any, doing: str) -> None:
+    code = int(result)
     if code != 0:
         raise HostError(f"{doing} failed: CUDA error {code}", remedy="Allow less pinned memory, or free some memory")
 
@@ -127,6 +130,7 @@ def _no_memory(size: int, error: OSError) -> HostError:
 
 
 _idle: list[PinnedMemory] = []
+_abandoned: list[PinnedMemory] = []
 _lock = threading.Lock()
 
 
@@ -148,6 +152,12 @@ def give_back(memory: PinnedMemory) -> None:
     """Keep the memory for the next load. No copy out of it may be under way."""
     with _lock:
         _idle.append(memory)
+
+
+def abandon(memory: PinnedMemory) -> None:
+    """Never use or free it again: a GPU that has failed may still be reading it."""
+    _abandoned.append(memory)
+    log.error("%d bytes of pinned memory are lost until this process ends", memory.size)
 
 
 def idle_bytes() -> int:

@@ -27,10 +27,13 @@ from dormouse.store.pack import ALIGNMENT, aligned
 
 log = logging.getLogger(__name__)
 
-MARGIN = 2 * ALIGNMENT
-"""How much more than its bytes a range may need in memory, to begin and end where O_DIRECT wants it."""
 
 _PROBES, _PROBE = 8, 16 * mmap.PAGESIZE
+
+
+def room_for(offset: int, length: int) -> int:
+    """How much memory `SourceFile.read_around` needs for a range."""
+    return aligned(offset % ALIGNMENT + length)
 
 
 class SourceFile:
@@ -106,14 +109,19 @@ class SourceFile:
         return len(target) >= lead + ALIGNMENT and (address_of(target) + lead) % ALIGNMENT == 0
 
     def read_around(self, buffer: memoryview, offset: int, length: int, *, direct: bool) -> memoryview:
-        """The bytes of a range, somewhere in `buffer`, which begins at a page and is MARGIN longer than the range."""
+        """The bytes of a range, somewhere in `buffer`, which begins at a page and has `room_for` them."""
         if not direct:
             view = buffer[:length]
             self._read_cached(view, offset)
             return view
-        lead = offset % ALIGNMENT
+        lead = self.lead(offset, direct=True)
         self._read_direct(buffer[: aligned(lead + length)], offset - lead, lead + length)
         return buffer[lead : lead + length]
+
+    @staticmethod
+    def lead(offset: int, *, direct: bool) -> int:
+        """Where in its buffer `read_around` puts the first byte."""
+        return offset % ALIGNMENT if direct else 0
 
     def read_exactly(self, target: memoryview, offset: int, *, direct: bool) -> None:
         """Fill `target`; past the page cache only what of it `fits_direct`."""
