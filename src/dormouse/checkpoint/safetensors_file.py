@@ -47,15 +47,15 @@ def open_source(path: Path) -> BinaryIO:
     """A user's file, opened for reading. Raises NotFoundError, ConfigError for what is no file or may not be read."""
     try:
         # O_NONBLOCK: opening somebody's pipe would wait for ever. It means nothing to a regular file.
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise NotFoundError(f"there is no file {path}", remedy="Check the path") from None
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}", remedy="Give a file you may read") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise ConfigError(f"{path} is no regular file", remedy="Give a .safetensors file")
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
