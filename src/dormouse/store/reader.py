@@ -48,6 +48,10 @@ class Reader:
                 remedy=VERIFY_REMEDY,
             ) from None
 
+    def pack(self, chunk: StoredChunk) -> Path:
+        """The file that a chunk is in."""
+        return self._packs / pack_name(chunk.pack)
+
     def plain(self, chunk: StoredChunk) -> Buffer:
         """A chunk's plain bytes, checked. Raises DamagedError that names chunk and pack."""
         stored = self.stored(chunk)
