@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dormouse.errors import DamagedError  # noqa: E402
