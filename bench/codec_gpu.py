@@ -1,6 +1,6 @@
 """How fast the float codec is on this GPU: checks a gigabyte of random weights first, then times both directions.
 
-    python bench/codec_gpu.py [--json bench/results/codec_gpu.json] [--seconds 55] [--size-mb 1024] [--variants]
+    python bench/codec_gpu.py [--json bench/results/codec_gpu.json] [--seconds 55] [--size-mb 1024]
 
 Times are medians of several launches over more bytes than the cache holds, by the device's own clock, in GB/s of plain
 bytes. With `--variants`, decoding is timed with other numbers of warps, lanes and registers as well. nvCOMP's ANS is
@@ -38,28 +38,11 @@ DTYPES = {4: torch.bfloat16, 5: torch.float16, 6: torch.float32, 7: torch.float8
 NAMES = {4: "bf16", 5: "fp16", 6: "fp32", 7: "fp8_e4m3", 8: "fp8_e5m2"}
 SCALES = {7: 1.0, 8: 1.0}
 """fp8 weights are stored with a scale that brings them near 1."""
-VARIANTS = [
-    {"num_warps": warps, "LANES": lanes, **({"maxnreg": registers} if registers else {})}
-    for warps, lanes, registers in (
-        (8, 256, 64),
-        (8, 256, 80),
-        (8, 256, None),
-        (8, 512, 80),
-        (4, 256, 128),
-        (4, 256, 96),
-        (4, 512, 128),
-        (16, 512, 64),
-    )
-]
-ENCODE_VARIANTS = [
-    {"num_warps": warps, "LANES": lanes, **({"maxnreg": registers} if registers else {})}
-    for warps, lanes, registers in ((8, 256, 80), (16, 256, 64), (4, 256, 128))
-]
 
 
 @dataclass
 class Report:
-    """What was measured. A variant that fails is a row too."""
+    """What was measured. What fails is a row too."""
 
     seconds: float
     begin: float = field(default_factory=time.perf_counter)
@@ -75,7 +58,7 @@ class Report:
         signal.alarm(ROW_SECONDS)
         try:
             found = measure()
-        except Exception as error:  # noqa: BLE001 (a variant that does not compile is a result)
+        except Exception as error:  # noqa: BLE001 (what does not compile is a result)
             traceback.print_exc(limit=2, file=sys.stderr)
             found = {"error": f"{type(error).__name__}: {error}"[:300]}
         finally:
@@ -178,38 +161,22 @@ class Coded:
         return {"reference": "same bytes"}
 
 
-def variant(coded: Coded, options: dict[str, Any]) -> dict[str, Any]:
-    """Decoding with these options, which must still be right."""
-    usual = kernels.DECODE_OPTIONS.copy()
-    kernels.DECODE_OPTIONS.clear()
-    kernels.DECODE_OPTIONS.update(options)
-    try:
-        coded.out.zero_()
-        coded.status.zero_()
-        found = timed(coded.decode, coded.covered)
-        found["right"] = int(coded.status.item()) == 0 and torch.equal(coded.out, coded.plain)
-        return found
-    finally:
-        kernels.DECODE_OPTIONS.clear()
-        kernels.DECODE_OPTIONS.update(usual)
+def encode(coded: Coded) -> dict[str, Any]:
+    """All of it, waiting and memory included."""
+    found = timed(lambda: kernels.encode_batch(coded.plain, coded.codec, CHUNK), coded.plain.numel())
+    made = kernels.encode_batch(coded.plain, coded.codec, CHUNK)
+    same = all(
+        (a is None) == (b is None) and (a is None or torch.equal(a, b))
+        for a, b in zip(made, coded.payloads, strict=True)
+    )
+    return {**found, "same": same}
 
 
-def encode_variant(coded: Coded, options: dict[str, Any], runs: int = 3) -> dict[str, Any]:
-    usual = kernels.WRITE_OPTIONS.copy()
-    kernels.WRITE_OPTIONS.clear()
-    kernels.WRITE_OPTIONS.update(options)
-    try:
-        made = kernels.encode_batch(coded.plain, coded.codec, CHUNK)
-        right = all(
-            (a is None) == (b is None) and (a is None or torch.equal(a, b))
-            for a, b in zip(made, coded.payloads, strict=True)
-        )
-        del made
-        found = timed(lambda: kernels.encode_batch(coded.plain, coded.codec, CHUNK), coded.plain.numel(), runs)
-        return {**found, "same": right}
-    finally:
-        kernels.WRITE_OPTIONS.clear()
-        kernels.WRITE_OPTIONS.update(usual)
+def encode_steps(coded: Coded) -> dict[str, Any]:
+    """Each step of encoding alone, in milliseconds."""
+    encoding = kernels.Encoding(coded.plain, coded.codec, CHUNK)
+    steps = {"measure": encoding.measure, "choose": encoding.choose, "write": encoding.write}
+    return {f"{name}_ms": timed(step, coded.plain.numel())["ms"] for name, step in steps.items()}
 
 
 def one_extent(coded: Coded) -> dict[str, Any]:
@@ -262,7 +229,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def measure(report: Report, size: int, *, variants: bool) -> None:
+def measure(report: Report, size: int) -> None:
     made: dict[int, Coded] = {}
 
     def checked(codec: int, length: int) -> dict[str, Any]:
@@ -274,14 +241,10 @@ def measure(report: Report, size: int, *, variants: bool) -> None:
     if BF16 in made:
         bf16 = made[BF16]
         report.row("bf16 decode", lambda: timed(bf16.decode, bf16.covered))
-        report.row("bf16 encode", lambda: encode_variant(bf16, kernels.WRITE_OPTIONS.copy(), 5))
+        report.row("bf16 encode", lambda: encode(bf16))
+        report.row("bf16 encode, step by step", lambda: encode_steps(bf16))
         report.row("bf16 decode, 32 MiB a launch", lambda: one_extent(bf16))
         report.row("nvCOMP ANS, <f2", lambda: nvcomp(bf16.plain))
-        if variants:
-            for options in VARIANTS:
-                report.row(f"bf16 decode {options}", lambda options=options: variant(bf16, options))
-            for options in ENCODE_VARIANTS:
-                report.row(f"bf16 encode {options}", lambda options=options: encode_variant(bf16, options))
         del bf16, made[BF16]
     for codec in (5, 6, 7, 8):
         report.row(f"{NAMES[codec]}: check", lambda codec=codec: checked(codec, size // 4))
@@ -295,14 +258,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--seconds", type=float, default=55, help="measure nothing more after this time (55)")
     parser.add_argument("--size-mb", type=int, default=1024, help="MiB of weights (1024)")
-    parser.add_argument("--variants", action="store_true", help="time other shapes of the kernels too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no NVIDIA GPU that torch can use: there is nothing to measure here")
     signal.signal(signal.SIGALRM, _too_long)
     report = Report(arguments.seconds)
     torch.manual_seed(0)
-    measure(report, arguments.size_mb << 20, variants=arguments.variants)
+    measure(report, arguments.size_mb << 20)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine(), "rows": report.rows}, indent=2) + "\n")
 

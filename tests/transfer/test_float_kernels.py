@@ -130,6 +130,17 @@ def test_all_bfloat16_patterns_between_others() -> None:
     assert payloads(plain, Codec.BF16, 16 * MIB) == [payload]
 
 
+def test_chunks_of_many_units_unlike_each_other() -> None:
+    """The last chunk is short; units differ in scale, and in how much of them levels 2 and 3 hold."""
+    draw = np.random.default_rng(9)
+    scales = np.repeat(np.exp2(draw.integers(-20, 20, 36).astype(np.float64)), UNIT)[: 36 * UNIT - 99]
+    plain = torch.from_numpy(draw.normal(0, scales).astype(np.float32)).to(torch.bfloat16)
+    data = plain.view(torch.uint8).numpy().tobytes()
+    made = payloads(data, Codec.BF16, 34 * UNIT * 2 - 16)
+    assert made == reference(data, Codec.BF16, 34 * UNIT * 2 - 16)
+    assert None not in made
+
+
 @codecs
 def test_planes_that_are_all_zeros_are_left_out(codec: Codec) -> None:
     kind = KINDS[codec]
@@ -294,16 +305,20 @@ from dormouse.transfer import float_kernels as kernels
 
 DECODE = dict(staging="*u8", destination="*u8", status="*i32", tasks="*i64", programs="*i32", first="i32")
 PLAIN = dict(plain="*u8", length="i64", chunk_length="i32", chunk_units="i32")
-MEASURE = dict(PLAIN, histograms="*i32", present="*i32")
+MEASURE = dict(PLAIN, histograms="*i32", measured="*i32")
+CHOOSE = dict(length="i64", chunk_length="i32", chunk_units="i32", histograms="*i32", measured="*i32")
+CHOOSE |= dict(facts="*i32", unit_rows="*i32")
 WRITE = dict(PLAIN, coded="*u8", places="*i64", headers="*i32", unit_rows="*i32", passed="*u8")
 CASES = [
     (kernels._decode, DECODE, dict(ALIGN=16, LANES=256)),
     (kernels._decode, DECODE, dict(ALIGN=1, LANES=256)),
     (kernels._measure, MEASURE, {}),
+    (kernels._choose, CHOOSE, dict(ROWS=32)),
     (kernels._write, WRITE, dict(LANES=256)),
 ]
 for function, types, more in CASES:
     constants = {**kernels.KINDS[4].constants, **more}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {**types, **dict.fromkeys(constants, "constexpr")}
     names = list(types)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
@@ -318,7 +333,7 @@ def test_the_kernels_compile_for_a_gpu() -> None:
     environ = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environ, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
-    fast, slow, _measure, _write = map(int, done.stdout.split())
+    fast, slow, _measure, _choose, _write = map(int, done.stdout.split())
     assert fast >= 4 and slow == 0
 
 

@@ -1,7 +1,7 @@
 """The float codecs (docs/formats.md) on a GPU, in Triton: chunks are decoded in place behind the link, coded before it.
 
     rows -> FloatDecoder.prepare() -> Tasks -> decode(tasks, first, count): coded staging memory -> plain destination
-    plain weights -> encode_batch(): counts per unit -> bases, deltas, places -> coded chunks
+    plain weights -> encode_batch(): bases, counts by distance from them -> deltas, places -> coded chunks
 
 Decoding runs one program for each unit of 8192 values, which knows its places in the streams of digits from the unit
 table, so units need nothing of each other:
@@ -19,8 +19,7 @@ Only this module and who needs a GPU imports Triton. Under TRITON_INTERPRET=1 ev
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -59,8 +58,8 @@ KINDS: Final = {
 }
 """By codec number: BF16, FP16, FP32, FP8_E4M3, FP8_E5M2."""
 
-DECODE_OPTIONS: dict[str, Any] = {"LANES": 256, "num_warps": 8, "maxnreg": 64}
-WRITE_OPTIONS: dict[str, Any] = {"LANES": 256, "num_warps": 8}
+DECODE_OPTIONS: Final[dict[str, Any]] = {"LANES": 256, "num_warps": 4, "maxnreg": 128}
+WRITE_OPTIONS: Final[dict[str, Any]] = {"LANES": 256, "num_warps": 4, "maxnreg": 128}
 """Measured with bench/codec_gpu.py."""
 
 
@@ -490,7 +489,7 @@ def _measure(
     chunk_length,
     chunk_units,
     histograms,
-    present,
+    measured,
     ITEM: tl.constexpr,
     LOW: tl.constexpr,
     BITS: tl.constexpr,
@@ -498,21 +497,104 @@ def _measure(
     W1: tl.constexpr,
     W2: tl.constexpr,
 ):
-    """How often each exponent stands in a unit, and which planes are not all zeros."""
+    """One unit's base, which planes it has anything in (from bit 8 on), and its histogram of distances from the base."""
     program = tl.program_id(0).to(tl.int64)
     values, left = _plain_values(plain, length, chunk_length, program // chunk_units, program % chunk_units, ITEM)
     value = tl.arange(0, 8192)
     bits = _load_values(values, value, left)
-    exponent = (bits >> LOW) & ((1 << BITS) - 1)
-    bins = tl.arange(0, 256)
-    tl.store(histograms + program * 256 + bins, tl.histogram(exponent, 256, mask=value < left))
     rest = _rest_of(bits, LOW, BITS)
-    some = (tl.max(rest & ((1 << W0) - 1), 0) > 0).to(tl.int32)
+    some = (tl.max(rest & ((1 << W0) - 1), 0) > 0).to(tl.int32) << 8
     if W1 > 0:
-        some |= (tl.max((rest >> W0) & ((1 << W1) - 1), 0) > 0).to(tl.int32) << 1
+        some |= (tl.max((rest >> W0) & ((1 << W1) - 1), 0) > 0).to(tl.int32) << 9
     if W2 > 0:
-        some |= (tl.max((rest >> (W0 + W1)) & ((1 << W2) - 1), 0) > 0).to(tl.int32) << 2
-    tl.store(present + program, some)
+        some |= (tl.max((rest >> (W0 + W1)) & ((1 << W2) - 1), 0) > 0).to(tl.int32) << 10
+    histogram = histograms + program * 256
+    bins = tl.arange(0, 256)
+    tl.store(histogram + bins, tl.histogram((bits >> LOW) & ((1 << BITS) - 1), 256, mask=value < left))
+    tl.debug_barrier()
+
+    # The first among the best windows is the one with the largest key.
+    LAST: tl.constexpr = (1 << BITS) - 2
+    inside = bins < LAST
+    window = tl.load(histogram + bins, mask=inside, other=0)
+    window += tl.load(histogram + bins + 1, mask=inside, other=0)
+    window += tl.load(histogram + bins + 2, mask=inside, other=0)
+    base = 255 - tl.max(tl.where(inside, window * 256 + (255 - bins), 0), 0) % 256
+    shifted = tl.load(histogram + (bins + base) % 256)
+    tl.debug_barrier()
+    tl.store(histogram + bins, shifted)
+    tl.store(measured + program, base | some)
+
+
+@triton.jit(do_not_specialize=["length", "chunk_length", "chunk_units"])
+def _choose(
+    length,
+    chunk_length,
+    chunk_units,
+    histograms,
+    measured,
+    facts,
+    unit_rows,
+    ITEM: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """What the histograms of one chunk decide. `facts`: which planes have anything, how many values levels 1, 2 and 3
+    pass on, six deltas. `unit_rows`: starts and base, as in the payload."""
+    chunk = tl.program_id(0).to(tl.int64)
+    units = (tl.minimum(length - chunk * chunk_length, chunk_length) // ITEM + 8191) // 8192
+    first_unit = chunk * chunk_units
+    rows = tl.arange(0, ROWS)
+    bins = tl.arange(0, 256)
+    cells = (first_unit + rows)[:, None] * 256 + bins[None, :]
+
+    total = tl.zeros([256], tl.int32)
+    some = 0
+    at = 0
+    while at < units:
+        total += tl.sum(tl.load(histograms + at * 256 + cells, mask=(at + rows < units)[:, None], other=0), 0)
+        flags = tl.load(measured + first_unit + at + rows, mask=at + rows < units, other=0) >> 8
+        some |= tl.max(flags & 1, 0) | tl.max(flags & 2, 0) | tl.max(flags & 4, 0)
+        at += ROWS
+    keys = tl.where(bins >= 3, total.to(tl.int64) * 256 + (255 - bins), -1)
+    facts += chunk * 10
+    level2 = bins < 0
+    level3 = bins < 0
+    for k in tl.static_range(6):
+        delta = (255 - tl.max(keys, 0) % 256).to(tl.int32)
+        tl.store(facts + (4 + k), delta)
+        keys = tl.where(bins == delta, -1, keys)
+        if k < 3:
+            level2 = level2 | (bins == delta)
+        else:
+            level3 = level3 | (bins == delta)
+    leaves1 = (bins >= 3)[None, :]
+    leaves2 = ((bins >= 3) & ~level2)[None, :]
+    leaves3 = ((bins >= 3) & ~level2 & ~level3)[None, :]
+
+    start2 = 0
+    start3 = 0
+    start4 = 0
+    at = 0
+    while at < units:
+        inside = at + rows < units
+        tile = tl.load(histograms + at * 256 + cells, mask=inside[:, None], other=0)
+        passed1 = tl.sum(tl.where(leaves1, tile, 0), 1)
+        passed2 = tl.sum(tl.where(leaves2, tile, 0), 1)
+        passed3 = tl.sum(tl.where(leaves3, tile, 0), 1)
+        row = unit_rows + (first_unit + at + rows) * 4
+        base = tl.load(measured + first_unit + at + rows, mask=inside, other=0) & 0xFF
+        tl.store(row, start2 + tl.cumsum(passed1, 0) - passed1, mask=inside)
+        tl.store(row + 1, start3 + tl.cumsum(passed2, 0) - passed2, mask=inside)
+        tl.store(row + 2, start4 + tl.cumsum(passed3, 0) - passed3, mask=inside)
+        tl.store(row + 3, base, mask=inside)
+        start2 += tl.sum(passed1, 0)
+        start3 += tl.sum(passed2, 0)
+        start4 += tl.sum(passed3, 0)
+        at += ROWS
+    tl.store(facts, some)
+    tl.store(facts + 1, start2)
+    tl.store(facts + 2, start3)
+    tl.store(facts + 3, start4)
 
 
 @triton.jit
@@ -686,30 +768,117 @@ def _write(  # noqa: PLR0915
         tile += 4 * LANES
 
 
+class Payloads(NamedTuple):
+    """The payloads of a run of chunks: where each lies in one block of memory (start and length, starts are multiples
+    of 16); None for a chunk that would save less than 1/8."""
+
+    memory: torch.Tensor
+    places: list[tuple[int, int] | None]
+
+
 def encode_batch(plain: torch.Tensor, codec: int, chunk_length: int) -> list[torch.Tensor | None]:
     """The payloads of `plain` (1-D, uint8, on the device) cut into chunks: the same bytes as the reference codec makes,
-    None for a chunk that would save less than 1/8. All lie in one block of memory, at multiples of 16. Waits once, for
-    the payloads' lengths."""
-    kind = KINDS[codec]
-    if chunk_length <= 0 or chunk_length % 16:
-        raise ValueError(f"chunks of {chunk_length} bytes can't be coded; their length must be a multiple of 16")
-    if plain.dtype != torch.uint8 or plain.dim() != 1 or not plain.is_contiguous() or plain.data_ptr() % kind.item:
-        raise ValueError(
-            "plain memory must be a contiguous 1-D tensor of uint8 that starts at a multiple of a value's size"
-        )
-    batch = _Plain(plain, kind, chunk_length)
-    if not batch.units:
-        return [None] * batch.chunks
-    histograms = torch.empty((batch.units, 256), dtype=torch.int32, device=plain.device)
-    present = torch.empty(batch.units, dtype=torch.int32, device=plain.device)
-    batch.launch(_measure, histograms, present, num_warps=8)
-    choice = _Choice.of(batch, histograms, present)
-    layouts = _layouts(batch, choice.facts.cpu().numpy())
-    coded = torch.zeros(sum(layout.room for layout in layouts), dtype=torch.uint8, device=plain.device)
-    passed = torch.empty(sum(layout.passed for layout in layouts) + 16, dtype=torch.uint8, device=plain.device)
-    tables = [table.to(plain.device) for table in _tables(layouts)]
-    batch.launch(_write, coded, *tables, choice.unit_rows, passed, **WRITE_OPTIONS)
-    return [coded[each.start : each.start + each.length] if each.room else None for each in layouts]
+    None for a chunk that would save less than 1/8. Waits once, for the payloads' lengths."""
+    memory, places = encode_block(plain, codec, chunk_length)
+    return [None if place is None else memory[place[0] : sum(place)] for place in places]
+
+
+def encode_block(plain: torch.Tensor, codec: int, chunk_length: int) -> Payloads:
+    """The same, in one block."""
+    encoding = Encoding(plain, codec, chunk_length)
+    encoding.measure()
+    encoding.choose()
+    return encoding.write()
+
+
+class Encoding:
+    """Chunks on their way through the three steps, each of which needs what the step before it left."""
+
+    def __init__(self, plain: torch.Tensor, codec: int, chunk_length: int) -> None:
+        kind = KINDS[codec]
+        if not 0 < chunk_length <= _MAX_LENGTH or chunk_length % 16:
+            raise ValueError(f"chunks of {chunk_length} bytes can't be coded; their length must be a multiple of 16")
+        if plain.dtype != torch.uint8 or plain.dim() != 1 or not plain.is_contiguous() or plain.data_ptr() % kind.item:
+            raise ValueError(
+                "plain memory must be a contiguous 1-D tensor of uint8 that starts at a multiple of a value's size"
+            )
+        self._plain = _Plain(plain, kind, chunk_length)
+        units, chunks = self._plain.units, self._plain.chunks
+        self._histograms = self._empty(units, 256)
+        self._measured = self._empty(units)
+        self._facts = self._empty(chunks, _FACTS)
+        self._unit_rows = self._empty(units, 4)
+        self._layout = _Layout.of(self._plain, np.zeros((chunks, _FACTS), np.int64))
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=self._plain.memory.device)
+
+    def measure(self) -> None:
+        """Launch what finds the base of each unit and counts the distances from it."""
+        self._per_unit(_measure, self._histograms, self._measured, num_warps=8)
+
+    def choose(self) -> None:
+        """Find the deltas of each chunk and lay out its payload; waits."""
+        plain = self._plain
+        if not plain.units:
+            return
+        with torch.cuda.device_of(plain.memory):
+            _choose[(plain.chunks,)](
+                plain.memory.numel(),
+                plain.chunk_length,
+                plain.chunk_units,
+                self._histograms,
+                self._measured,
+                self._facts,
+                self._unit_rows,
+                ITEM=plain.kind.item,
+                ROWS=32,
+                num_warps=8,
+            )
+        self._layout = _Layout.of(plain, self._facts.cpu().numpy().astype(np.int64))
+
+    def write(self) -> Payloads:
+        """Launch what writes the payloads."""
+        layout, device = self._layout, self._plain.memory.device
+        coded = torch.zeros(layout.room, dtype=torch.uint8, device=device)
+        passed = torch.empty(layout.passed + 16, dtype=torch.uint8, device=device)
+        tables = [torch.from_numpy(table).to(device) for table in (layout.places, layout.headers)]
+        if layout.room:
+            self._per_unit(_write, coded, *tables, self._unit_rows, passed, **WRITE_OPTIONS)
+        return Payloads(coded, layout.spans())
+
+    def _per_unit(self, kernel: Any, *arguments: torch.Tensor, **options: Any) -> None:
+        """Launch one program for each unit."""
+        plain = self._plain
+        if not plain.units:
+            return
+        with torch.cuda.device_of(plain.memory):
+            kernel[(plain.units,)](
+                plain.memory,
+                plain.memory.numel(),
+                plain.chunk_length,
+                plain.chunk_units,
+                *arguments,
+                **plain.kind.constants,
+                **options,
+            )
+
+
+_MAX_LENGTH: Final = 1 << 30
+"""Of a chunk: so its counts fit 32 bits."""
+_FACTS: Final = 10
+"""What is chosen for a chunk: flags of the planes that have anything, three counts of values passed on, six deltas."""
+_HEADER: Final = np.dtype(
+    [
+        ("version", "u1"),
+        ("absent", "u1"),
+        ("zero", "<u2"),
+        ("values", "<u4"),
+        ("passed", "<u4", (3,)),
+        ("deltas", "u1", (6,)),
+        ("zeros", "u1", (38,)),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -734,117 +903,52 @@ class _Plain:
         whole, rest = divmod(self.memory.numel(), self.chunk_length)
         return whole * self.chunk_units + -(-(rest // self.kind.item) // UNIT)
 
-    def plain_length(self, chunk: int) -> int:
-        return min(self.memory.numel() - chunk * self.chunk_length, self.chunk_length)
-
-    def launch(self, kernel: Any, *arguments: torch.Tensor, **options: Any) -> None:
-        """One program for each unit."""
-        with torch.cuda.device_of(self.memory):
-            kernel[(self.units,)](
-                self.memory,
-                self.memory.numel(),
-                self.chunk_length,
-                self.chunk_units,
-                *arguments,
-                **self.kind.constants,
-                **options,
-            )
-
-    def per_chunk(self, per_unit: torch.Tensor) -> torch.Tensor:
-        """Sums over the units of each chunk. (A chunk of less than one value has no unit.)"""
-        whole = self.units // self.chunk_units
-        shape = (whole, self.chunk_units, per_unit.shape[1])
-        inner = per_unit[: whole * self.chunk_units].reshape(shape).sum(1, dtype=torch.int64)
-        last = per_unit[whole * self.chunk_units :].sum(0, keepdim=True, dtype=torch.int64)
-        return torch.cat([inner, last])[: self.chunks]
-
-
-class _Choice(NamedTuple):
-    """What the histograms decide. `facts`, by chunk: which planes have anything (3), counts of values that levels 1, 2
-    and 3 pass on (3), deltas (6). `unit_rows`: starts and base, as in the payload."""
-
-    facts: torch.Tensor
-    unit_rows: torch.Tensor
-
-    @classmethod
-    def of(cls, batch: _Plain, histograms: torch.Tensor, present: torch.Tensor) -> _Choice:
-        device = histograms.device
-        # The first among equals is the largest key.
-        order = 255 - torch.arange(256, dtype=torch.int32, device=device)
-        last = (1 << batch.kind.bits) - 2
-        windows = histograms[:, :last] + histograms[:, 1 : last + 1] + histograms[:, 2 : last + 2]
-        base = 255 - (windows * 256 + order[:last]).amax(1) % 256
-        index = (base[:, None].long() + torch.arange(256, device=device)) % 256
-        shifted = histograms.gather(1, index)[:, 3:]
-        keys = batch.per_chunk(shifted) * 256 + order[3:]
-        deltas = 255 - keys.topk(6).values % 256
-        chunk = torch.arange(batch.units, device=device) // batch.chunk_units
-        chosen = shifted.gather(1, deltas[chunk] - 3)
-        passed1 = shifted.sum(1)
-        passed2 = passed1 - chosen[:, :3].sum(1)
-        passed3 = passed2 - chosen[:, 3:].sum(1)
-        passed = torch.stack([passed1, passed2, passed3], 1)
-        before = passed.cumsum(0) - passed
-        starts = before - before[chunk * batch.chunk_units]
-        planes = (present[:, None] >> torch.arange(3, device=device)) & 1
-        facts = torch.cat([batch.per_chunk(planes), batch.per_chunk(passed), deltas], 1)
-        return cls(facts, torch.cat([starts, base[:, None]], 1).to(torch.int32).contiguous())
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """The plain bytes of each chunk."""
+        starts = np.arange(self.chunks, dtype=np.int64) * self.chunk_length
+        return np.minimum(self.memory.numel() - starts, self.chunk_length)
 
 
 class _Layout(NamedTuple):
-    """A payload's place in the block of all, its sections' (a plane that is left out is at -1), its header, and how
-    many values level 1 passes on. One that does not save enough has no room."""
+    """Where all goes. By chunk: its length (0: it does not save enough); `places` as the writing kernel takes them
+    (start in the block of all or -1, starts of the sections in the payload or -1, deltas, how many values the chunks
+    before it pass on); header. Then the size of the block, and how many values are passed on by level 1 at all."""
 
-    start: int
-    length: int
+    lengths: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64]
+    headers: npt.NDArray[np.int32]
     room: int
-    sections: tuple[int, ...]
-    header: bytes
-    deltas: int
     passed: int
 
+    @classmethod
+    def of(cls, batch: _Plain, facts: npt.NDArray[np.int64]) -> _Layout:
+        plain, widths = batch.lengths, np.array(batch.kind.widths)
+        values = plain // batch.kind.item
+        units = -(-values // UNIT)
+        present = (facts[:, :1] >> np.arange(3) & 1).astype(np.bool_)
+        passed = facts[:, 1:4]
+        levels = [units * (UNIT // 4), -(-passed[:, 0] // 4), -(-passed[:, 1] // 4), passed[:, 2]]
+        sizes = _aligned(np.column_stack([present * widths * (UNIT // 8) * units[:, None], *levels]))
+        sections = (64 + 16 * units)[:, None] + np.column_stack([np.zeros_like(units), sizes.cumsum(axis=1)])
+        lengths = sections[:, -1] + plain % batch.kind.item
+        sections[:, :3][~present] = -1
+        kept = (values > 0) & (8 * lengths <= 7 * plain)
+        room, held = np.where(kept, _aligned(lengths), 0), np.where(kept, passed[:, 0], 0)
+        starts = np.where(kept, room.cumsum() - room, -1)
+        deltas = facts[:, 4:] @ (1 << 8 * np.arange(6))
+        headers = np.zeros(len(plain), _HEADER)
+        headers["version"] = 1
+        headers["absent"] = (~present & (widths > 0)) @ (1 << np.arange(3))
+        headers["values"], headers["passed"], headers["deltas"] = values, passed, facts[:, 4:]
+        places = np.column_stack([starts, sections, deltas, held.cumsum() - held])
+        return cls(np.where(kept, lengths, 0), places, headers.view(np.int32), int(room.sum()), int(held.sum()))
 
-def _layouts(batch: _Plain, facts: npt.NDArray[np.int64]) -> list[_Layout]:
-    """Of all chunks, also of a last one that has no unit."""
-    layouts: list[_Layout] = []
-    start = 0
-    for chunk in range(batch.chunks):
-        layout = _layout(batch, chunk, start, facts[chunk].tolist()) if chunk < len(facts) else _NOWHERE
-        layouts.append(layout)
-        start += layout.room
-    return layouts
-
-
-_NOWHERE = _Layout(-1, 0, 0, (-1,) * 8, bytes(64), 0, 0)
-
-
-def _layout(batch: _Plain, chunk: int, start: int, facts: list[int]) -> _Layout:
-    kind, plain_length = batch.kind, batch.plain_length(chunk)
-    n = plain_length // kind.item
-    units = -(-n // UNIT)
-    planes, (m2, m3, m4), deltas = facts[:3], facts[3:6], bytes(facts[6:])
-    sections: list[int] = []
-    at = 64 + 16 * units
-    for some, width in zip(planes, kind.widths, strict=True):
-        sections.append(at if some else -1)
-        at += units * 1024 * width if some else 0
-    for size in (units * 2048, -(-m2 // 4), -(-m3 // 4), m4):
-        sections.append(at)
-        at = -(-(at + size) // 16) * 16
-    length = at + plain_length % kind.item
-    if not n or 8 * length > 7 * plain_length:
-        return _NOWHERE
-    absent = sum(1 << plane for plane, width in enumerate(kind.widths) if width and not planes[plane])
-    header = struct.pack("<BBHIIII6s38x", 1, absent, 0, n, m2, m3, m4, deltas)
-    return _Layout(start, length, -(-length // 16) * 16, (*sections, at), header, int.from_bytes(deltas, "little"), m2)
+    def spans(self) -> list[tuple[int, int] | None]:
+        """Where the payloads are."""
+        pairs = zip(self.places[:, 0].tolist(), self.lengths.tolist(), strict=True)
+        return [(start, length) if length else None for start, length in pairs]
 
 
-def _tables(layouts: Sequence[_Layout]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the writing kernel needs of each chunk: where things lie and the deltas, and the header."""
-    passed = np.cumsum([0, *(each.passed for each in layouts)])
-    places = np.array(
-        [[each.start, *each.sections, each.deltas, before] for each, before in zip(layouts, passed[:-1], strict=True)],
-        np.int64,
-    )
-    headers = np.frombuffer(bytearray().join(each.header for each in layouts), np.int32)
-    return torch.from_numpy(places), torch.from_numpy(headers)
+def _aligned(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return -(-sizes // 16) * 16
