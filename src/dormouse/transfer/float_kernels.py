@@ -497,7 +497,8 @@ def _measure(
     W1: tl.constexpr,
     W2: tl.constexpr,
 ):
-    """One unit's base, which planes it has anything in (from bit 8 on), and its histogram of distances from the base."""
+    """One unit's base, the planes in which it has anything (from bit 8 on), and its histogram of distances from the
+    base."""
     program = tl.program_id(0).to(tl.int64)
     values, left = _plain_values(plain, length, chunk_length, program // chunk_units, program % chunk_units, ITEM)
     value = tl.arange(0, 8192)
@@ -527,7 +528,7 @@ def _measure(
 
 
 @triton.jit(do_not_specialize=["length", "chunk_length", "chunk_units"])
-def _choose(
+def _choose(  # noqa: PLR0915
     length,
     chunk_length,
     chunk_units,
