@@ -34,10 +34,11 @@ from dormouse.checkpoint.models import RECORD, STAGING_PREFIX, TABLE, Descriptio
 from dormouse.checkpoint.null_source import read_null
 from dormouse.checkpoint.tensors import encode_table
 from dormouse.checkpoint.transformers_source import PICKLES, pickles_refused
-from dormouse.checkpoint.writer import Written, publishing, sweep, write_tensors
+from dormouse.checkpoint.writer import Written, float_bytes, publishing, sweep, write_tensors
 from dormouse.config import DataDir
 from dormouse.errors import BusyError, ConfigError, DiskFullError, DormouseError, NotFoundError, StoreError
 from dormouse.store.store import Store
+from dormouse.transfer.coder import find_coder
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +91,9 @@ def _import(found: Description, folder: Path, target: Path, store: Store, progre
     with store.begin() as transaction:
         written = None
         if found.tensors:
-            told = functools.partial(progress, "write")
-            written = write_tensors(transaction, found.tensors, told, coded=coded)
+            coder = find_coder(float_bytes(found.tensors)) if coded else None
+            told = functools.partial(progress, "write" if coder is None else f"write, coded on {coder.name}")
+            written = write_tensors(transaction, found.tensors, told, coded=coded, coder=coder)
             (folder / TABLE).write_bytes(encode_table(written.body))
         record = _record(found, folder, written)
         (folder / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")

@@ -1,6 +1,6 @@
 """Writes a model's weights into the store: tensors of any source become the chunks of a checkpoint.
 
-    NewTensor.chunks() of each tensor --pieces, padding--> buffers of CHUNK_SIZE --Ingest (threads)--> transaction
+    NewTensor.chunks() of each tensor --pieces, padding--> buffers of CHUNK_SIZE --Coding, Ingest--> transaction
     table of tensors -------------------------------------> a codec for each ----^
 
 Nothing is visible until the caller commits `manifest_of` what was written, in the same transaction. `sweep` removes
@@ -15,22 +15,26 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
+from dormouse.checkpoint.coding import Coding
 from dormouse.checkpoint.models import checkpoints_named
 from dormouse.checkpoint.tensors import CheckpointBody, NewTensor, encode_body, lay_out
 from dormouse.errors import ConfigError
 from dormouse.store.chunk import Digest
 from dormouse.store.codec import Codec
 from dormouse.store.store import Manifest, Store, Transaction
+from dormouse.transfer.budget import default_threads
+from dormouse.transfer.coder import Coder
 from dormouse.transfer.ingest import Ingest
 
 CHECKPOINT_KIND = "checkpoint"
+
+_AHEAD = 4
 
 _FLOATS = {
     "BF16": Codec.BF16,
@@ -67,18 +71,33 @@ def write_tensors(
     progress: Callable[[int, int], None],
     *,
     coded: bool = True,
+    coder: Coder | None = None,
 ) -> Written:
-    """Put all tensors into the transaction, as they are if not `coded`. `progress(done, total)`: bytes.
+    """Put all tensors into the transaction, as they are if not `coded`; floats are coded by the `coder`, which is
+    closed at the end, or by the CPU. `progress(done, total)`: bytes.
 
     Raises ConfigError when a tensor yields other bytes than its shape needs, DiskFullError, StoreError.
     """
     body = lay_out(tensors)
-    futures: list[Future[Digest]] = []
-    with Ingest(transaction) as ingest:
+    threads = default_threads()
+    # A chunk for each thread, and some to go on with.
+    in_flight = (threads + _AHEAD) * body.chunk_size
+    with (
+        Ingest(transaction, threads=threads, max_in_flight_bytes=in_flight) as ingest,
+        Coding(ingest, coder) as coding,
+    ):
+        done = 0
         for buffer, codec in zip(_cut(_pieces(body, tensors), body), chunk_codecs(body), strict=True):
-            futures.append(ingest.submit(buffer, codec if coded else Codec.RAW))
-            progress(min(len(futures) * body.chunk_size, body.size), body.size)
-    return Written(secrets.token_hex(6), body, [future.result() for future in futures])
+            done += len(buffer)
+            coding.add(buffer, codec if coded else Codec.RAW)
+            progress(done, body.size)
+        refs = coding.digests()
+    return Written(secrets.token_hex(6), body, refs)
+
+
+def float_bytes(tensors: Sequence[NewTensor]) -> int:
+    """How many bytes of the tensors have a codec of their own."""
+    return sum(tensor.length for tensor in tensors if tensor.dtype in _FLOATS)
 
 
 def chunk_codecs(body: CheckpointBody) -> list[Codec]:
@@ -110,18 +129,20 @@ def _pieces(body: CheckpointBody, tensors: Sequence[NewTensor]) -> Iterator[byte
 
 def _cut(pieces: Iterator[bytes | memoryview], body: CheckpointBody) -> Iterator[memoryview]:
     """The same bytes in buffers of `chunk_size`, each with memory of its own, the last one shorter."""
-    buffer, filled = memoryview(bytearray(body.chunk_size)), 0
+    import numpy as np  # it copies without the GIL, and its memory isn't filled with zeros first
+
+    buffer, filled = np.empty(body.chunk_size, np.uint8), 0
     for piece in pieces:
-        rest = memoryview(piece)
-        while rest:
+        rest = np.frombuffer(piece, np.uint8)
+        while len(rest):
             count = min(len(rest), body.chunk_size - filled)
             buffer[filled : filled + count] = rest[:count]
             rest, filled = rest[count:], filled + count
             if filled == body.chunk_size:
-                yield buffer
-                buffer, filled = memoryview(bytearray(body.chunk_size)), 0
+                yield buffer.data
+                buffer, filled = np.empty(body.chunk_size, np.uint8), 0
     if filled:
-        yield buffer[:filled]
+        yield buffer[:filled].data
 
 
 def copy_checkpoint(checkpoint: str, source: Store, target: Store) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Self
 
 from dormouse.errors import StoreError
-from dormouse.store.chunk import MAX_CHUNK, Buffer, Digest, digest_of
-from dormouse.store.codec import Codec, encode
+from dormouse.store.chunk import MAX_CHUNK, Buffer, Digest, digest_of, is_zero
+from dormouse.store.codec import FLOATS, Codec, encode
 from dormouse.store.files import FileLock, discard, replace_file, sync_folder, system_errors
 from dormouse.store.index import add_manifest, add_pack
 from dormouse.store.layout import Layout
@@ -49,14 +49,19 @@ class Transaction:
     def __exit__(self, *_exception: object) -> None:
         self._end()
 
-    def put(self, plain: Buffer, *, codec: Codec = Codec.LZ4) -> Digest:
+    def put(self, plain: Buffer, *, codec: Codec = Codec.LZ4, payload: Buffer | None = None) -> Digest:
         """Store a chunk unless it is there already; its name. Thread-safe.
+
+        `payload` is what `codec` makes of the chunk, where somebody has coded it already; they answer for it that it
+        decodes to the chunk, which is not tried again here. An all-zero chunk is stored as such all the same.
 
         Raises DiskFullError, StoreError. `plain` may be used again as soon as this returns.
         """
         view = memoryview(plain).cast("B")
         if len(view) > MAX_CHUNK:
             raise StoreError(f"a chunk of {len(view)} bytes is too long; at most {MAX_CHUNK} are allowed")
+        if payload is not None and (codec not in FLOATS or len(payload) * 8 > len(view) * 7):
+            raise StoreError(f"a payload of {len(payload)} bytes is not what {codec.name} stores for {len(view)}")
         digest = digest_of(view)
         with self._lock:
             self.raw_bytes += len(view)
@@ -64,7 +69,7 @@ class Transaction:
             self._lengths[digest] = len(view)
         try:
             if not known and not self._layout.index.has(digest):
-                self._append(digest, view, codec)
+                self._append(digest, view, codec, payload)
         except BaseException as error:
             self._error = self._error or error
             raise
@@ -90,8 +95,11 @@ class Transaction:
         self._layout.checkpoint("index written")
         self._end()
 
-    def _append(self, digest: Digest, view: memoryview, codec: Codec) -> None:
-        used, stored = encode(view, codec)
+    def _append(self, digest: Digest, view: memoryview, codec: Codec, payload: Buffer | None) -> None:
+        if payload is None or is_zero(view):
+            used, stored = encode(view, codec)
+        else:
+            used, stored = codec, payload
         if self._writer.append(digest, used, len(view), stored):
             with self._lock:
                 self.stored_bytes += len(stored)
