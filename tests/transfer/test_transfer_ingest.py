@@ -89,12 +89,12 @@ class Gate:
         self._transaction = transaction
         self._error = error
 
-    def put(self, plain: Buffer, *, codec: Codec) -> Digest:
+    def put(self, plain: Buffer, *, codec: Codec, payload: Buffer | None = None) -> Digest:
         self.entered.set()
         assert self.opened.wait(30)
         if self._error is not None:
             raise self._error
-        return self._transaction.put(plain, codec=codec)
+        return self._transaction.put(plain, codec=codec, payload=payload)
 
 
 def test_a_producer_waits_while_too_much_is_in_flight(store: Store) -> None:
