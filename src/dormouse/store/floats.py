@@ -39,7 +39,10 @@ _HEADER = struct.Struct("<BBHIIII3s3s38s")
 _ROW = np.dtype([("starts", "<u4", (3,)), ("base", "u1"), ("zeros", "u1", (3,))])
 _PASSED = 3
 _DIGITS = np.array([[byte >> shift & 3 for shift in (0, 2, 4, 6)] for byte in range(256)], np.uint8)
-_BLOCK_BYTES = 512 << 10
+_BLOCK_BYTES = 1 << 20
+"""Fits a core's cache with all that is made of it; and threads that call numpy less often wait less for the GIL."""
+_COMPARED = 8
+_SAMPLED = 61
 
 
 @dataclass(frozen=True)
@@ -416,8 +419,30 @@ class _Choice:
 
 
 def _histograms(exponents: Bytes) -> Counts:
-    """How often each exponent occurs in each unit."""
-    return np.stack([np.bincount(unit, minlength=256) for unit in exponents])
+    """How often each exponent occurs in each unit. The few that most values have are counted by comparisons, which are
+    faster than np.bincount and, unlike it, let go of the GIL."""
+    units, length = exponents.shape
+    if length < UNIT:
+        return np.bincount(exponents[0], minlength=256)[None]
+    low = _commonest(exponents)
+    counts = np.zeros((units, 256), np.int64)
+    found = np.empty(exponents.shape, np.bool_)
+    for exponent in range(low, low + _COMPARED):
+        np.equal(exponents, np.uint8(exponent), out=found)
+        # Eight bytes at a time: sums of 128 words, so no byte of a sum overflows.
+        sums = np.add.reduce(found.view(np.uint64).reshape(units, -1, 128), axis=2)
+        counts[:, exponent] = sums.view(np.uint8).sum(axis=1)
+    np.greater_equal(exponents - np.uint8(low), np.uint8(_COMPARED), out=found)
+    others = found.reshape(-1).nonzero()[0]
+    keys = others // UNIT * 256 + exponents.reshape(-1)[others]
+    counts += np.bincount(keys, minlength=units * 256).reshape(units, 256)
+    return counts
+
+
+def _commonest(exponents: Bytes) -> int:
+    """The first of the neighbouring exponents that most values of a sample have."""
+    sample = np.bincount(exponents.reshape(-1)[::_SAMPLED], minlength=256)
+    return int(np.convolve(sample, np.ones(_COMPARED, np.int64), "valid").argmax())
 
 
 def _absent(form: FloatFormat, values: Words) -> int:
@@ -466,9 +491,12 @@ def _write_levels(form: FloatFormat, values: Words, choice: _Choice, data: Bytes
     for span, block in _blocks(form, values, choice.bases):
         deltas = _exponents(form, block)
         np.subtract(deltas, choice.bases[span, None], out=deltas)
-        parts = np.minimum(deltas, np.uint8(_PASSED)).reshape(-1, 4, UNIT // 4)
-        level1[span] = _packed(parts, 2)
-        passed = _where(deltas.reshape(-1), parts.reshape(-1) == _PASSED)
+        open1 = np.greater_equal(deltas, np.uint8(_PASSED))
+        # The lesser of a delta and 3, four times as fast as np.minimum.
+        digits1 = np.negative(open1.view(np.uint8))
+        np.bitwise_and(np.bitwise_or(digits1, deltas, out=digits1), np.uint8(_PASSED), out=digits1)
+        level1[span] = _packed(digits1.reshape(-1, 4, UNIT // 4), 2)
+        passed = _where(deltas.reshape(-1), open1.reshape(-1))
         for level in digits:
             passed = level.add(passed)
         raw[raw_done : raw_done + len(passed)] = passed
