@@ -28,6 +28,7 @@ from dormouse.store.files import (
     preamble,
     read_all,
     reading,
+    start_writeback,
     system_errors,
     write_all,
 )
@@ -45,6 +46,8 @@ _ENTRY = struct.Struct("<32s16sQIIB7x")
 _TRAILER = struct.Struct("<QQ16s8s")
 _MAX_OFFSET = 1 << 60
 _CODECS = frozenset(Codec)
+_WRITEBACK_STEP = 64 << 20
+"""Without a hint the kernel leaves gigabytes in memory until the pack is finished, and then the disk is waited for."""
 
 
 class StoredChunk(NamedTuple):
@@ -95,6 +98,7 @@ class PackWriter:
         self.entries: dict[Digest, StoredChunk] = {}
         self._lock = threading.Lock()
         self._end = ALIGNMENT
+        self._sent = 0  # up to here the kernel was told to write
         with system_errors(path, "creating"):
             self._fd = create_file(path)
             fcntl.flock(self._fd, fcntl.LOCK_EX)  # tells cleaners that the writer lives
@@ -112,6 +116,11 @@ class PackWriter:
                 write_all(self._fd, stored, offset)
             self._end += aligned(len(stored))
             self.entries[digest] = StoredChunk(digest, mac, 0, offset, len(stored), plain_length, codec)
+            begin, end = self._sent, self._end
+            if end - begin < _WRITEBACK_STEP:
+                return True
+            self._sent = end
+        start_writeback(self._fd, begin, end - begin)
         return True
 
     def finish(self) -> None:
