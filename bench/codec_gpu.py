@@ -3,8 +3,8 @@
     python bench/codec_gpu.py [--json bench/results/codec_gpu.json] [--seconds 55] [--size-mb 1024]
 
 Times are medians of several launches over more bytes than the cache holds, by the device's own clock, in GB/s of plain
-bytes. With `--variants`, decoding is timed with other numbers of warps, lanes and registers as well. nvCOMP's ANS is
-timed beside it where `nvidia.nvcomp` can be imported.
+bytes. Encoding is timed as a whole, and its three steps alone. nvCOMP's ANS is timed beside it where it can be imported
+(nvidia-nvcomp-cu13, and nvidia-libnvcomp-cu13 with the library itself).
 """
 
 from __future__ import annotations

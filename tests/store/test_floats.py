@@ -218,6 +218,17 @@ def test_the_bytes_are_those_of_the_description(codec: Codec, seed: int) -> None
     assert seed < 3 or encode(plain, codec) is not None
 
 
+@pytest.mark.parametrize("codec", [Codec.BF16, Codec.FP32])
+def test_units_that_are_unlike_each_other_each_have_their_base(codec: Codec) -> None:
+    """Some lie at the ends of the field, some are of one exponent only, and few of all have the commonest ones."""
+    random = np.random.default_rng(5)
+    spread = np.minimum(random.geometric(0.6, (7, UNIT)), 9)
+    spread[5] = 3
+    exponents = (np.array([[0], [100], [240], [246], [30], [7], [0]]) + spread).reshape(-1)[:-1000]
+    plain = words(codec, exponents).astype(FORMATS[codec].word).tobytes()
+    assert encode(plain, codec) == plain_encode(plain, codec) is not None
+
+
 def golden_plain(codec: Codec) -> bytes:
     """Numbers that come from BLAKE3 alone, so that no library's random numbers are in the way."""
     form, count = FORMATS[codec], 3 * UNIT - 100
