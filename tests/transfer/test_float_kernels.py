@@ -310,20 +310,21 @@ CHOOSE = dict(length="i64", chunk_length="i32", chunk_units="i32", histograms="*
 CHOOSE |= dict(facts="*i32", unit_rows="*i32")
 WRITE = dict(PLAIN, coded="*u8", places="*i64", headers="*i32", unit_rows="*i32", passed="*u8")
 CASES = [
-    (kernels._decode, DECODE, dict(ALIGN=16, LANES=256)),
-    (kernels._decode, DECODE, dict(ALIGN=1, LANES=256)),
-    (kernels._measure, MEASURE, {}),
-    (kernels._choose, CHOOSE, dict(ROWS=32)),
-    (kernels._write, WRITE, dict(LANES=256)),
+    (kernels._decode, DECODE, dict(ALIGN=16), kernels.DECODE_OPTIONS),
+    (kernels._decode, DECODE, dict(ALIGN=1), kernels.DECODE_OPTIONS),
+    (kernels._measure, MEASURE, {}, dict(num_warps=8)),
+    (kernels._choose, CHOOSE, dict(ROWS=32), dict(num_warps=8)),
+    (kernels._write, WRITE, {}, kernels.WRITE_OPTIONS),
 ]
-for function, types, more in CASES:
-    constants = {**kernels.KINDS[4].constants, **more}
+for function, types, more, options in CASES:
+    constants = {**kernels.KINDS[4].constants, **more, "LANES": options.get("LANES")}
+    options = {name: value for name, value in options.items() if name != "LANES"}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {**types, **dict.fromkeys(constants, "constexpr")}
     names = list(types)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
     source = ASTSource(function, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    code = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+    code = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     print(code.count("st.global.v4") + code.count("st.global.v2"))
 """
 

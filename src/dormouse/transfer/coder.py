@@ -20,7 +20,7 @@ from dormouse.store.codec import Codec
 
 log = logging.getLogger(__name__)
 
-_WORTH_STARTING = 512 << 20
+_WORTH_STARTING = 2 << 30
 """Bytes of floats from which on a GPU codes them sooner than CUDA takes to start."""
 _DRIVER = Path("/dev/nvidiactl")
 
