@@ -7,8 +7,8 @@ runs where there is no GPU. docs/formats.md has the bytes and the reasons.
 Numbers of a tensor have few exponents, nearly evenly distributed other bits, and no repetitions. So the exponent alone
 is coded: a digit names one of three exponents, or passes the value on to the next level, which has three others. A
 value's place in the next level is the count of values passed on before it, which a table holds for each unit of values.
-Encoder and decoder go through a chunk in blocks of units: small enough for a core's cache, and large enough that threads
-spend their time in numpy's loops, which let go of the GIL, and little of it in waiting for each other.
+Encoder and decoder go through a chunk in blocks of units: small enough for a core's cache, and large enough that
+threads spend their time in numpy's loops, which let go of the GIL, and little of it in waiting for each other.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _BLOCK_BYTES = 2 << 20
 _COMPARED = 8
 """Exponents that are counted one by one: all but one in a hundred values of a tensor have one of these."""
 _SAMPLED = 61
-"""Every so manieth value tells which exponents these are."""
+"""One value of so many tells which exponents these are."""
 
 
 @dataclass(frozen=True)
