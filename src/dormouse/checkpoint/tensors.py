@@ -57,7 +57,8 @@ class CheckpointBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written: `chunks()` yields exactly the bytes of `shape` and `dtype`."""
+    """A tensor to be written: `chunks()` yields exactly the bytes of `shape` and `dtype`, each piece in memory that the
+    next does not use. Another thread may call it."""
 
     name: str
     dtype: str

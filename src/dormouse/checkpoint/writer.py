@@ -15,6 +15,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def write_tensors(
         Coding(ingest, coder) as coding,
     ):
         done = 0
-        for buffer, codec in zip(_cut(_pieces(body, tensors), body), chunk_codecs(body), strict=True):
+        for buffer, codec in zip(_cut(_read_ahead(_pieces(body, tensors)), body), chunk_codecs(body), strict=True):
             done += len(buffer)
             coding.add(buffer, codec if coded else Codec.RAW)
             progress(done, body.size)
@@ -125,6 +126,15 @@ def _pieces(body: CheckpointBody, tensors: Sequence[NewTensor]) -> Iterator[byte
                 f"tensor {tensor.name} gave {at - placed.offset} bytes where its shape needs {placed.length}",
                 remedy="The source is damaged; download or copy it again",
             )
+
+
+def _read_ahead(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The same pieces, each read while the one before it is copied."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+        ahead = pool.submit(next, pieces, None)
+        while (piece := ahead.result()) is not None:
+            ahead = pool.submit(next, pieces, None)
+            yield piece
 
 
 def _cut(pieces: Iterator[bytes | memoryview], body: CheckpointBody) -> Iterator[memoryview]:
