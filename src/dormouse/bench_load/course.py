@@ -221,7 +221,7 @@ class _Run:
     def _load(self, row: Row, method: Method, child: Child, seconds: float) -> None:
         """The conversation with the child, as in child.py."""
         child.tell(msgspec.json.encode(self._job(method, row.condition)))
-        child.hear("ready", seconds)
+        child.hear("ready", max(1.0, min(self._budget.left, _START_SECONDS)))
         row.resident_before = self._set_cache(method, row.condition)
         child.tell(b"")
         loaded = msgspec.convert(child.hear("loaded", seconds, watch=True), Loaded)

@@ -23,7 +23,7 @@ from dormouse.bench_load.methods import (
 )
 from dormouse.bench_load.weights import WIDTHS, Shapes, Widths, linear_layers, read_reference
 
-_LEAST_RANK, _LAYERS = 8, 32
+_LEAST_RANK, _LAYERS = 128, 32
 _A, _B = ".lora_A", ".lora_B"
 
 
