@@ -25,7 +25,7 @@ from dormouse.bench_load import cache, codec, limits, lora
 from dormouse.bench_load.child import Loaded
 from dormouse.bench_load.importing import COPIES, MODEL, Imports
 from dormouse.bench_load.limits import Limit
-from dormouse.bench_load.methods import Job, Method
+from dormouse.bench_load.method import Job, Method
 from dormouse.bench_load.options import CONDITIONS, Budget, Hooks, Options
 from dormouse.bench_load.processes import Child, ChildError
 from dormouse.bench_load.result import Result, Row, codec_line, host_facts, line
