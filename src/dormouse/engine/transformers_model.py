@@ -1,7 +1,6 @@
 """A model of transformers whose weights are a segment that the node owns.
 
-    config.json --> model on the meta device (no memory) --> parameters bound to views of the arena's segment
-                                                         --> buffers that no segment holds computed again
+    config.json --> model without memory --bind--> parameters are views of the arena's segment
 
 Nothing is copied on the CPU: all workers of the model share the segment, and since it is unmapped whenever a worker
 sleeps, a snapshot of the process holds no weights. The parameters' addresses stay what they were. None of this looks
@@ -14,20 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from dormouse.checkpoint.models import read_table
+from dormouse.checkpoint.torch_tensors import views
+from dormouse.checkpoint.transformers_binding import bind, empty_model
 from dormouse.engine.arena import Arena, Weights
 from dormouse.errors import EngineError
-
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
-}
 
 
 def load_model(folder: Path, device: torch.device, attention: str, arena: Arena) -> Any:
@@ -37,17 +29,8 @@ def load_model(folder: Path, device: torch.device, attention: str, arena: Arena)
     Raises DamagedError for a table that does not fit the segment, EngineError when the weights are not the model's.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
-    tensors = segment_tensors(folder, arena.weights)
-    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    if wrong := [*(set(missing) - set(model.all_tied_weights_keys)), *unexpected]:
-        raise EngineError(
-            f"the weights of {folder.name} are not those of {type(model).__name__}: {sorted(wrong)[0]}",
-            remedy="Import the model again with this version of transformers",
-        )
-    model.tie_weights()
-    _compute_buffers(model)
+    model = empty_model(config, torch.bfloat16, attention)
+    bind(model, segment_tensors(folder, arena.weights), folder.name)
     model.requires_grad_(False)
     if device.type != "cpu":
         arena.wait()
@@ -55,38 +38,8 @@ def load_model(folder: Path, device: torch.device, attention: str, arena: Arena)
 
 
 def segment_tensors(folder: Path, weights: Weights | None) -> dict[str, torch.Tensor]:
-    """All tensors of a model as views of its segment."""
+    """All tensors of a model as views of its segment. Raises ConfigError for a type that torch does not know."""
     if weights is None:
         raise EngineError(f"the worker was sent no weights for {folder.name}", remedy="Import the model again")
     body = read_table(folder, weights.size)
-    whole = torch.frombuffer(weights.array(), dtype=torch.uint8)
-    try:
-        return {
-            tensor.name: whole[tensor.offset : tensor.offset + tensor.length]
-            .view(_DTYPES[tensor.dtype])
-            .view(tensor.shape)
-            for tensor in body.tensors
-        }
-    except KeyError as error:
-        raise EngineError(
-            f"{folder.name} has tensors of type {error}, which this engine can't use", remedy="Import the model again"
-        ) from error
-
-
-def _compute_buffers(model: Any) -> None:
-    """Give every buffer that no file holds (rotary frequencies) memory and its values, by the model's own rules.
-
-    What was loaded is marked, so that transformers' initialisation leaves it alone.
-    """
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if not tensor.is_meta:
-            tensor._is_hf_initialized = True
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
-    model.initialize_weights()
-    if empty := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
-        raise EngineError(
-            f"{type(model).__name__} has parts that its weights lack: {empty[0]}", remedy="Import it again"
-        )
+    return views(torch.frombuffer(weights.array(), dtype=torch.uint8), body.tensors)
