@@ -8,8 +8,8 @@ The slots bound the host's memory and slow the readers down to the speed of the 
 under way. What the DRAM tier holds is copied from there and needs no slot. The first and the last parcels are small: so
 the link has little to wait for at the beginning, when all readers fill their first slot, and little left at the end.
 
-Chunks are checked on the GPU, because the memory bus of the host is what limits a load. The words in which the GPU tells
-of damage are looked at when all is done, and the CPU then finds the chunk to name.
+Chunks are checked on the GPU, because the memory bus of the host is what limits a load. The words in which the GPU
+tells of damage are looked at when all is done, and the CPU then finds the chunk to name.
 """
 
 from __future__ import annotations
