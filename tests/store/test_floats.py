@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 import struct
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -267,6 +269,11 @@ def test_every_codec_of_floats_has_a_format() -> None:
     assert set(FORMATS) == FLOATS
 
 
+def test_who_has_no_such_chunk_needs_no_numpy() -> None:
+    code = "import sys, dormouse.cli, dormouse.store.store, dormouse.checkpoint.writer; print('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "False\n"
+
+
 # Hostile payloads
 
 
@@ -373,6 +380,22 @@ def test_made_up_payloads_never_do_harm(
     header = Header(absent, values, (counts[1] % 9, counts[2] % 5, counts[3] % 3), (deltas[:3], deltas[3:]))
     total = sections(FORMATS[codec], header, length).tail.stop
     outcome(codec, header.pack() + (body + bytes(total))[: total - 64], length)
+
+
+@each_kind
+@pytest.mark.parametrize("level", range(3))
+def test_a_level_that_ends_before_its_digits_are_all_read_is_refused(codec: Codec, level: int) -> None:
+    """In the first of several blocks, whose units tell the truth; only the total does not."""
+    plain = numbers(codec, 70 * UNIT, 8)
+    stored = coded(plain, codec)
+    places = parts(codec, plain, stored)
+    cut = places[-4 + level]  # level 2, level 3, raw
+    bad = bytearray(stored)
+    bad[8 + 4 * level : 12 + 4 * level] = struct.pack("<I", 4)
+    first = bytes(bad[: cut.start]) + bytes(bad[cut.start : cut.start + (4 if level == 2 else 1)])
+    shorter = first + bytes(-len(first) % 16) + stored[cut.stop + -cut.stop % 16 :]
+    with pytest.raises(DamagedError, match="other counts"):
+        decode(codec, shorter, len(plain))
 
 
 def test_nothing_is_fetched_for_a_level_that_is_not_there() -> None:

@@ -319,17 +319,20 @@ def _to_gpus(
 ) -> tuple[list[torch.Tensor], LoadReport]:
     from dormouse.transfer.load_device import load_device
 
+    blocks: list[torch.Tensor] = []
     try:
-        blocks = [
-            torch.zeros(size, dtype=torch.uint8, device=device)
-            for size, device in zip(plan.sizes, devices, strict=True)
-        ]
+        for size, device in zip(plan.sizes, devices, strict=True):
+            blocks.append(torch.zeros(size, dtype=torch.uint8, device=device))
         report = load_device(plan, blocks, key=key, progress=progress, cancelled=cancelled, tier=tier)
     except torch.OutOfMemoryError as error:
+        blocks.clear()
         raise HostError(
             f"{sum(plan.sizes)} bytes of weights don't fit into the GPU: {str(error).splitlines()[0]}",
             remedy="Free some of its memory, or spread the model over several GPUs",
-        ) from error
+        ) from None
+    except BaseException:
+        blocks.clear()  # an error that is kept must not keep memory of the GPU
+        raise
     return blocks, report
 
 
