@@ -55,6 +55,7 @@ def model_json(model: ImportedModel) -> dict[str, Any]:
         "context": model.context,
         "digest": model.digest,
         "path": str(model.path),
+        "base": model.base,
     }
 
 
@@ -98,7 +99,7 @@ def render(listing: dict[str, Any]) -> Group:
     for model in listing["models"]:
         models.add_row(
             model["name"],
-            model["engine"],
+            model["engine"] if model["base"] is None else f"adapter of {model['base']}",
             f"{model['parameters'] / 1e6:.0f} M",
             human(model["weight_bytes"]),
             model["state"],

@@ -10,14 +10,15 @@ are computed by themselves (and at least two at once, as everywhere on the CPU: 
 don't change a request's numbers. Keys and values of an adapter's tokens are not those of the base: the batch keeps
 their cached prefixes apart.
 
-Life: the node sends `LoadAdapter` with a segment when a request names an adapter that this worker lacks; `bind` is called
-between two steps. Quiescing drops all adapters, as it lets go of all segments: a snapshot holds none, and after the wake
-the next request of an adapter loads it again, from the memory of the host service where that kept it. Unloading comes
-after the last request of the adapter: the node sends nothing new, and waits for those that run.
+Life: the node sends `LoadAdapter` with a segment when a request names an adapter that this worker lacks; `bind` is
+called between two steps. Quiescing drops all adapters, as it lets go of all segments: a snapshot holds none, and after
+the wake the next request of an adapter loads it again, from the memory of the host service where that kept it.
+Unloading comes after the last request of the adapter: the node sends nothing new, and waits for those that run.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from dormouse.checkpoint.adapters import A, B
 from dormouse.errors import EngineError
-
-A = "lora_A"
-B = "lora_B"
 
 Rows = slice | torch.Tensor
 
@@ -52,9 +51,11 @@ class Factors:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """The factors of one adapter by the module they belong to."""
+    """The factors of one adapter by the module they belong to. `serial` is this loading's alone: what was computed with
+    an adapter must not be taken for what another computes that comes under the same name later."""
 
     factors: Mapping[torch.nn.Module, Factors]
+    serial: int
 
 
 class Adapters:
@@ -62,6 +63,7 @@ class Adapters:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self._serials = itertools.count(1)
         self._hooks: dict[torch.nn.Module, tuple[Any, set[Adapter]]] = {}
         self._routes: list[tuple[Adapter, Rows]] = []
         self._rows = 0
@@ -69,7 +71,7 @@ class Adapters:
     def fit(self, tensors: Mapping[str, torch.Tensor], scalings: Mapping[str, float]) -> Adapter:
         """The adapter of tensors named `MODULE.lora_A` and `MODULE.lora_B`, which lie where the model does. Changes
         nothing. Raises EngineError that names the module when it does not fit the model."""
-        factors = {}
+        factors: dict[torch.nn.Module, Factors] = {}
         for name, scaling in scalings.items():
             module = self._module(name)
             a, b = (tensors[f"{name}.{part}"] for part in (A, B))
@@ -82,7 +84,7 @@ class Adapters:
                     remedy="Import it for the base model that it was trained on: dormouse import FOLDER --base NAME",
                 )
             factors[module] = Factors(a, b, scaling)
-        return Adapter(factors)
+        return Adapter(factors, next(self._serials))
 
     def bind(self, adapter: Adapter) -> None:
         """Let it take part from the next forward pass on."""
@@ -133,8 +135,12 @@ class Adapters:
                 remedy="Adapters of modules that see only some tokens (experts) are not supported",
             )
         for adapter, rows in self._routes:
-            if (own := adapter.factors.get(module)) is not None:
-                y[rows] += own.delta(x[rows])
+            if (own := adapter.factors.get(module)) is None:
+                continue
+            if isinstance(rows, slice):
+                y[rows].add_(own.delta(x[rows]))
+            else:
+                y.index_copy_(0, rows, y.index_select(0, rows).add_(own.delta(x.index_select(0, rows))))
 
     def _module(self, name: str) -> torch.nn.Linear:
         try:

@@ -17,7 +17,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dormouse.checkpoint.models import read_table
-from dormouse.engine.arena import Arena, Weights
+from dormouse.checkpoint.tensors import CheckpointBody
+from dormouse.engine.arena import Arena, Attached, Weights
+from dormouse.engine.messages import LoadAdapter
 from dormouse.errors import EngineError
 
 _DTYPES = {
@@ -58,8 +60,12 @@ def segment_tensors(folder: Path, weights: Weights | None) -> dict[str, torch.Te
     """All tensors of a model as views of its segment."""
     if weights is None:
         raise EngineError(f"the worker was sent no weights for {folder.name}", remedy="Import the model again")
-    body = read_table(folder, weights.size)
     whole = torch.frombuffer(weights.array(), dtype=torch.uint8)
+    return tensor_views(read_table(folder, weights.size), whole, folder.name)
+
+
+def tensor_views(body: CheckpointBody, whole: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a table as views of the bytes of its segment. Raises EngineError."""
     try:
         return {
             tensor.name: whole[tensor.offset : tensor.offset + tensor.length]
@@ -69,8 +75,23 @@ def segment_tensors(folder: Path, weights: Weights | None) -> dict[str, torch.Te
         }
     except KeyError as error:
         raise EngineError(
-            f"{folder.name} has tensors of type {error}, which this engine can't use", remedy="Import the model again"
+            f"{name} has tensors of type {error}, which this engine can't use", remedy="Import the model again"
         ) from error
+
+
+def adapter_tensors(spec: LoadAdapter, segment: Attached, device: torch.device) -> dict[str, torch.Tensor]:
+    """The factors of an adapter as views of its segment; on a GPU, of a copy, for which the segment is not needed any
+    more. Raises EngineError."""
+    if spec.table.size != segment.weights.size:
+        raise EngineError(
+            f"adapter {spec.name} has {segment.weights.size} bytes where its table says {spec.table.size}",
+            remedy="Import it again with --replace",
+        )
+    whole = torch.frombuffer(segment.weights.array(), dtype=torch.uint8)
+    if device.type != "cpu":
+        whole = whole.to(device)
+        segment.close()
+    return tensor_views(spec.table, whole, spec.name)
 
 
 def _compute_buffers(model: Any) -> None:
