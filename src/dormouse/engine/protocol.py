@@ -51,7 +51,7 @@ class Engine(Protocol):
         on, whatever becomes of it. Raises DormouseError when it does not fit; then all is as it was."""
 
     def unload_adapter(self, name: str) -> None:
-        """Let go of an adapter and its segment, then emit `AdapterUnloaded`; `AdapterFailed` while a request uses it."""
+        """Let go of an adapter and its segment; emit `AdapterUnloaded`, or `AdapterFailed` while a request uses it."""
 
     def quiesce(self) -> None:
         """Block until nothing runs, then let go of all that must not be in a snapshot (KV contents, sockets, files,
