@@ -2,8 +2,9 @@
 
     python fake_worker.py --control-fd N [--restored] [--fault load|quiesce|resume|hello|…-exit] [--delay SECONDS]
 
-The answer to a prompt is the words of the prompt, over and over, up to `max_tokens`, after the adapter if it names one.
-the process instead of a token, `refuse` fails the request as too long, `break` fails it as the engine's fault.
+The answer to a prompt is the words of the prompt, over and over, up to `max_tokens`; a request that names an adapter
+gets `<ADAPTER>` before them. Words that do things: `die` ends the process instead of a token, `refuse` fails the
+request as too long, `break` fails it as the engine's fault.
 """
 
 import argparse

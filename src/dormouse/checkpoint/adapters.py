@@ -60,6 +60,10 @@ def open_adapter(models_dir: Path, name: str) -> ImportedAdapter:
         body=read_table(model.path, model.weight_bytes),
         scalings=_read_scalings(model),
     )
+    if sorted(adapter.scalings) != sorted(modules_of(shapes_of(adapter.body))):
+        raise DamagedError(
+            f"{model.path / SCALINGS} does not belong to the tensors of adapter {name}", remedy=_again(name)
+        )
     base = open_model(models_dir, model.base)
     check_fit(shapes_of(adapter.body), read_table(base.path, base.weight_bytes), name, base.name)
     return adapter
@@ -102,7 +106,7 @@ def encode_scalings(modules: Mapping[str, float]) -> bytes:
 
 def _read_scalings(model: ImportedModel) -> Mapping[str, float]:
     path = model.path / SCALINGS
-    remedy = f"Import it again: dormouse import SOURCE --name {model.name} --replace"
+    remedy = _again(model.name)
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Scalings)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -112,3 +116,7 @@ def _read_scalings(model: ImportedModel) -> Mapping[str, float]:
     if not all(math.isfinite(scaling) for scaling in found.modules.values()):
         raise DamagedError(f"{path} has a scaling that is not finite", remedy=remedy)
     return found.modules
+
+
+def _again(name: str) -> str:
+    return f"Import it again: dormouse import SOURCE --name {name} --replace"
