@@ -60,7 +60,7 @@ def open_adapter(models_dir: Path, name: str) -> ImportedAdapter:
         body=read_table(model.path, model.weight_bytes),
         scalings=_read_scalings(model),
     )
-    if sorted(adapter.scalings) != sorted(modules_of(shapes_of(adapter.body))):
+    if {f"{module}.{part}" for module in adapter.scalings for part in (A, B)} != shapes_of(adapter.body).keys():
         raise DamagedError(
             f"{model.path / SCALINGS} does not belong to the tensors of adapter {name}", remedy=_again(name)
         )
