@@ -138,7 +138,8 @@ def _about_adapters() -> Iterator[None]:
     try:
         yield
     except NotFoundError as error:
-        raise HttpProblem(404, str(error), code="adapter_not_found") from error
+        remedy = "lora_path is the name of an adapter that was imported; /v1/models shows those that are loaded"
+        raise HttpProblem(404, f"{error.message}. {remedy}", code="adapter_not_found") from error
     except ConfigError as error:
         raise RequestError(error.message, param="lora_path", reason="adapter_unusable", remedy=error.remedy) from error
 

@@ -182,7 +182,13 @@ class Fitting:
 
     async def _unload(self, served: Served, loading: asyncio.Task[None]) -> None:
         await asyncio.wait([loading])
-        await self._link.unload_adapter(served.key)
+        if loading.cancelled() or loading.exception() is not None:
+            return
+        try:
+            await self._link.unload_adapter(served.key)
+        except DormouseError:
+            if self._link.lost is None:  # else it has ended with the worker
+                raise
         await self._host.drop_segment(self._worker, served.adapter.checkpoint)
         log.info("adapter %s of model %s is unloaded", served.name, served.adapter.base)
 

@@ -201,8 +201,9 @@ class Runner:
         await self._fitting.need(served)
 
     async def drop_adapter(self, served: Served) -> None:
-        """Let go of an adapter that no request uses, in the worker if there is one, and of its segment."""
-        if self._fitting is not None:
+        """Let go of an adapter that no request uses, and of its segment. A worker that is being parked or has been gets
+        no message: it has none left when it goes on."""
+        if self._fitting is not None and self.replica.state is State.READY:
             await self._fitting.drop(served)
         await self._around.host.drop_segment(self._handle, served.adapter.checkpoint)
 
