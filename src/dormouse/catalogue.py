@@ -110,7 +110,7 @@ def render(listing: dict[str, Any]) -> Group:
         models.add_row(
             model["name"],
             model["engine"] if model["base"] is None else f"adapter of {model['base']}",
-            f"{model['parameters'] / 1e6:.0f} M",
+            f"{model['parameters'] / 1e6:.{0 if model['base'] is None else 1}f} M",
             human(model["weight_bytes"]),
             model["state"],
             human(model["rss_bytes"]) if model["rss_bytes"] else "",

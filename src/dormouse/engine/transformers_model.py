@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dormouse.checkpoint.models import read_table
 from dormouse.checkpoint.tensors import CheckpointBody
 from dormouse.engine.arena import Arena, Attached, Weights
+from dormouse.engine.device_copy import to_device
 from dormouse.engine.messages import LoadAdapter
 from dormouse.errors import EngineError
 
@@ -89,7 +90,7 @@ def adapter_tensors(spec: LoadAdapter, segment: Attached, device: torch.device) 
         )
     whole = torch.frombuffer(segment.weights.array(), dtype=torch.uint8)
     if device.type != "cpu":
-        whole = whole.to(device)
+        whole = to_device(whole, device)
         segment.close()
     return tensor_views(spec.table, whole, spec.name)
 

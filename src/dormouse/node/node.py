@@ -153,7 +153,11 @@ class Node:
                 async with self.replica(name):
                     pass
         except BaseException:
+            served.leaving = True
             self._shelf.remove(served)
+            self._in_background(
+                self._retire(served), "an adapter that was not wanted any more could not be unloaded: %s"
+            )
             raise
         self._notify()
         return served
