@@ -133,6 +133,36 @@ def import_(
         )
 
 
+@cli.command()
+@click.argument("name")
+@click.option("--device", "devices", multiple=True, default=["cpu"], show_default=True, help="cpu or cuda:N; several.")
+@click.option("--tensors", multiple=True, metavar="PATTERN", help="Only tensors whose names match.  [default: all]")
+@common
+def load(
+    name: str, devices: tuple[str, ...], tensors: tuple[str, ...], data_dir: DataDir, as_json: bool, reporter: Reporter
+) -> None:
+    """Load a model's weights into memory, tell how fast that went, and let go of them."""
+    try:
+        from dormouse.checkpoint import load as loading
+    except ImportError as error:
+        raise HostError(
+            f"loading needs a package that is missing: {error.name}",
+            remedy="Install it: pip install 'dormouse[transformers]'",
+        ) from error
+    with reporter:
+        result = loading.measured(name, devices, tensors or None, data_dir, reporter.amount("load"))
+    if as_json:
+        emit(result)
+        return
+    places = (("past the page cache", "direct_bytes"), ("through it", "cached_bytes"), ("from memory", "tier_bytes"))
+    read = ", ".join(f"{catalogue.human(result[key])} {words}" for words, key in places if result[key])
+    out.print(
+        f"Loaded [bold]{escape(name)}[/]: {result['tensors']} tensors, {catalogue.human(result['plain_bytes'])} in "
+        f"{result['seconds']:.2f} s, {result['gb_per_second']:.2f} GB/s; read {read or 'nothing'}",
+        soft_wrap=True,
+    )
+
+
 def keeper_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options of the verbs that run a job."""
     for option in (
@@ -595,6 +625,31 @@ def bench_start(model: str, runs: int, prompt: str, data_dir: DataDir, as_json: 
     with reporter:
         result = asyncio.run(bench_module.measure(data_dir, model, runs=runs, prompt=prompt, step=reporter.step))
     emit(bench_module.as_json(result)) if as_json else out.print(bench_module.render(result))
+
+
+@bench.command("load")
+@click.option("--gigabytes", type=click.FloatRange(0.001), help="How much to make.  [default: 16 with a GPU, else 1]")
+@click.option("--shards", default=4, show_default=True, type=click.IntRange(1, 256), help="In how many files.")
+@click.option("--files", type=click.Path(path_type=Path, exists=True), help="A folder of .safetensors instead.")
+@click.option("--folder", default=".", type=click.Path(path_type=Path), help="Where, on the disk to be measured.")
+@click.option("--device", help="cpu, cuda:0, ...  [default: cuda:0 if there is one, else cpu]")
+@click.option("--method", "names", multiple=True, help="Only this one; may be given more than once.")
+@click.option("--cold/--no-cold", default=True, help="Whether to load from the disk, too.")
+@click.option("--repeats", default=1, show_default=True, type=click.IntRange(1, 100), help="The fastest counts.")
+@click.option("--lora", is_flag=True, help="An adapter of 1 GB into a running model, too.")
+@click.option("--codec", is_flag=True, help="The codec alone, too.")
+@click.option("--budget-seconds", type=click.FloatRange(1.0), help="Skip what no longer fits into that time.")
+@click.option("--output", type=click.Path(path_type=Path), help="A JSON file, written anew after every row.")
+@common
+def bench_load(data_dir: DataDir, as_json: bool, reporter: Reporter, **options: Any) -> None:
+    """Time how weights come from files into memory or onto a GPU: by the loaders that are installed, and by ours."""
+    from dormouse import bench_load as bench_module
+
+    del data_dir  # files and checkpoints are made in a folder of their own
+    with reporter:
+        hooks = bench_module.Hooks(reporter.step, tell(reporter.silent))
+        result = bench_module.measure(bench_module.options(**options), hooks)
+    emit(result.as_json()) if as_json else out.print(bench_module.table(result))
 
 
 def _open_standard_streams() -> None:

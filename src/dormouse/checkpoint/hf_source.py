@@ -39,13 +39,13 @@ class _Index(msgspec.Struct):
 def read_folder(path: Path, source: str, folder: Path, progress: Progress) -> Description:
     """Read a folder, or one .safetensors file (with its sister shards) in a folder, into the staging folder."""
     place = path if path.is_dir() else path.parent
-    files = _weight_files(path)
+    files = weight_files(path)
     _require_beside(place)
-    found = _tensors(files)
+    found = tensors_in(files)
     transformers = import_transformers()
     with reading(place):
         config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
-        _refuse_quantised(place, config)
+        refuse_quantised(place, config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
         generation = _generation_config(transformers, place, config)
         config.dtype = "bfloat16"
@@ -56,7 +56,9 @@ def read_folder(path: Path, source: str, folder: Path, progress: Progress) -> De
     return describe(source, config, tensors)
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The .safetensors files of a folder, or one file with its sister shards. Raises ConfigError when there is none or
+    one is missing."""
     if path.is_file():
         shard = _SHARD.fullmatch(path.name)
         files = sorted(path.parent.glob(f"{shard[1]}-*-of-{shard[2]}.safetensors")) if shard else [path]
@@ -96,7 +98,8 @@ def _require_beside(place: Path) -> None:
         raise ConfigError(f"{place} has no tokenizer", remedy="Copy the model's tokenizer.json beside its weights")
 
 
-def _tensors(files: list[Path]) -> Found:
+def tensors_in(files: list[Path]) -> Found:
+    """What is in the files, by name. Raises ConfigError for a file that is not sound and a name that is there twice."""
     found: Found = {}
     for file in files:
         for name, tensor in read_header(file).items():
@@ -109,7 +112,8 @@ def _tensors(files: list[Path]) -> Found:
     return found
 
 
-def _refuse_quantised(place: Path, config: Any) -> None:
+def refuse_quantised(place: Path, config: Any) -> None:
+    """Raises ConfigError for a model whose weights only another library can read."""
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method is not None:
         raise ConfigError(
@@ -140,7 +144,7 @@ def _copied(transformers: Any, config: Any, found: Found) -> list[NewTensor] | N
 def _converted(transformers: Any, place: Path, files: list[Path], config: Any, progress: Progress) -> Any:
     import torch
 
-    if set(files) != set(_weight_files(place)):
+    if set(files) != set(weight_files(place)):
         raise ConfigError(
             f"the tensors of {files[0]} are not those that config.json describes",
             remedy="Check that the weights and config.json belong together",

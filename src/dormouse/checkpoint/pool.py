@@ -19,7 +19,7 @@ import threading
 from dormouse.checkpoint.tensors import decode_body
 from dormouse.checkpoint.writer import CHECKPOINT_KIND
 from dormouse.errors import DamagedError, DormouseError, HostError, NotFoundError, StoreError
-from dormouse.store.store import Manifest, Store
+from dormouse.store.store import Manifest, Reader, Store
 from dormouse.transfer.handles import SegmentHandle, send_report
 from dormouse.transfer.segment import Segment, fill
 
@@ -137,7 +137,8 @@ class SegmentPool:
             error = StoreError(f"the weights of {manifest.name} can't be read: {failure!r}")
         self._settle(checkpoint, shared, error)
         if isinstance(error, DamagedError):
-            self._note_damage(manifest)
+            with self._store.reader() as reader:
+                note_damage(reader, manifest)
 
     def _settle(self, checkpoint: str, shared: _Shared, error: DormouseError | None) -> None:
         with self._lock:
@@ -151,13 +152,13 @@ class SegmentPool:
         for pipe in waiting:
             send_report(pipe, error)
 
-    def _note_damage(self, manifest: Manifest) -> None:
-        """Check every other chunk too; one damage seldom comes alone. The store remembers, so that the next import of
-        the same weights stores these chunks afresh."""
-        with self._store.reader() as reader:
-            for digest in manifest.refs:
-                with contextlib.suppress(StoreError):  # it is noted by the reader
-                    reader.stored(reader.locate([digest])[0])
+
+def note_damage(reader: Reader, manifest: Manifest) -> None:
+    """Check every chunk of a checkpoint that is found damaged; one damage seldom comes alone. The store remembers, so
+    that the next import of the same weights stores these chunks afresh."""
+    for digest in manifest.refs:
+        with contextlib.suppress(StoreError):  # it is noted by the reader
+            reader.stored(reader.locate([digest])[0])
 
 
 def _free(shared: _Shared) -> None:

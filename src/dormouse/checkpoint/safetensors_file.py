@@ -8,16 +8,17 @@ then the bytes of all tensors without gaps.
 
 from __future__ import annotations
 
-import math
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
-from dormouse.checkpoint.tensors import ITEM_SIZES, MAX_DIMENSIONS, MAX_EXTENT, NewTensor
-from dormouse.errors import ConfigError
+from dormouse.checkpoint.tensors import ITEM_BITS, MAX_DIMENSIONS, MAX_EXTENT, NewTensor, fits
+from dormouse.errors import ConfigError, NotFoundError
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library itself
 _CHUNK = 16 << 20
@@ -42,15 +43,35 @@ class TensorInfo:
     length: int
 
 
+def open_source(path: Path) -> BinaryIO:
+    """A user's file, opened for reading. Raises NotFoundError, ConfigError for what is no file or may not be read."""
+    try:
+        # O_NONBLOCK: opening somebody's pipe would wait for ever. It means nothing to a regular file.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise NotFoundError(f"there is no file {path}", remedy="Check the path") from None
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}", remedy="Give a file you may read") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ConfigError(f"{path} is no regular file", remedy="Give a .safetensors file")
+    return os.fdopen(descriptor, "rb")
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a file in the order of their bytes. Raises ConfigError naming what is wrong with the file."""
-    size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise _malformed(path, f"its header can't be {length} bytes long in a file of {size} bytes")
-        text = file.read(length)
+        return header_of(file, path)
+
+
+def header_of(file: BinaryIO, path: Path) -> dict[str, TensorInfo]:
+    """The same of an open file, which is read from where it stands: its beginning."""
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise _malformed(path, f"its header can't be {length} bytes long in a file of {size} bytes")
+    text = file.read(length)
     try:
         entries = msgspec.json.decode(text, type=dict[str, Any])
         entries.pop("__metadata__", None)
@@ -67,11 +88,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _checked(path: Path, name: str, entry: _Entry, data: int) -> TensorInfo:
     begin, end = entry.data_offsets
-    if entry.dtype not in ITEM_SIZES:
+    if entry.dtype not in ITEM_BITS:
         raise _malformed(path, f"tensor {name} has the unknown type {entry.dtype}")
     if len(entry.shape) > MAX_DIMENSIONS or any(not 0 <= n <= MAX_EXTENT for n in entry.shape):
         raise _malformed(path, f"tensor {name} has an impossible shape")
-    if math.prod(entry.shape) * ITEM_SIZES[entry.dtype] != end - begin or begin < 0:
+    if begin < 0 or not fits(entry.dtype, entry.shape, end - begin):
         raise _malformed(path, f"tensor {name} of shape {entry.shape} can't have {end - begin} bytes")
     return TensorInfo(name, entry.dtype, tuple(entry.shape), data + begin, end - begin)
 

@@ -1,6 +1,7 @@
 """Writes a model's weights into the store: tensors of any source become the chunks of a checkpoint.
 
     NewTensor.chunks() of each tensor --pieces, padding--> buffers of CHUNK_SIZE --Ingest (threads)--> transaction
+    table of tensors -------------------------------------> a codec for each ----^
 
 Nothing is visible until the caller commits `manifest_of` what was written, in the same transaction. `sweep` removes
 checkpoints that no model's folder names: what an import leaves when it dies between the two, and what a removed or
@@ -12,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -24,10 +26,20 @@ from dormouse.checkpoint.models import checkpoints_named
 from dormouse.checkpoint.tensors import CheckpointBody, NewTensor, encode_body, lay_out
 from dormouse.errors import ConfigError
 from dormouse.store.chunk import Digest
+from dormouse.store.codec import Codec
 from dormouse.store.store import Manifest, Store, Transaction
 from dormouse.transfer.ingest import Ingest
 
 CHECKPOINT_KIND = "checkpoint"
+
+_FLOATS = {
+    "BF16": Codec.BF16,
+    "F16": Codec.FP16,
+    "F32": Codec.FP32,
+    **dict.fromkeys(("F8_E4M3", "F8_E4M3FNUZ"), Codec.FP8_E4M3),
+    **dict.fromkeys(("F8_E5M2", "F8_E5M2FNUZ"), Codec.FP8_E5M2),
+}
+"""Types that have a codec of their own. All others, packed or whole numbers, are tried with LZ4."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +62,34 @@ class Written:
 
 
 def write_tensors(
-    transaction: Transaction, tensors: Sequence[NewTensor], progress: Callable[[int, int], None]
+    transaction: Transaction,
+    tensors: Sequence[NewTensor],
+    progress: Callable[[int, int], None],
+    *,
+    coded: bool = True,
 ) -> Written:
-    """Put all tensors into the transaction. `progress(done, total)`: bytes.
+    """Put all tensors into the transaction, as they are if not `coded`. `progress(done, total)`: bytes.
 
     Raises ConfigError when a tensor yields other bytes than its shape needs, DiskFullError, StoreError.
     """
     body = lay_out(tensors)
     futures: list[Future[Digest]] = []
     with Ingest(transaction) as ingest:
-        for buffer in _cut(_pieces(body, tensors), body):
-            futures.append(ingest.submit(buffer))
+        for buffer, codec in zip(_cut(_pieces(body, tensors), body), chunk_codecs(body), strict=True):
+            futures.append(ingest.submit(buffer, codec if coded else Codec.RAW))
             progress(min(len(futures) * body.chunk_size, body.size), body.size)
     return Written(secrets.token_hex(6), body, [future.result() for future in futures])
+
+
+def chunk_codecs(body: CheckpointBody) -> list[Codec]:
+    """How each chunk is to be coded: as what has most of its bytes."""
+    size = body.chunk_size
+    held: list[Counter[Codec]] = [Counter() for _ in range(-(-body.size // size))]
+    for tensor in body.tensors:
+        codec, end = _FLOATS.get(tensor.dtype, Codec.LZ4), tensor.offset + tensor.length
+        for at in range(tensor.offset // size, -(-end // size)):
+            held[at][codec] += min(end, (at + 1) * size) - max(tensor.offset, at * size)
+    return [bytes_of.most_common(1)[0][0] for bytes_of in held]
 
 
 def _pieces(body: CheckpointBody, tensors: Sequence[NewTensor]) -> Iterator[bytes | memoryview]:
@@ -102,7 +129,7 @@ def copy_checkpoint(checkpoint: str, source: Store, target: Store) -> None:
     manifest = source.manifest(checkpoint)
     with source.reader() as reader, target.begin() as transaction:
         for chunk in reader.locate(manifest.refs):
-            transaction.put(reader.plain(chunk))
+            transaction.put(reader.plain(chunk), codec=Codec(chunk.codec))
         transaction.commit(manifest)
 
 

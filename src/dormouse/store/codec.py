@@ -1,5 +1,8 @@
 """Codecs: how a chunk's plain bytes are stored. A codec never loses: what saves less than 1/8 is stored raw, and
-all-zero chunks have no payload at all. The heavy work runs without the GIL, so threads code in parallel."""
+all-zero chunks have no payload at all. The heavy work runs without the GIL, so threads code in parallel.
+
+Codecs of floating-point numbers (`FLOATS`) are for chunks of such numbers, and live in `floats`, which is imported when
+the first such chunk turns up: it brings numpy, and a process without models needs none."""
 
 from __future__ import annotations
 
@@ -26,12 +29,26 @@ class Codec(IntEnum):
     ZERO = 1
     LZ4 = 2
     ZSTD = 3
+    BF16 = 4
+    FP16 = 5
+    FP32 = 6
+    FP8_E4M3 = 7
+    FP8_E5M2 = 8
+
+
+FLOATS = frozenset({Codec.BF16, Codec.FP16, Codec.FP32, Codec.FP8_E4M3, Codec.FP8_E5M2})
 
 
 def encode(plain: Buffer, codec: Codec) -> tuple[Codec, Buffer]:
-    """Code a chunk; returns the codec that was really used and the bytes to store (`plain` itself when raw)."""
+    """Code a chunk; returns the codec that was really used and the bytes to store (`plain` itself when raw). Numbers
+    that their own codec gains too little on, such as repeated ones, are tried with LZ4."""
     if is_zero(plain):
         return Codec.ZERO, b""
+    if codec in FLOATS:
+        from dormouse.store import floats
+
+        coded = floats.encode(plain, codec)
+        return (codec, coded) if coded is not None else encode(plain, Codec.LZ4)
     if codec is Codec.LZ4:
         if _looks_incompressible(plain):
             return Codec.RAW, plain
@@ -69,11 +86,27 @@ def decode(codec: int, stored: Buffer, plain_length: int) -> Buffer:
         plain = _decode_lz4(stored, plain_length)
     elif codec == Codec.ZSTD:
         plain = _decode_zstd(stored, plain_length)
+    elif codec in FLOATS:
+        from dormouse.store import floats
+
+        plain = floats.decode(Codec(codec), stored, plain_length)
     else:
         raise DamagedError(f"a chunk has the unknown codec {codec}")
     if len(plain) != plain_length or (codec == Codec.ZERO and stored):
         raise DamagedError(f"a chunk decodes to {len(plain)} bytes instead of {plain_length}")
     return plain
+
+
+def decode_into(codec: int, stored: Buffer, out: memoryview) -> None:
+    """Write the plain bytes to `out`, which has exactly their length. Floating-point numbers are decoded in place;
+    what the libraries of the other codecs return is copied. Raises DamagedError as `decode` does, and then `out` has
+    any content."""
+    if codec in FLOATS and len(out) <= MAX_CHUNK:
+        from dormouse.store import floats
+
+        floats.decode_into(Codec(codec), stored, out)
+    else:
+        out[:] = decode(codec, stored, len(out))
 
 
 def _decode_lz4(stored: Buffer, plain_length: int) -> bytes:

@@ -36,14 +36,14 @@ _ANY_RIGHT_OF_OTHERS = 0o077
 @dataclass(frozen=True, repr=False)
 class Signer:
     """Signs one sort of thing, with a key of its own that is derived from the store's: what is signed as one sort is
-    never taken for another."""
+    never taken for another. `secret` is for code that computes the same elsewhere, such as on a GPU."""
 
-    _secret: bytes
+    secret: bytes
 
     def mac(self, size: int, body: Buffer, tail: bytes) -> bytes:
         """Keyed BLAKE3 of `body` and `tail`, which has one fixed length per sort. Releases the GIL for long bodies."""
         # The short part comes last: after it, the hash could no longer take the long one in whole vectors.
-        return blake3(body, key=self._secret).update(tail).digest(length=size)
+        return blake3(body, key=self.secret).update(tail).digest(length=size)
 
 
 @dataclass(frozen=True, repr=False)

@@ -40,6 +40,7 @@ ALIGNMENT = 4096
 MAC_SIZE = 16
 
 _IDENTITY = struct.Struct("<32sBI")
+IDENTITY_SIZE = _IDENTITY.size
 _ENTRY = struct.Struct("<32s16sQIIB7x")
 _TRAILER = struct.Struct("<QQ16s8s")
 _MAX_OFFSET = 1 << 60
@@ -60,7 +61,12 @@ class StoredChunk(NamedTuple):
 
 def chunk_mac(key: Key, digest: Digest, codec: int, plain_length: int, stored: Buffer) -> bytes:
     """The signature of a chunk's identity and payload, so that a row that points to other bytes is found too."""
-    return key.chunks.mac(MAC_SIZE, stored, _IDENTITY.pack(digest, codec, plain_length))
+    return key.chunks.mac(MAC_SIZE, stored, identity(digest, codec, plain_length))
+
+
+def identity(digest: Digest, codec: int, plain_length: int) -> bytes:
+    """What is signed of a chunk beside its payload, and after it."""
+    return _IDENTITY.pack(digest, codec, plain_length)
 
 
 def aligned(length: int) -> int:

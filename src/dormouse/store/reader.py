@@ -13,7 +13,7 @@ from typing import Self
 
 from dormouse.errors import BusyError, DamagedError, StoreError
 from dormouse.store.chunk import Buffer, Digest
-from dormouse.store.codec import Codec, decode
+from dormouse.store.codec import Codec, decode, decode_into
 from dormouse.store.files import VERIFY_REMEDY, FileLock, open_ours, read_all, read_into, reading
 from dormouse.store.index import Index
 from dormouse.store.key import Key, same
@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 
 class Reader:
-    """Open packs of one store; `stored` and `plain` may be called by many threads at once. Close it when done."""
+    """Open packs of one store; `stored`, `plain` and `plain_into` may be called by many threads at once. Close it when
+    done."""
 
     def __init__(self, packs: Path, index: Index, key: Key, in_use: FileLock) -> None:
         self._packs = packs
@@ -47,6 +48,10 @@ class Reader:
                 remedy=VERIFY_REMEDY,
             ) from None
 
+    def pack(self, chunk: StoredChunk) -> Path:
+        """The file that a chunk is in."""
+        return self._packs / pack_name(chunk.pack)
+
     def plain(self, chunk: StoredChunk) -> Buffer:
         """A chunk's plain bytes, checked. Raises DamagedError that names chunk and pack."""
         stored = self.stored(chunk)
@@ -55,11 +60,29 @@ class Reader:
         except DamagedError as error:
             raise self._damaged(chunk, error.message) from error
 
+    def plain_into(self, chunk: StoredChunk, out: memoryview) -> None:
+        """Write a chunk's plain bytes to `out`, which has their length, with as few copies as its codec permits: raw
+        bytes are read straight into it. Raises DamagedError that names chunk and pack; `out` then has any content."""
+        if len(out) != chunk.plain_length:
+            raise ValueError(f"{len(out)} bytes of memory for a chunk of {chunk.plain_length}")
+        raw = chunk.codec == Codec.RAW
+        stored = self._checked(chunk, out if raw else None)
+        try:
+            if not raw:
+                decode_into(chunk.codec, stored, out)
+            elif len(stored) != len(out):
+                raise DamagedError(f"it has {len(stored)} raw bytes instead of {len(out)}")
+        except DamagedError as error:
+            raise self._damaged(chunk, error.message) from error
+
     def stored(self, chunk: StoredChunk) -> Buffer:
         """A chunk's stored bytes, checked. Valid until this thread's next call. Raises DamagedError."""
+        return self._checked(chunk, None)
+
+    def _checked(self, chunk: StoredChunk, out: memoryview | None) -> Buffer:
         if not makes_sense(chunk):
             raise self._damaged(chunk, "its row of the index makes no sense")
-        stored = self._read(chunk) if chunk.stored_length else b""
+        stored = self._read(chunk, out) if chunk.stored_length else b""
         if len(stored) != chunk.stored_length:
             raise self._damaged(chunk, "the pack ends before it")
         mac = chunk_mac(self._key, chunk.digest, chunk.codec, chunk.plain_length, stored)
@@ -93,8 +116,10 @@ class Reader:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _read(self, chunk: StoredChunk) -> Buffer:
+    def _read(self, chunk: StoredChunk, out: memoryview | None) -> Buffer:
         with self._pack(chunk) as fd:
+            if out is not None:
+                return out[: read_into(fd, out[: chunk.stored_length], chunk.offset)]
             if chunk.codec == Codec.RAW:  # handed on as it is, so it needs memory of its own
                 return read_all(fd, chunk.stored_length, chunk.offset)
             buffer = self._scratch(chunk.stored_length)

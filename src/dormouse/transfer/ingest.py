@@ -96,11 +96,11 @@ class Ingest:
                 if len(self._free) * CHUNK_SIZE < self._budget.limit:
                     self._free.append(owner)
 
-    def submit(self, plain: Buffer) -> Future[Digest]:
-        """Store a buffer, which now belongs to the ingest until the future is done. Blocks while too many bytes are in
-        flight. Raises the first error of any producer's chunk."""
+    def submit(self, plain: Buffer, codec: Codec | None = None) -> Future[Digest]:
+        """Store a buffer, which now belongs to the ingest until the future is done, with the codec given here or to
+        the ingest. Blocks while too many bytes are in flight. Raises the first error of any producer's chunk."""
         self._budget.take(len(plain))
-        return self._pool.submit(self._put, plain)
+        return self._pool.submit(self._put, plain, self._codec if codec is None else codec)
 
     def run(self, job: Callable[[memoryview, Put], Result]) -> Future[Result]:
         """Have a pool thread run `job` with a buffer of CHUNK_SIZE bytes to fill as it likes, and a function that
@@ -121,11 +121,11 @@ class Ingest:
         finally:
             self._budget.give(CHUNK_SIZE)
 
-    def _put(self, plain: Buffer) -> Digest:
+    def _put(self, plain: Buffer, codec: Codec) -> Digest:
         length = len(plain)
         try:
             self._budget.check()
-            return self._transaction.put(plain, codec=self._codec)
+            return self._transaction.put(plain, codec=codec)
         except BaseException as error:
             self._budget.fail(error)
             raise

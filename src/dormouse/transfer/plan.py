@@ -3,18 +3,22 @@
     pieces (chunks of a checkpoint, runs of a plain file) -> plan() -> extents of many pieces -> load_host | load_device
 
 A piece is coded as a whole and decoded as a whole; its plain bytes, or parts of them, go to one or more places in the
-destinations (one block of memory per device), which are all zeros before: so chunks of zeros need no piece. Pieces that
-lie side by side in a file are read at once, as one extent of at most `extent_bytes`.
+destinations (one block of memory per device), which are all zeros before: so chunks of zeros are not read, and only
+their signatures are checked. Pieces that lie side by side in a file are read at once, as one extent of at most
+`extent_bytes`. Plain bytes without a signature may be cut anywhere: a long run of them becomes several pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from dormouse.store.pack import ALIGNMENT, StoredChunk, aligned
+from dormouse.errors import DamagedError, StoreError
+from dormouse.store.codec import Codec
+from dormouse.store.files import VERIFY_REMEDY
+from dormouse.store.pack import ALIGNMENT, StoredChunk, aligned, makes_sense
 
 EXTENT_BYTES = 32 << 20
 """One read, one copy to the device, one launch of the decoder: large enough that Python's share is small."""
@@ -32,6 +36,16 @@ class Copy(NamedTuple):
     source_pitch: int = 0
     target_pitch: int = 0
 
+    def fits(self, plain_length: int, sizes: Sequence[int]) -> bool:
+        """Whether it stays within a piece of `plain_length` and the destinations."""
+        last = self.rows - 1
+        return (
+            0 <= self.device < len(sizes)
+            and min(self.source, self.target, self.row_bytes, last, self.source_pitch, self.target_pitch) >= 0
+            and self.source + last * self.source_pitch + self.row_bytes <= plain_length
+            and self.target + last * self.target_pitch + self.row_bytes <= sizes[self.device]
+        )
+
 
 class Piece(NamedTuple):
     """Stored bytes that are decoded as one. `file` is an index into the plan's files; `chunk` is what its signature is
@@ -46,11 +60,21 @@ class Piece(NamedTuple):
     copies: tuple[Copy, ...]
 
     @property
+    def end(self) -> int:
+        """Where its bytes end in the file."""
+        return self.offset + self.stored_length
+
+    @property
     def whole(self) -> Copy | None:
         """The one place that all plain bytes go to as they are, if that is so."""
-        copy = self.copies[0]
-        alone = len(self.copies) == 1 and copy.rows == 1 and copy.source == 0 and copy.row_bytes == self.plain_length
-        return copy if alone else None
+        return whole_copy(self.plain_length, self.copies)
+
+
+def whole_copy(plain_length: int, copies: Sequence[Copy]) -> Copy | None:
+    """The only one of `copies`, when it takes all plain bytes as they are."""
+    copy = copies[0]
+    alone = len(copies) == 1 and copy.rows == 1 and copy.source == 0 and copy.row_bytes == plain_length
+    return copy if alone else None
 
 
 class Extent(NamedTuple):
@@ -64,41 +88,144 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """`sizes`: of the destinations, in bytes."""
+    """`sizes`: of the destinations, in bytes. `zeros`: pieces of nothing but zeros, of which nothing is read."""
 
     files: tuple[Path, ...]
     extents: tuple[Extent, ...]
     sizes: tuple[int, ...]
+    zeros: tuple[Piece, ...] = ()
 
     @property
     def stored_bytes(self) -> int:
         """What is read."""
         return sum(extent.length for extent in self.extents)
 
+    @property
+    def ours(self) -> tuple[bool, ...]:
+        """Which of the files are packs of a store."""
+        packs = {piece.file for extent in self.extents for piece in extent.pieces if piece.chunk is not None}
+        return tuple(number in packs for number in range(len(self.files)))
+
+    def require(self, sizes: Sequence[int]) -> None:
+        """Raises StoreError unless the destinations have these sizes and every copy stays within piece and destination:
+        what carries out a plan on a GPU checks nothing any more."""
+        if tuple(sizes) != self.sizes:
+            raise StoreError(f"a load needs memory of {self.sizes} bytes and was given {tuple(sizes)}")
+        for extent in self.extents:
+            for piece in extent.pieces:
+                if not all(copy.fits(piece.plain_length, self.sizes) for copy in piece.copies):
+                    raise StoreError(f"a copy out of {self.files[piece.file]} at {piece.offset} leaves its memory")
+
+    @property
+    def plain_bytes(self) -> int:
+        """What the pieces that are read decode to."""
+        return sum(piece.plain_length for extent in self.extents for piece in extent.pieces)
+
+
+def stored_pieces(
+    placed: Iterable[tuple[StoredChunk, Sequence[Copy]]], pack: Callable[[StoredChunk], Path]
+) -> tuple[list[Path], list[Piece]]:
+    """Files and pieces for `plan`: one piece per chunk, however often it is needed. `pack` tells a chunk's pack. Raises
+    DamagedError for a chunk that no writer can have made."""
+    copies: dict[StoredChunk, list[Copy]] = {}
+    for chunk, wanted in placed:
+        if not makes_sense(chunk):
+            raise DamagedError(
+                f"chunk {chunk.digest.hex()} in {pack(chunk)} is damaged: its row of the index makes no sense",
+                remedy=VERIFY_REMEDY,
+            )
+        copies.setdefault(chunk, []).extend(wanted)
+    files: dict[Path, int] = {}
+    pieces = [
+        Piece(
+            files.setdefault(pack(chunk), len(files)),
+            chunk.offset,
+            chunk.stored_length,
+            chunk.plain_length,
+            chunk.codec,
+            chunk,
+            tuple(wanted),
+        )
+        for chunk, wanted in copies.items()
+    ]
+    return list(files), pieces
+
 
 def plan(
     files: Sequence[Path], pieces: Iterable[Piece], sizes: Sequence[int], *, extent_bytes: int = EXTENT_BYTES
 ) -> LoadPlan:
-    """Join neighbours into extents, in file order. A piece longer than `extent_bytes` is an extent of its own."""
-    extents: list[Extent] = []
+    """Join neighbours into extents, in file order. A coded piece longer than `extent_bytes` is an extent of its own."""
+    given = list(pieces)
+    zeros = tuple(piece for piece in given if piece.codec == Codec.ZERO)
+    read = [part for piece in given if piece.codec != Codec.ZERO for part in _cut(piece, extent_bytes)]
+    return LoadPlan(tuple(files), tuple(join(read, extent_bytes)), tuple(sizes), zeros)
+
+
+def join(pieces: Iterable[Piece], extent_bytes: int, plain_bytes: int | None = None) -> Iterator[Extent]:
+    """Extents of at most `extent_bytes`, whose pieces decode to at most `plain_bytes`; a piece that is longer stands
+    alone."""
     run: list[Piece] = []
+    plain = 0
     for piece in sorted(pieces, key=lambda piece: (piece.file, piece.offset)):
-        if run and not _fits(run, piece, extent_bytes):
-            extents.append(_extent(run))
-            run = []
+        plain += piece.plain_length
+        if run and not (_fits(run, piece, extent_bytes) and (plain_bytes is None or plain <= plain_bytes)):
+            yield _extent(run)
+            run, plain = [], piece.plain_length
         run.append(piece)
     if run:
-        extents.append(_extent(run))
-    return LoadPlan(tuple(files), tuple(extents), tuple(sizes))
+        yield _extent(run)
 
 
 def _fits(run: Sequence[Piece], piece: Piece, extent_bytes: int) -> bool:
     first, last = run[0], run[-1]
-    end = last.offset + last.stored_length
-    near = piece.file == last.file and end <= piece.offset <= max(end, aligned(end)) + ALIGNMENT
-    return near and piece.offset + piece.stored_length - first.offset <= extent_bytes
+    near = piece.file == last.file and last.end <= piece.offset <= aligned(last.end) + ALIGNMENT
+    return near and piece.end - first.offset <= extent_bytes
 
 
 def _extent(run: Sequence[Piece]) -> Extent:
     first, last = run[0], run[-1]
-    return Extent(first.file, first.offset, last.offset + last.stored_length - first.offset, tuple(run))
+    return Extent(first.file, first.offset, last.end - first.offset, tuple(run))
+
+
+def _cut(piece: Piece, extent_bytes: int) -> Iterator[Piece]:
+    """The piece; or, if nothing keeps its bytes together, its parts between multiples of `extent_bytes` in the file, so
+    that all extents but a file's first and last begin and end at such. What goes nowhere is left out."""
+    if piece.chunk is not None or piece.codec != Codec.RAW:
+        yield piece
+        return
+    begin = piece.offset
+    while begin < piece.end:
+        end = min(piece.end, (begin // extent_bytes + 1) * extent_bytes)
+        copies = tuple(clipped(piece.copies, begin - piece.offset, end - piece.offset))
+        if copies:
+            yield piece._replace(offset=begin, stored_length=end - begin, plain_length=end - begin, copies=copies)
+        begin = end
+
+
+def clipped(copies: Iterable[Copy], begin: int, end: int) -> Iterator[Copy]:
+    """What of `copies` lies between `begin` and `end` of the plain bytes, counted from `begin`."""
+    for copy in copies:
+        pitch = copy.source_pitch or copy.row_bytes
+        first = max(0, -(-(begin - copy.source - copy.row_bytes + 1) // pitch))  # the first row that ends after `begin`
+        until = min(copy.rows, -(-(end - copy.source) // pitch))  # the first row that begins at `end` or after
+        inner = [
+            row
+            for row in (first, until - 1)
+            if first <= row < until and _part(copy, pitch, row, begin, end).row_bytes < copy.row_bytes
+        ]
+        for row in sorted(set(inner)):
+            yield _part(copy, pitch, row, begin, end)
+        first, until = first + (first in inner), until - (until - 1 in inner)
+        if first < until:
+            yield copy._replace(
+                source=copy.source + first * pitch - begin,
+                target=copy.target + first * copy.target_pitch,
+                rows=until - first,
+            )
+
+
+def _part(copy: Copy, pitch: int, row: int, begin: int, end: int) -> Copy:
+    """Of one row, what lies between `begin` and `end`."""
+    at = copy.source + row * pitch
+    low, high = max(at, begin), min(at + copy.row_bytes, end)
+    return Copy(copy.device, low - begin, copy.target + row * copy.target_pitch + low - at, high - low)

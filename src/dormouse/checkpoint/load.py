@@ -1,0 +1,342 @@
+"""`load_file` and `load`: tensors of safetensors files and of imported checkpoints, on the CPU or on GPUs.
+
+    load_file, CPU    the file mapped privately, its pages brought in by many threads --> tensors that are the mapping
+    load_file, GPU    plan of plain bytes  --load_device--> one block of the GPU --> tensors that are views of it
+    load              manifest, table --Placement--> plan of the chunks needed --load_host | load_device--> views
+
+Nothing here reads, checks or decodes; the plans' runners in `transfer` do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+
+from dormouse import host_memory
+from dormouse.checkpoint import load_plans
+from dormouse.checkpoint.mapped_file import map_file, populate
+from dormouse.checkpoint.models import ImportedModel, open_model
+from dormouse.checkpoint.pool import note_damage
+from dormouse.checkpoint.safetensors_file import header_of, open_source
+from dormouse.checkpoint.shards import Shard, cuts, place, select
+from dormouse.checkpoint.tensors import Tensor, decode_body
+from dormouse.checkpoint.torch_tensors import WIDE_FLOATS, find_device, torch_type, typed, views
+from dormouse.checkpoint.writer import CHECKPOINT_KIND
+from dormouse.config import DataDir, default_data_dir
+from dormouse.errors import ConfigError, DamagedError, HostError, NotFoundError
+from dormouse.store.store import Manifest, Reader, Store
+from dormouse.transfer.load_host import load_host
+from dormouse.transfer.plan import LoadPlan
+from dormouse.transfer.report import LoadReport, Progress
+
+if TYPE_CHECKING:
+    from dormouse.store.key import Key
+    from dormouse.transfer.dram import DramTier
+
+Device = str | int | torch.device
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`tensors`: of each device. `plain_bytes`: what they take in memory."""
+
+    tensors: list[Tensors]
+    plain_bytes: int
+    report: LoadReport
+
+
+def load_file(
+    filename: str | os.PathLike[str],
+    device: Device = "cpu",
+    *,
+    progress: Progress | None = None,
+    cancelled: threading.Event | None = None,
+) -> Tensors:
+    """All tensors of a safetensors file, by name: what `safetensors.torch.load_file` returns.
+
+    On the CPU they are the file itself, mapped privately: writing to them changes them and never the file. On a GPU
+    they are views of one block. `progress(done, total)` is told bytes, by one thread at a time; when `cancelled` is
+    set, the load ends with StoreError. Raises NotFoundError, ConfigError for a file that is not sound, DamagedError for
+    one that can't be read, HostError when there is no memory or no such GPU.
+    """
+    return tensors_of_file(Path(filename), find_device(device), None, progress, cancelled)
+
+
+def tensors_of_file(
+    path: Path,
+    where: torch.device,
+    names: Container[str] | None,
+    progress: Progress | None,
+    cancelled: threading.Event | None,
+) -> Tensors:
+    """Those of the named tensors that are in a file; all for None."""
+    with open_source(path) as file:
+        found = [each for name, each in header_of(file, path).items() if names is None or name in names]
+        tensors = [Tensor(each.name, each.dtype, each.shape, each.offset, each.length) for each in found]
+        for tensor in tensors:
+            torch_type(tensor)  # what torch does not know is told before anything is read
+        if where.type == "cpu":
+            return _mapped(file.fileno(), path, tensors, progress, cancelled)
+    placement = place(tensors, 1, {})
+    blocks, _report = _run(load_plans.of_file(path, placement), [where], None, None, progress, cancelled)
+    return views(blocks[0], placement.tensors[0])
+
+
+def _mapped(
+    descriptor: int,
+    path: Path,
+    tensors: Sequence[Tensor],
+    progress: Progress | None,
+    cancelled: threading.Event | None,
+) -> Tensors:
+    mapping = map_file(descriptor, path)
+    if tensors and len(mapping) < tensors[-1].offset + tensors[-1].length:
+        raise DamagedError(f"{path} changed while it was read", remedy="Load it again")
+    populate(mapping, path, progress=progress, cancelled=cancelled)
+    return {tensor.name: typed(_bytes_of(mapping, tensor), tensor) for tensor in tensors}
+
+
+def _bytes_of(mapping: mmap.mmap, tensor: Tensor) -> torch.Tensor:
+    """A storage of its own, as far as torch can see: a tensor that is saved or sent takes only itself along."""
+    if not tensor.length:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mapping, dtype=torch.uint8, count=tensor.length, offset=tensor.offset)
+
+
+@overload
+def load(
+    name: str,
+    *,
+    device: Device = "cpu",
+    dtype: torch.dtype | None = None,
+    tensors: Iterable[str] | None = None,
+    shard: None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    tier: DramTier | None = None,
+    progress: Progress | None = None,
+    cancelled: threading.Event | None = None,
+) -> Tensors: ...
+
+
+@overload
+def load(
+    name: str,
+    *,
+    device: list[Device] | tuple[Device, ...],
+    dtype: torch.dtype | None = None,
+    tensors: Iterable[str] | None = None,
+    shard: Shard | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    tier: DramTier | None = None,
+    progress: Progress | None = None,
+    cancelled: threading.Event | None = None,
+) -> list[Tensors]: ...
+
+
+def load(
+    name: str,
+    *,
+    device: Device | list[Device] | tuple[Device, ...] = "cpu",
+    dtype: torch.dtype | None = None,
+    tensors: Iterable[str] | None = None,
+    shard: Shard | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    tier: DramTier | None = None,
+    progress: Progress | None = None,
+    cancelled: threading.Event | None = None,
+) -> Tensors | list[Tensors]:
+    """The tensors of the imported model `name`, by name; for a list of devices a list, one dictionary for each.
+
+    Tensors are views of one block per device. `tensors` are names or patterns (`*`, `?`); only chunks that are needed
+    are read. `shard` cuts tensors over the devices, all others go to each of them. `dtype`: floating-point tensors of
+    16 bits and more are cast to it once they are there. `data_dir` defaults to $DORMOUSE_HOME; `tier` is a pool of
+    coded chunks in memory, for GPUs. `progress(done, total)` is told bytes, by one thread at a time; when `cancelled`
+    is set, the load ends with StoreError.
+
+    Raises NotFoundError, ConfigError (a pattern that nothing matches, a device that can't be loaded to), DamagedError
+    and UntrustedError for stored bytes, HostError when there is no memory or no such GPU.
+    """
+    several = isinstance(device, list | tuple)
+    devices = device if isinstance(device, list | tuple) else [device]
+    if shard is not None and not several:
+        raise ConfigError("one device holds whole tensors, there is nothing to cut", remedy="Give a list of devices")
+    loaded = load_measured(
+        name,
+        [find_device(each) for each in devices],
+        dtype=dtype,
+        tensors=tensors,
+        shard=shard,
+        data_dir=data_dir_of(data_dir),
+        tier=tier,
+        progress=progress,
+        cancelled=cancelled,
+    )
+    return loaded.tensors if several else loaded.tensors[0]
+
+
+def load_measured(
+    name: str,
+    devices: Sequence[torch.device],
+    *,
+    dtype: torch.dtype | None,
+    tensors: Iterable[str] | None,
+    shard: Shard | None,
+    data_dir: DataDir,
+    tier: DramTier | None,
+    progress: Progress | None,
+    cancelled: threading.Event | None,
+) -> Loaded:
+    """What `load` does, with figures of it."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(f"nothing can be cast to {dtype}", remedy="Give a floating-point type")
+    if not devices:
+        raise ConfigError("there is no device to load to", remedy="Give at least one")
+    checkpoint = checkpoint_of(open_model(data_dir.models, name))
+    with Store.open(data_dir.store) as store, store.reader() as reader:
+        manifest = _manifest(store, checkpoint, name)
+        what = f"the checkpoint of {name}"
+        body = decode_body(manifest.body, what)
+        chosen = select(body.tensors, tensors, what)
+        for tensor in chosen:
+            torch_type(tensor)
+        placement = place(chosen, len(devices), cuts(chosen, shard, what))
+        plan = load_plans.of_checkpoint(body, manifest.refs, placement, reader, what)
+        with _noting_damage(reader, manifest):
+            blocks, report = _run(plan, devices, store.key, tier, progress, cancelled)
+    placed = zip(blocks, placement.tensors, strict=True)
+    found = [_cast(views(block, parts), dtype) for block, parts in placed]
+    return Loaded(found, sum(placement.sizes), report)
+
+
+def measured(
+    name: str, devices: Sequence[str], tensors: Iterable[str] | None, data_dir: DataDir, progress: Progress
+) -> dict[str, Any]:
+    """Load and let go again: the figures, as `dormouse load --json` prints them. Seconds begin with the first read."""
+    loaded = load_measured(
+        name,
+        [find_device(device) for device in devices],
+        dtype=None,
+        tensors=tensors,
+        shard=None,
+        data_dir=data_dir,
+        tier=None,
+        progress=progress,
+        cancelled=None,
+    )
+    report = loaded.report
+    return asdict(report) | {
+        "name": name,
+        "devices": list(devices),
+        "tensors": len(loaded.tensors[0]),
+        "plain_bytes": loaded.plain_bytes,
+        "gb_per_second": loaded.plain_bytes / max(report.seconds, 1e-9) / 1e9,
+    }
+
+
+def checkpoint_of(model: ImportedModel) -> str:
+    """The id of a model's checkpoint. Raises ConfigError when it has no weights."""
+    if model.checkpoint is None:
+        raise ConfigError(f"model {model.name} has no weights", remedy="`dormouse ls` shows which models have")
+    return model.checkpoint
+
+
+def data_dir_of(folder: str | os.PathLike[str] | None) -> DataDir:
+    """The data folder that was given, or that of the environment."""
+    return DataDir(Path(folder) if folder is not None else default_data_dir(os.environ))
+
+
+def _manifest(store: Store, checkpoint: str, name: str) -> Manifest:
+    remedy = f"Import it again: dormouse import SOURCE --name {name} --replace"
+    try:
+        manifest = store.manifest(checkpoint)
+    except NotFoundError as error:
+        raise NotFoundError(f"the weights of {name} are gone: {error.message}", remedy=remedy) from error
+    if manifest.kind != CHECKPOINT_KIND:
+        raise DamagedError(f"{checkpoint} is no checkpoint but a {manifest.kind}", remedy=remedy)
+    return manifest
+
+
+@contextlib.contextmanager
+def _noting_damage(reader: Reader, manifest: Manifest) -> Iterator[None]:
+    """On damage, every chunk is checked: one seldom comes alone, and the next import stores anew what is noted."""
+    try:
+        yield
+    except DamagedError as error:
+        note_damage(reader, manifest)
+        raise DamagedError(
+            f"the weights of {manifest.name} can't be read: {error.message}",
+            remedy=f"Import it again: dormouse import SOURCE --name {manifest.name} --replace",
+        ) from error
+
+
+def _run(
+    plan: LoadPlan,
+    devices: Sequence[torch.device],
+    key: Key | None,
+    tier: DramTier | None,
+    progress: Progress | None,
+    cancelled: threading.Event | None,
+) -> tuple[list[torch.Tensor], LoadReport]:
+    """Carry out a plan: one new block of memory for each device. A failure frees all of them."""
+    kinds = {device.type for device in devices}
+    if len(kinds) > 1:
+        raise ConfigError("one load goes to the CPU or to GPUs, not to both", remedy="Load twice")
+    if kinds == {"cpu"}:
+        if tier is not None:
+            raise ConfigError("a tier serves loads to GPUs, this one goes to the CPU", remedy="Leave tier out")
+        return _to_host(plan, key, progress, cancelled)
+    return _to_gpus(plan, devices, key, tier, progress, cancelled)
+
+
+def _to_host(
+    plan: LoadPlan, key: Key | None, progress: Progress | None, cancelled: threading.Event | None
+) -> tuple[list[torch.Tensor], LoadReport]:
+    needed, free = sum(plan.sizes), host_memory.available()
+    if needed > free:
+        raise HostError(f"{needed} bytes of weights don't fit into the {free} that are free", remedy="Free some memory")
+    maps = [mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for size in plan.sizes]
+    destinations = [memoryview(memory)[:size] for memory, size in zip(maps, plan.sizes, strict=True)]
+    report = load_host(plan, destinations, key=key, progress=progress, cancelled=cancelled)
+    return [torch.frombuffer(memory, dtype=torch.uint8) for memory in maps], report
+
+
+def _to_gpus(
+    plan: LoadPlan,
+    devices: Sequence[torch.device],
+    key: Key | None,
+    tier: DramTier | None,
+    progress: Progress | None,
+    cancelled: threading.Event | None,
+) -> tuple[list[torch.Tensor], LoadReport]:
+    from dormouse.transfer.load_device import load_device
+
+    blocks: list[torch.Tensor] = []
+    try:
+        for size, device in zip(plan.sizes, devices, strict=True):
+            blocks.append(torch.zeros(size, dtype=torch.uint8, device=device))
+        report = load_device(plan, blocks, key=key, progress=progress, cancelled=cancelled, tier=tier)
+    except torch.OutOfMemoryError as error:
+        blocks.clear()
+        raise HostError(
+            f"{sum(plan.sizes)} bytes of weights don't fit into the GPU: {str(error).splitlines()[0]}",
+            remedy="Free some of its memory, or spread the model over several GPUs",
+        ) from None
+    except BaseException:
+        blocks.clear()  # an error that is kept must not keep memory of the GPU
+        raise
+    return blocks, report
+
+
+def _cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
+    if dtype is None:
+        return tensors
+    return {name: tensor.to(dtype) if tensor.dtype in WIDE_FLOATS else tensor for name, tensor in tensors.items()}

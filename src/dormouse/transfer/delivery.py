@@ -1,0 +1,202 @@
+"""Parcels on their way to GPUs: who reads, who asks the devices, who waits for them, and what ends it all.
+
+    reader threads --arrivals--> the caller's thread, the only one that asks a device for anything
+                                 --given--> finisher thread: waits for the devices, frees slots, tells the progress
+
+The first error of anybody, or a cancel, ends all of them. What was given to a device is not taken back; whoever made
+the lanes waits for it before their memory goes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Sequence
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch
+
+from dormouse.errors import DamagedError
+from dormouse.transfer.crew import Crew, given_up
+from dormouse.transfer.device_plan import Packed, Parcel
+from dormouse.transfer.gpus import Mark
+from dormouse.transfer.lane import Lane, Source
+from dormouse.transfer.pieces import Checker
+from dormouse.transfer.plan import Extent
+from dormouse.transfer.report import Progress
+from dormouse.transfer.ring import Ring
+from dormouse.transfer.source_files import SourceFiles, address_of, room_for
+
+
+class _Arrival(NamedTuple):
+    """A parcel that has been read: its bytes begin `lead` bytes into its slot."""
+
+    number: int
+    slot: int
+    lead: int
+
+
+class _Given(NamedTuple):
+    """A parcel whose devices have been asked."""
+
+    number: int
+    slot: int | None
+    marks: list[Mark]
+
+
+class Delivery:
+    """One load of parcels. `lanes`: of each device; `memory`: the ring's."""
+
+    def __init__(
+        self,
+        packed: Packed,
+        lanes: Sequence[Sequence[Lane]],
+        ring: Ring,
+        memory: memoryview,
+        files: SourceFiles,
+        checker: Checker,
+    ) -> None:
+        self._parcels = packed.parcels
+        self._lanes = lanes
+        self._ring = ring
+        self._memory = memory
+        self._pinned = torch.frombuffer(memory, dtype=torch.uint8) if len(memory) else torch.empty(0)
+        self._files = files
+        self._checker = checker
+        self._scratch = threading.local()
+        self._arrivals: SimpleQueue[_Arrival | None] = SimpleQueue()
+        self._given: SimpleQueue[_Given | None] = SimpleQueue()
+
+    def run(
+        self,
+        held: Sequence[tuple[Source, ...] | None],
+        *,
+        threads: int,
+        progress: Progress | None,
+        cancelled: threading.Event | None,
+    ) -> None:
+        """Deliver all. `held`: for each parcel where it is in memory, None when it is to be read. Raises the first
+        error, and DamagedError when a device found damage."""
+        reading = [number for number, found in enumerate(held) if found is None]
+        readers = Crew(
+            reading,
+            self._read,
+            threads=min(threads, len(reading)),
+            name="read",
+            cancelled=cancelled,
+            on_failure=self._end,
+        )
+        finisher = Crew(
+            [progress or (lambda _done, _total: None)], self._finish, threads=1, name="finish", on_failure=readers.fail
+        )
+        with finisher:
+            try:
+                with readers:
+                    self._issue_held(held, cancelled)
+                    self._issue_read(len(reading))
+                    readers.wait()
+            finally:
+                self._given.put(None)
+            finisher.wait()
+        self._look_for_damage(held)
+
+    def _end(self, _error: BaseException) -> None:
+        self._ring.end()
+        self._arrivals.put(None)
+
+    # What the readers do
+
+    def _read(self, number: int) -> None:
+        slot = self._ring.take()
+        if slot is None:
+            return
+        parcel, extent = self._parcels[number], self._parcels[number].extent
+        first = slot * self._ring.slot_bytes
+        room = self._memory[first : first + self._ring.slot_bytes]
+        if parcel.host:
+            self._read_decoded(parcel, room)
+            lead = 0
+        else:
+            lead = address_of(self._read_extent(extent, room)) - address_of(room)
+        self._arrivals.put(_Arrival(number, slot, lead))
+
+    def _read_extent(self, extent: Extent, room: memoryview) -> memoryview:
+        file = self._files[extent.file]
+        direct = file.prefers_direct(extent.offset, extent.length)
+        return file.read_around(room, extent.offset, extent.length, direct=direct)
+
+    def _read_decoded(self, parcel: Parcel, room: memoryview) -> None:
+        extent = parcel.extent
+        stored = self._read_extent(extent, self._own_memory(room_for(extent.offset, extent.length)))
+        for piece, start in zip(extent.pieces, parcel.starts, strict=True):
+            begin = piece.offset - extent.offset
+            found = stored[begin : begin + piece.stored_length]
+            self._checker.check(piece, found)
+            self._checker.decode_into(piece, found, room[start : start + piece.plain_length])
+
+    def _own_memory(self, length: int) -> memoryview:
+        """This thread's own, which begins at a page."""
+        memory: memoryview | None = getattr(self._scratch, "memory", None)
+        if memory is None or len(memory) < length:
+            memory = self._scratch.memory = memoryview(
+                mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            )
+        return memory
+
+    # What the caller's thread does
+
+    def _issue_held(self, held: Sequence[tuple[Source, ...] | None], cancelled: threading.Event | None) -> None:
+        for number, sources in enumerate(held):
+            if sources is not None:
+                if cancelled is not None and cancelled.is_set():
+                    raise given_up()
+                self._issue(number, None, sources, check=False)  # it was checked when it came into the tier
+
+    def _issue_read(self, count: int) -> None:
+        for _ in range(count):
+            arrival = self._arrivals.get()
+            if arrival is None:
+                return
+            begin = arrival.slot * self._ring.slot_bytes + arrival.lead
+            source = Source(0, self._parcels[arrival.number].length, self._pinned, begin)
+            self._issue(arrival.number, arrival.slot, (source,), check=True)
+
+    def _issue(self, number: int, slot: int | None, sources: tuple[Source, ...], *, check: bool) -> None:
+        marks = []
+        for part in self._parcels[number].parts:
+            lanes = self._lanes[part.device]
+            marks.append(lanes[number % len(lanes)].issue(number, part, sources, check=check))
+        self._given.put(_Given(number, slot, marks))
+
+    def _look_for_damage(self, held: Sequence[tuple[Source, ...] | None]) -> None:
+        """All devices are through: did one of them find anything?"""
+        for lanes in self._lanes:
+            for number in lanes[0].kernels.damaged() if lanes else ():
+                self._name_damage(self._parcels[number], in_tier=held[number] is not None)
+
+    def _name_damage(self, parcel: Parcel, *, in_tier: bool) -> None:
+        extent = parcel.extent
+        stored = self._read_extent(extent, self._own_memory(room_for(extent.offset, extent.length)))
+        for piece in extent.pieces:
+            begin = piece.offset - extent.offset
+            found = stored[begin : begin + piece.stored_length]
+            self._checker.check(piece, found)
+            self._checker.decoded(piece, found)
+        where = "in the DRAM tier" if in_tier else "on the GPU"
+        raise DamagedError(
+            f"bytes of {self._files[extent.file].path} from {extent.offset} on were damaged {where}, not on the disk",
+            remedy="Load again; if it comes back, have the memory of this machine and of the GPU tested",
+        )
+
+    # What the finisher does
+
+    def _finish(self, progress: Progress) -> None:
+        done, total = 0, sum(parcel.plain_bytes for parcel in self._parcels)
+        while (given := self._given.get()) is not None:
+            for mark in given.marks:
+                mark.wait()
+            if given.slot is not None:
+                self._ring.give(given.slot)
+            done += self._parcels[given.number].plain_bytes
+            progress(done, total)

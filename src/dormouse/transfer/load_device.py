@@ -1,0 +1,204 @@
+"""Load a plan into the memory of GPUs.
+
+    parcels in plan order -> readers (threads): read into a slot of pinned memory
+                          -> this thread: link, check, decode, on one of a few lanes of each device that needs it
+                          -> finisher (a thread): when the devices are through with a slot, it is free again
+
+The slots bound the host's memory and slow the readers down to the speed of the link; their number is all that is ever
+under way. What the DRAM tier holds is copied from there and needs no slot. Chunks are checked on the GPU, because the
+memory bus of the host is what limits a load; the words in which the GPU tells of damage are looked at when all is
+done, and the CPU then finds the chunk to name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+
+from dormouse.errors import ConfigError, HostError
+from dormouse.store.pack import ALIGNMENT
+from dormouse.transfer import pinned
+from dormouse.transfer.budget import default_threads
+from dormouse.transfer.crew import clear_frames
+from dormouse.transfer.delivery import Delivery
+from dormouse.transfer.device_plan import Packed, Parcel, pack
+from dormouse.transfer.gpus import Cuda, Gpu, have_kernels, translated
+from dormouse.transfer.lane import Kernels, Lane, Source
+from dormouse.transfer.pieces import Checker
+from dormouse.transfer.plan import EXTENT_BYTES, LoadPlan
+from dormouse.transfer.plan import plan as make_plan
+from dormouse.transfer.report import LoadReport, Progress
+from dormouse.transfer.ring import Ring
+from dormouse.transfer.source_files import SourceFiles, room_for
+
+if TYPE_CHECKING:
+    from dormouse.store.key import Key
+    from dormouse.transfer.dram import DramTier, HeldRun
+
+log = logging.getLogger(__name__)
+
+PINNED_BYTES = 512 << 20
+LANES = 4
+"""Per device: one whose bytes cross the link, one that checks and decodes, and some between."""
+
+
+def load_device(
+    plan: LoadPlan,
+    destinations: Sequence[torch.Tensor],
+    *,
+    key: Key | None,
+    pinned_bytes: int = PINNED_BYTES,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    cancelled: threading.Event | None = None,
+    tier: DramTier | None = None,
+) -> LoadReport:
+    """Fill `destinations` (uint8, 1-D, contiguous, on GPUs, all zeros) as `plan` says; all is there on return.
+
+    `progress` is called with done and total plain bytes, by one thread. Raises DamagedError that names file and chunk,
+    NotFoundError, HostError when a GPU or this machine lacks memory, ConfigError when `pinned_bytes` are too few,
+    StoreError when `cancelled` is set. Nothing is left under way or allocated then, but for the pinned memory, which is
+    kept for the next load (`pinned.free_pinned`); the destinations have any content.
+    """
+    if not destinations or not all(map(_is_block, destinations)):
+        raise ConfigError("a load to GPUs needs contiguous bytes on GPUs")
+    try:
+        with translated(), torch.cuda.device(destinations[0].device):
+            return carry_out(
+                plan,
+                destinations,
+                [Cuda(each.device) for each in destinations],
+                pinned.CudaPinner(),
+                kernels=have_kernels(),
+                key=key,
+                pinned_bytes=pinned_bytes,
+                threads=threads,
+                progress=progress,
+                cancelled=cancelled,
+                tier=tier,
+            )
+    except BaseException as error:
+        clear_frames(error)  # an error that is kept must not keep memory of the GPU
+        raise
+
+
+def _is_block(memory: torch.Tensor) -> bool:
+    return memory.is_cuda and memory.dtype == torch.uint8 and memory.dim() == 1 and memory.is_contiguous()
+
+
+def carry_out(
+    plan: LoadPlan,
+    destinations: Sequence[torch.Tensor],
+    gpus: Sequence[Gpu],
+    pinner: pinned.Pinner,
+    *,
+    kernels: bool,
+    key: Key | None,
+    pinned_bytes: int = PINNED_BYTES,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    cancelled: threading.Event | None = None,
+    tier: DramTier | None = None,
+) -> LoadReport:
+    """`load_device` on any kind of GPU; `kernels` tells whether they check and decode."""
+    started = time.perf_counter()
+    plan.require([destination.numel() for destination in destinations])
+    checker = Checker(plan.files, key)
+    checker.check_plan(plan)
+    plan = _fitted(plan, pinned_bytes)
+    packed = pack(plan, kernels=kernels, plain_bytes=_limit(pinned_bytes))
+    with contextlib.ExitStack() as stack:
+        files = stack.enter_context(SourceFiles(plan.files, ours=plan.ours))
+        held = _held(packed, tier, stack)
+        reading = [number for number, found in enumerate(held) if found is None]
+        ring = Ring(pinned_bytes, max((_room(packed.parcels[number]) for number in reading), default=1), len(reading))
+        lanes = _lanes(packed, gpus, destinations, key)
+        with _slots(ring.size if reading else 0, pinner, lanes) as memory:
+            delivery = Delivery(packed, lanes, ring, memory, files, checker)
+            delivery.run(held, threads=threads or default_threads(), progress=progress, cancelled=cancelled)
+        return LoadReport(
+            time.perf_counter() - started,
+            plan.plain_bytes,
+            plan.stored_bytes,
+            files.direct_bytes,
+            files.cached_bytes,
+            sum(parcel.extent.length for parcel, found in zip(packed.parcels, held, strict=True) if found is not None),
+            ring.peak * ring.slot_bytes,
+            "device" if kernels else "host",
+        )
+
+
+def _room(parcel: Parcel) -> int:
+    """What a parcel needs of a slot."""
+    return parcel.length if parcel.host else room_for(parcel.extent.offset, parcel.extent.length)
+
+
+def _limit(pinned_bytes: int) -> int:
+    """How long an extent may be, so that some are under way at once."""
+    return max(ALIGNMENT, min(EXTENT_BYTES, pinned_bytes // 4 // ALIGNMENT * ALIGNMENT))
+
+
+def _fitted(plan: LoadPlan, pinned_bytes: int) -> LoadPlan:
+    """The plan, in smaller extents if there is little pinned memory."""
+    limit = _limit(pinned_bytes)
+    if pinned_bytes >= PINNED_BYTES or all(extent.length <= limit for extent in plan.extents):
+        return plan
+    pieces = [*plan.zeros, *(piece for extent in plan.extents for piece in extent.pieces)]
+    return make_plan(plan.files, pieces, plan.sizes, extent_bytes=limit)
+
+
+def _held(packed: Packed, tier: DramTier | None, stack: contextlib.ExitStack) -> list[tuple[Source, ...] | None]:
+    """For each parcel, where in the tier its bytes are; None for one that has to be read. They stay there until `stack`
+    is closed."""
+    if tier is None:
+        return [None] * len(packed.parcels)
+    found = stack.enter_context(tier.borrow([parcel.extent for parcel in packed.parcels if not parcel.host]))
+    slabs = {id(run.memory): run.memory for runs in found for run in runs or ()}
+    tensors = {number: torch.frombuffer(memory, dtype=torch.uint8) for number, memory in slabs.items()}
+    sources = (None if runs is None else _sources(runs, tensors) for runs in found)
+    return [None if parcel.host else next(sources) for parcel in packed.parcels]
+
+
+def _sources(runs: Sequence[HeldRun], tensors: Mapping[int, torch.Tensor]) -> tuple[Source, ...]:
+    return tuple(Source(run.begin, run.end, tensors[id(run.memory)], run.offset) for run in runs)
+
+
+def _lanes(
+    packed: Packed, gpus: Sequence[Gpu], destinations: Sequence[torch.Tensor], key: Key | None
+) -> list[list[Lane]]:
+    """For each device, as many as help."""
+    count = min(LANES, len(packed.parcels))
+    found = []
+    for gpu, tables, destination in zip(gpus, packed.tables, destinations, strict=True):
+        kernels = Kernels(gpu, tables, key, len(packed.parcels))
+        found.append([Lane(gpu, kernels, tables, destination) for _ in range(count)])
+    return found
+
+
+@contextlib.contextmanager
+def _slots(size: int, pinner: pinned.Pinner, lanes: Sequence[Sequence[Lane]]) -> Iterator[memoryview]:
+    """Pinned memory for all slots. At the end no device uses it, nor anything else of the load, any more."""
+    memory = pinned.borrow(size, pinner) if size else None
+    try:
+        yield memoryview(b"") if memory is None else memory.view
+    finally:
+        drained = _drained(lanes)
+        if memory is not None:
+            (pinned.give_back if drained else pinned.abandon)(memory)
+
+
+def _drained(lanes: Sequence[Sequence[Lane]]) -> bool:
+    try:
+        for lane in chain.from_iterable(lanes):
+            lane.drain()
+    except HostError as error:
+        log.error("a GPU does not finish what it was given: %s", error)
+        return False
+    return True

@@ -1,0 +1,178 @@
+"""Pinned memory: blocks of this machine's memory that GPUs read without a copy.
+
+    borrow(size) -> PinnedMemory (made, or kept from an earlier load) -> give_back | free_pinned
+
+Making it is what takes long (a third of a second per fresh GiB), so blocks are kept for later loads until `free_pinned`
+or the end of the process. Huge pages and threads that touch the memory before it is pinned take most of that time away.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Protocol
+
+from dormouse.errors import HostError
+from dormouse.transfer.budget import default_threads
+
+log = logging.getLogger(__name__)
+
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
+_PART = 32 << 20
+
+
+class Pinner(Protocol):
+    """Makes memory known to the GPUs and unknown again."""
+
+    def pin(self, address: int, size: int) -> None:
+        """Raises HostError."""
+
+    def unpin(self, address: int) -> None:
+        """Raises HostError."""
+
+
+class CudaPinner:
+    """The CUDA runtime, as torch has loaded it."""
+
+    def pin(self, address: int, size: int) -> None:
+        portable = 1
+        _check(_cudart().cudaHostRegister(address, size, portable), f"pinning {size} bytes of memory")
+
+    def unpin(self, address: int) -> None:
+        _check(_cudart().cudaHostUnregister(address), "unpinning memory")
+
+
+def _cudart() -> Any:
+    import torch
+
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _check(result: Any, doing: str) -> None:
+    code = int(result)
+    if code != 0:
+        raise HostError(f"{doing} failed: CUDA error {code}", remedy="Allow less pinned memory, or free some memory")
+
+
+class PinnedMemory:
+    """A block of memory, touched, on huge pages where the kernel has them, and pinned if there is a `pinner`."""
+
+    def __init__(self, size: int, pinner: Pinner | None) -> None:
+        self.size = size
+        self._pinner = pinner
+        try:
+            self._map: mmap.mmap | None = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise _no_memory(size, error) from error
+        self.view = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        try:
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            log.info("no huge pages for pinned memory: %s", error)
+        try:
+            _touch(self.address, size)
+            if pinner is not None:
+                pinner.pin(self.address, size)
+        except BaseException:
+            self._pinner = None
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the memory back; nothing may use it any more. Idempotent."""
+        memory, self._map = self._map, None
+        if memory is None:
+            return
+        try:
+            if self._pinner is not None:
+                self._pinner.unpin(self.address)
+        finally:
+            self.view.release()
+            memory.close()
+
+
+def _touch(address: int, size: int) -> None:
+    """Have the kernel give all of the memory, by several threads at once."""
+    parts = range(0, size, _PART)
+    with ThreadPoolExecutor(max(1, min(default_threads(), len(parts))), thread_name_prefix="touch") as pool:
+        for code in pool.map(lambda at: _populate(address + at, min(_PART, size - at)), parts):
+            if code in (errno.ENOMEM, errno.EFAULT):
+                raise _no_memory(size, OSError(code, os.strerror(code)))
+            if code:  # an older kernel: the memory comes when it is used
+                log.info("memory can't be touched in advance: %s", os.strerror(code))
+                return
+
+
+def _populate(address: int, size: int) -> int:
+    return 0 if _madvise()(address, size, _POPULATE_WRITE) == 0 else ctypes.get_errno()
+
+
+@cache
+def _madvise() -> ctypes._NamedFuncPointer:
+    function = ctypes.CDLL(None, use_errno=True).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
+def _no_memory(size: int, error: OSError) -> HostError:
+    return HostError(
+        f"there are no {size} bytes of memory for transfers: {error.strerror}",
+        remedy="Allow less pinned memory, or free some memory",
+    )
+
+
+_idle: list[PinnedMemory] = []
+_abandoned: list[PinnedMemory] = []
+_lock = threading.Lock()
+
+
+def borrow(size: int, pinner: Pinner) -> PinnedMemory:
+    """Pinned memory of at least `size` bytes, for one load at a time. Raises HostError."""
+    with _lock:
+        fitting = [memory for memory in _idle if memory.size >= size]
+        if fitting:
+            found = min(fitting, key=lambda memory: memory.size)
+            _idle.remove(found)
+            return found
+        outgrown, _idle[:] = list(_idle), []  # smaller ones would only add up
+    for memory in outgrown:
+        memory.close()
+    return PinnedMemory(size, pinner)
+
+
+def give_back(memory: PinnedMemory) -> None:
+    """Keep the memory for the next load. No copy out of it may be under way."""
+    with _lock:
+        _idle.append(memory)
+
+
+def abandon(memory: PinnedMemory) -> None:
+    """Never use or free it again: a GPU that has failed may still be reading it."""
+    _abandoned.append(memory)
+    log.error("%d bytes of pinned memory are lost until this process ends", memory.size)
+
+
+def idle_bytes() -> int:
+    """Pinned memory that is kept and not in use."""
+    with _lock:
+        return sum(memory.size for memory in _idle)
+
+
+@atexit.register
+def free_pinned() -> None:
+    """Give all memory back that no load is using."""
+    with _lock:
+        freed, _idle[:] = list(_idle), []
+    for memory in freed:
+        try:
+            memory.close()
+        except HostError as error:  # at the end of the process the driver may be gone before us
+            log.debug("%s", error)

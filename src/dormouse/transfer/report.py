@@ -1,0 +1,24 @@
+"""What a load did: figures that are taken once, where they arise, and shown as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Progress = Callable[[int, int], None]
+"""Called with the plain bytes that are in place and those there will be, by one thread at a time."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """`direct_bytes` were read past the page cache, `cached_bytes` through it, `tier_bytes` came from the DRAM tier.
+    `decoded_on` tells what checked and decoded: "host", or "device" (which leaves LZ4 and zstd to the host)."""
+
+    seconds: float
+    plain_bytes: int
+    stored_bytes: int
+    direct_bytes: int
+    cached_bytes: int
+    tier_bytes: int = 0
+    peak_pinned_bytes: int = 0
+    decoded_on: str = "host"
