@@ -107,14 +107,25 @@ def serve(sources: tuple[str, ...], keep_alive: str | None, **flags: Any) -> Non
 @click.argument("source")
 @click.option("--name", required=True, help="The name to serve it under.")
 @click.option("--replace", is_flag=True, help="Replace a model of that name; its snapshots become unusable.")
+@click.option("--base", help="Of an adapter: the imported model it is for.  [default: as its configuration says]")
 @common
-def import_(source: str, name: str, replace: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
-    """Import a model: a Hugging Face folder, safetensors files, a GGUF file, or `smollm2-135m`."""
+def import_(
+    source: str, name: str, replace: bool, base: str | None, data_dir: DataDir, as_json: bool, reporter: Reporter
+) -> None:
+    """Import a model: a Hugging Face folder, safetensors files, a GGUF file, or `smollm2-135m`.
+
+    A folder with adapter_config.json is imported as a LoRA adapter of a model that is imported already.
+    """
     data_dir.create()
     with reporter:
-        model = import_model(source, name, data_dir, progress=reporter.progress, replace=replace)
+        model = import_model(source, name, data_dir, progress=reporter.progress, replace=replace, base=base)
     if as_json:
         emit(catalogue.model_json(model))
+    elif model.base is not None:
+        out.print(
+            f"Imported [bold]{escape(model.name)}[/], an adapter of {escape(model.base)}: "
+            f"{model.parameters / 1e6:.1f} M parameters, {catalogue.human(model.weight_bytes)}"
+        )
     else:
         out.print(
             f"Imported [bold]{escape(model.name)}[/]: {model.parameters / 1e6:.0f} M parameters, "
