@@ -101,7 +101,7 @@ def _mapped(
     mapping = map_file(descriptor, path)
     if tensors and len(mapping) < tensors[-1].offset + tensors[-1].length:
         raise DamagedError(f"{path} changed while it was read", remedy="Load it again")
-    populate(mapping, path, progress=progress, cancelled=cancelled)
+    populate(mapping, descriptor, path, progress=progress, cancelled=cancelled)
     return {tensor.name: typed(_bytes_of(mapping, tensor), tensor) for tensor in tensors}
 
 
