@@ -1,4 +1,4 @@
-"""What all tests share: the real model, imported once per machine into a cache folder."""
+"""What all tests share: the real model, imported once per machine into a cache folder, and how kernels run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels then run on the CPU, slowly
 
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel, open_model

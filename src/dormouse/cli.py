@@ -616,6 +616,31 @@ def bench_start(model: str, runs: int, prompt: str, data_dir: DataDir, as_json: 
     emit(bench_module.as_json(result)) if as_json else out.print(bench_module.render(result))
 
 
+@bench.command("load")
+@click.option("--gigabytes", type=click.FloatRange(0.001), help="How much to make.  [default: 16 with a GPU, else 1]")
+@click.option("--shards", default=4, show_default=True, type=click.IntRange(1, 256), help="In how many files.")
+@click.option("--files", type=click.Path(path_type=Path, exists=True), help="A folder of .safetensors instead.")
+@click.option("--folder", default=".", type=click.Path(path_type=Path), help="Where, on the disk to be measured.")
+@click.option("--device", help="cpu, cuda:0, ...  [default: cuda:0 if there is one, else cpu]")
+@click.option("--method", "names", multiple=True, help="Only this one; may be given more than once.")
+@click.option("--cold/--no-cold", default=True, help="Whether to load from the disk, too.")
+@click.option("--repeats", default=1, show_default=True, type=click.IntRange(1, 100), help="The fastest counts.")
+@click.option("--lora", is_flag=True, help="An adapter of 1 GB into a running model, too.")
+@click.option("--codec", is_flag=True, help="The codec alone, too.")
+@click.option("--budget-seconds", type=click.FloatRange(1.0), help="Skip what no longer fits into that time.")
+@click.option("--output", type=click.Path(path_type=Path), help="A JSON file, written anew after every row.")
+@common
+def bench_load(data_dir: DataDir, as_json: bool, reporter: Reporter, **options: Any) -> None:
+    """Time how weights come from files into memory or onto a GPU: by the loaders that are installed, and by ours."""
+    from dormouse import bench_load as bench_module
+
+    del data_dir  # files and checkpoints are made in a folder of their own
+    with reporter:
+        hooks = bench_module.Hooks(reporter.step, tell(reporter.silent))
+        result = bench_module.measure(bench_module.options(**options), hooks)
+    emit(result.as_json()) if as_json else out.print(bench_module.table(result))
+
+
 def _open_standard_streams() -> None:
     """A closed one would be the number of the first file that is opened, which then would be taken for a stream."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,9 +24,10 @@ from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel, open_model, remove_model
 from dormouse.checkpoint.pool import SegmentPool
 from dormouse.checkpoint.tensors import ALIGNMENT, NewTensor, decode_body, encode_body, lay_out
-from dormouse.checkpoint.writer import copy_checkpoint, sweep, write_tensors
+from dormouse.checkpoint.writer import chunk_codecs, copy_checkpoint, sweep, write_tensors
 from dormouse.config import DataDir
 from dormouse.errors import ConfigError, DamagedError, NotFoundError
+from dormouse.store.codec import Codec
 from dormouse.store.store import Manifest, Store
 from dormouse.transfer.handles import await_report
 from tests.models import quiet
@@ -113,7 +115,7 @@ def test_a_newer_table_is_refused_as_such() -> None:
 
 
 def test_the_segment_is_the_tensors_in_their_places(tmp_path: Path) -> None:
-    first, second = os.urandom(5 << 20), os.urandom((4 << 20) + 2)
+    first, second = os.urandom(9 << 20), os.urandom((8 << 20) + 2)
     with Store.open(tmp_path) as store:
         with store.begin() as transaction:
             written = write_tensors(
@@ -122,9 +124,51 @@ def test_the_segment_is_the_tensors_in_their_places(tmp_path: Path) -> None:
             transaction.commit(written.manifest("m", 1.0))
         whole = b"".join(store.read(digest) for digest in written.refs)
         assert store.manifest(written.id).name == "m"
-    assert [len(first), (5 << 20)] == [written.body.tensors[0].length, written.body.tensors[1].offset]
+    assert [len(first), (9 << 20)] == [written.body.tensors[0].length, written.body.tensors[1].offset]
     assert whole == first + second
     assert len(written.refs) == 3
+
+
+@pytest.mark.parametrize(
+    ("tensors_in", "codecs"),
+    [
+        ([("BF16", 9 << 20)], [Codec.BF16, Codec.BF16]),
+        ([("F16", 100), ("F32", 300)], [Codec.FP32]),
+        ([("F8_E4M3", 5 << 20), ("F8_E5M2", 7 << 20)], [Codec.FP8_E4M3, Codec.FP8_E5M2]),
+        ([("F8_E4M3FNUZ", 10)], [Codec.FP8_E4M3]),
+        ([("BF16", 6 << 20), ("I8", 20 << 20)], [Codec.BF16, Codec.LZ4, Codec.LZ4, Codec.LZ4]),
+        ([("BOOL", 0), ("C64", 8), ("F64", 8), ("F8_E8M0", 8), ("BF16", 16)], [Codec.LZ4]),
+    ],
+)
+def test_a_chunk_is_coded_as_what_has_most_of_it(tensors_in: list[tuple[str, int]], codecs: list[Codec]) -> None:
+    body = lay_out(
+        NewTensor(f"t{at}", dtype, (length // tensors.ITEM_SIZES[dtype],), lambda: iter([]))
+        for at, (dtype, length) in enumerate(tensors_in)
+    )
+    assert chunk_codecs(body) == codecs
+
+
+def bfloats(count: int) -> bytes:
+    """Numbers as weights are."""
+    normal = np.random.default_rng(1).normal(0, 0.02, count).astype("<f4")
+    return (normal.view("<u4") >> 16).astype("<u2").tobytes()
+
+
+def test_numbers_take_less_room_and_all_else_as_much(tmp_path: Path) -> None:
+    first, second = bfloats(4 << 20), os.urandom(8 << 20)
+    with Store.open(tmp_path / "a") as store, Store.open(tmp_path / "b") as other:
+        with store.begin() as transaction:
+            written = write_tensors(
+                transaction, [constant("a", "BF16", first), constant("b", "U8", second)], quiet_bytes
+            )
+            transaction.commit(written.manifest("m", 1.0))
+        copy_checkpoint(written.id, store, other)
+        for each in (store, other):
+            with each.reader() as reader:
+                numbers, others = reader.locate(written.refs)
+                assert (numbers.codec, others.codec) == (Codec.BF16, Codec.RAW)
+                assert numbers.stored_length < 0.68 * len(first)
+                assert reader.plain(numbers) == first and reader.plain(others) == second
 
 
 def quiet_bytes(done: int, total: int) -> None:

@@ -84,7 +84,7 @@ def fuzz_chunk(data: bytes) -> None:
         return
     length = int.from_bytes(data[1:5], "little")
     with contextlib.suppress(DamagedError):
-        plain = decode(data[0] % 5, data[5:], length)
+        plain = decode(data[0] % 10, data[5:], length)
         assert len(plain) == length <= MAX_CHUNK
 
 
@@ -167,10 +167,16 @@ def corpus(target: str) -> list[bytes]:
     whole = manifests.encode_manifest(store.manifest("a"), 9, KEY)
     table = (folder / "packs" / "00000001.pack").read_bytes()[-40 - 72 * 3 : -40]
     coded = [encode(plain, codec) for plain in PLAINS for codec in Codec]
+    powers_of_two = bytes(exponent << 2 for exponent in b"\x14\x13\x14\x15\x0f\x10\x13\x0a\x09\x03" * 800)
+    coded.append(encode(powers_of_two, Codec.FP8_E5M2))
     good: dict[str, list[bytes]] = {
         "manifest": [record, whole],
         "pack": [struct.pack("<H", 8000) + table, (folder / "packs" / "00000001.pack").read_bytes()],
-        "chunk": [bytes([used]) + struct.pack("<I", 10_500) + bytes(stored) for used, stored in coded],
+        "chunk": [
+            bytes([used]) + struct.pack("<I", length) + bytes(stored)
+            for used, stored in coded
+            for length in (10_500, 8000)
+        ],
         "marks": [encode_marks(Marks(True, "reason", 1.5)), encode_marks(Marks())],
         "key": [KEY.text()],
         "row": [bytes(_ROW.size), _ROW.pack(1, 2, 0, 4096, -1, 1, 1, 1, 0)],

@@ -1,5 +1,5 @@
-"""A GPU made of CPU tensors. What is asked of a stream happens at once, or later and only when somebody waits: as late as
-CUDA may do it, so that a slot that is used again too early shows as wrong bytes."""
+"""A GPU made of CPU tensors. What is asked of a stream happens at once, or later and only when somebody waits: as late
+as CUDA may do it, so that a slot that is used again too early shows as wrong bytes."""
 
 from __future__ import annotations
 
@@ -114,6 +114,24 @@ class FakeGpu:
 
     def check(self, key: Key) -> FakeCheck:
         return FakeCheck(self, key)
+
+
+class InterpretedGpu(FakeGpu):
+    """With the real kernels, as Triton's interpreter runs them; all at once."""
+
+    @contextlib.contextmanager
+    def on(self, stream: FakeStream) -> Iterator[None]:
+        yield
+
+    def decoder(self) -> Any:
+        from dormouse.transfer.float_kernels import FloatDecoder
+
+        return FloatDecoder("cpu")
+
+    def check(self, key: Key) -> Any:
+        from dormouse.transfer.blake3_kernel import SignatureCheck
+
+        return SignatureCheck("cpu", key.chunks.secret)
 
 
 class FakeDecoder:

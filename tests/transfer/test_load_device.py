@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.transfer.fake_gpu import FakeGpu, FakePinner
+from tests.transfer.fake_gpu import FakeGpu, FakePinner, InterpretedGpu
 from tests.transfer.load_tools import cut_by, mixed, plain_file, reversed_parts, shards, stored, weights
 
 from dormouse.errors import ConfigError, DamagedError, HostError, StoreError
@@ -83,16 +85,12 @@ def test_chunks_of_every_coding(store: Store, pinner: FakePinner, late: bool, ke
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_shards_on_several_devices(store: Store, pinner: FakePinner, devices: int, kernels: bool, late: bool) -> None:
-    chunks = stored(store, mixed(2, 30, 20_000))
+    chunks = stored(store, mixed(2, 30))
     copies, sizes = shards(chunks.plains, devices)
     plan = chunks.plan_of(copies, sizes, extent_bytes=90_000)
     found, report = loaded(plan, [FakeGpu(late=late) for _ in sizes], pinner, chunks.key, kernels=kernels)
     assert found == cut_by(chunks.plains, copies, sizes)
-    assert (
-        report.direct_bytes + report.cached_bytes
-        == sum(piece.stored_length for extent in plan.extents for piece in extent.pieces)
-        or report.direct_bytes + report.cached_bytes <= plan.stored_bytes
-    )  # read once, whoever needs it
+    assert report.direct_bytes + report.cached_bytes <= plan.stored_bytes  # read once, whoever needs it
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -179,8 +177,6 @@ def test_memory_that_can_not_be_pinned(store: Store) -> None:
 def test_a_read_that_fails_ends_all(
     store: Store, pinner: FakePinner, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    import os
-
     chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(12)])
     original, calls = os.preadv, iter(range(1000))
 
@@ -256,6 +252,18 @@ def test_rows_are_copied_in_words_of_any_width(data: st.DataObject) -> None:
     assert [target.numpy().tobytes()] == cut_by([plain], [[copy]], [len(target)])
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton, and TRITON_INTERPRET=1",
+)
+def test_the_kernels_behind_it(store: Store, pinner: FakePinner) -> None:
+    """Tables, alignments and places are what the real kernels expect."""
+    kinds = [(weights(1, 32_768), Codec.BF16), (random.Random(1).randbytes(3_001), Codec.RAW), (b"ab" * 999, Codec.LZ4)]
+    chunks = stored(store, kinds)
+    found, _report = loaded(chunks.plan(), [InterpretedGpu()], pinner, chunks.key)
+    assert found == [chunks.content]
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("pinned_bytes", [1 << 20, 512 << 20])
@@ -275,7 +283,7 @@ def test_chunks_of_every_coding_on_a_gpu(store: Store, pinned_bytes: int) -> Non
 @needs_gpu
 def test_shards_on_a_gpu(store: Store) -> None:
     """Two destinations on one GPU are as good as two GPUs."""
-    chunks = stored(store, mixed(2, 30, 20_000))
+    chunks = stored(store, mixed(2, 30))
     copies, sizes = shards(chunks.plains, 2)
     memory = [torch.zeros(size, dtype=torch.uint8, device="cuda") for size in sizes]
     load_device(chunks.plan_of(copies, sizes, extent_bytes=90_000), memory, key=chunks.key)

@@ -124,7 +124,7 @@ def test_plain_files_of_any_shape(
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_shards_get_their_rows_and_columns(store: Store, devices: int) -> None:
-    chunks = stored(store, mixed(3, 30, 20_000))
+    chunks = stored(store, mixed(3, 30))
     copies, sizes = shards(chunks.plains, devices)
     spaces = [bytearray(size) for size in sizes]
     load_host(chunks.plan_of(copies, sizes), [memoryview(space) for space in spaces], key=chunks.key)

@@ -57,6 +57,17 @@ def test_plain_bytes_of_any_size_may_be_submitted_too(store: Store) -> None:
         assert [ingest.submit(plain).result() for plain in plains] == [digest_of(plain) for plain in plains]
 
 
+def test_a_buffer_may_have_a_codec_of_its_own(store: Store) -> None:
+    plain = b"abc" * 1000
+    with store.begin() as transaction:
+        with Ingest(transaction, codec=Codec.RAW) as ingest:
+            own = ingest.submit(plain, Codec.ZSTD).result()
+            usual = ingest.submit(plain[3:]).result()
+        transaction.commit(Manifest("a", "test", "m", 0.0, b"", [own, usual]))
+    with store.reader() as reader:
+        assert [chunk.codec for chunk in reader.locate([own, usual])] == [Codec.ZSTD, Codec.RAW]
+
+
 def test_buffers_are_used_again(store: Store) -> None:
     with store.begin() as transaction, Ingest(transaction, threads=1) as ingest:
         first = ingest.acquire()

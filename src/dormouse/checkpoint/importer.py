@@ -15,13 +15,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import logging
 import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +54,22 @@ def import_model(
     Raises ConfigError (the source or the name is wrong), NotFoundError (no such source), HostError (a package is
     missing), DiskFullError or StoreError. After an error nothing has changed.
     """
+    return import_read(
+        lambda folder: _read_source(source, folder, progress), name, folders, progress=progress, replace=replace
+    )
+
+
+def import_read(
+    read: Callable[[Path], Description],
+    name: str,
+    folders: DataDir,
+    *,
+    progress: Progress,
+    replace: bool = False,
+    coded: bool = True,
+) -> ImportedModel:
+    """Import what `read` finds, which may leave files of the model in the folder it is given. Tensors are stored as
+    they are if not `coded`. Raises what `import_model` does."""
     models.check_name(name)
     target = folders.models / name
     if target.exists() and not replace:
@@ -61,19 +78,20 @@ def import_model(
         folders.models.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sweep_folders(folders.models)
         with _staging(folders.models) as folder:
-            found = _read_source(source, folder, progress)
+            found = read(folder)
             with Store.open(folders.store) as store:
-                _import(found, folder, target, store, progress)
+                _import(found, folder, target, store, progress, coded=coded)
                 _tidy(store, folders.models)
     return models.open_model(folders.models, name)
 
 
-def _import(found: Description, folder: Path, target: Path, store: Store, progress: Progress) -> None:
+def _import(found: Description, folder: Path, target: Path, store: Store, progress: Progress, *, coded: bool) -> None:
     """Everything of the model into the store and its folder, then the two moments that make it visible."""
     with store.begin() as transaction:
         written = None
         if found.tensors:
-            written = write_tensors(transaction, found.tensors, lambda done, total: progress("write", done, total))
+            told = functools.partial(progress, "write")
+            written = write_tensors(transaction, found.tensors, told, coded=coded)
             (folder / TABLE).write_bytes(encode_table(written.body))
         record = _record(found, folder, written)
         (folder / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")

@@ -62,9 +62,13 @@ class Written:
 
 
 def write_tensors(
-    transaction: Transaction, tensors: Sequence[NewTensor], progress: Callable[[int, int], None]
+    transaction: Transaction,
+    tensors: Sequence[NewTensor],
+    progress: Callable[[int, int], None],
+    *,
+    coded: bool = True,
 ) -> Written:
-    """Put all tensors into the transaction. `progress(done, total)`: bytes.
+    """Put all tensors into the transaction, as they are if not `coded`. `progress(done, total)`: bytes.
 
     Raises ConfigError when a tensor yields other bytes than its shape needs, DiskFullError, StoreError.
     """
@@ -72,7 +76,7 @@ def write_tensors(
     futures: list[Future[Digest]] = []
     with Ingest(transaction) as ingest:
         for buffer, codec in zip(_cut(_pieces(body, tensors), body), chunk_codecs(body), strict=True):
-            futures.append(ingest.submit(buffer, codec))
+            futures.append(ingest.submit(buffer, codec if coded else Codec.RAW))
             progress(min(len(futures) * body.chunk_size, body.size), body.size)
     return Written(secrets.token_hex(6), body, [future.result() for future in futures])
 

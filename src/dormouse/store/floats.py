@@ -170,8 +170,7 @@ def _damaged(why: str) -> DamagedError:
 class _Level:
     """Level 2 or 3: its digits are read in order, a run for each block."""
 
-    def __init__(self, packed: Bytes, total: int, deltas: bytes) -> None:
-        self.total = total
+    def __init__(self, packed: Bytes, deltas: bytes) -> None:
         self.done = 0
         self.passed = next(byte for byte in range(256) if byte not in deltas)
         """What stands for a value that is passed on: a delta this level does not have."""
@@ -197,9 +196,11 @@ class _Cascade:
         self._base = rows["base"]
         # With the totals as the last row, each unit's counts must lead to the next row.
         self._starts = np.vstack([rows["starts"], np.array([header.passed], np.uint32)]).astype(np.int64)
+        if (self._starts[1:] < self._starts[:-1]).any():
+            raise _damaged("its units pass on other counts than it says")
         self._digits = data[at.levels[0]].reshape(self._units, UNIT // 4)
-        self._level2 = _Level(data[at.levels[1]], header.passed[0], header.deltas[0])
-        self._level3 = _Level(data[at.levels[2]], header.passed[1], header.deltas[1])
+        self._level2 = _Level(data[at.levels[1]], header.deltas[0])
+        self._level3 = _Level(data[at.levels[2]], header.deltas[1])
         self._raw, self._raw_done = data[at.raw], 0
         self._step = max(1, min(form.block_units, self._units))
         self._block = np.empty((self._step, 4, UNIT // 4), np.uint8)
@@ -241,8 +242,8 @@ class _Cascade:
         deltas[at1] = level2
 
     def _check(self, span: slice, level: int, ends: Counts, done: int) -> None:
-        """Whether the units' starts tell how many values are really passed on: `done` before them, then `ends`. As the
-        last row is the header's total, which the sections were laid out by, nothing is read outside them."""
+        """Whether the units' starts tell how many values are really passed on: `done` before them, then `ends`. Starts
+        ascend to the header's totals, by which the sections were laid out, so nothing is read outside them."""
         starts = self._starts[span.start : span.stop + 1, level]
         if starts[0] != done or (starts[1:] - done != ends).any():
             raise _damaged(f"its units pass on other counts than it says in level {level + 1}")
@@ -265,7 +266,7 @@ class _Combiner:
             None if place is None else _plane(data[place], width)
             for place, width in zip(at.planes, form.planes, strict=True)
         ]
-        size = min(form.block_units * UNIT, max(at.units.stop - at.units.start, 0) // ROW_SIZE * UNIT)
+        size = min(form.block_units * UNIT, (at.units.stop - at.units.start) // ROW_SIZE * UNIT)
         self._rest = np.empty(size, form.word)
         self._wide = np.empty(size, form.word)
         self._bits = np.empty(size, np.uint8)
@@ -275,22 +276,25 @@ class _Combiner:
         form = self._form
         rest, wide = self._rest[: len(exponents)], self._wide[: len(exponents)]
         self._gather(span, rest, wide)
-        np.right_shift(rest, form.word.type(form.low), out=wide)
-        np.left_shift(wide, form.word.type(form.sign), out=wide)
-        np.bitwise_and(rest, form.word.type((1 << form.low) - 1), out=rest)
-        np.bitwise_or(rest, wide, out=rest)
+        # The sign moves up from `low`: s + s · (2^k - 1) = s · 2^k.
+        np.bitwise_and(rest, form.word.type(1 << form.low), out=wide)
+        np.multiply(wide, form.word.type((1 << (form.sign - form.low)) - 1), out=wide)
+        np.add(rest, wide, out=rest)
         np.left_shift(exponents, form.word.type(form.low), out=wide)
         _store(rest, wide, span, values)
 
     def _gather(self, span: slice, rest: Words, wide: Words) -> None:
         """All planes side by side: the bits below the exponent field, and the sign above them."""
-        rest.fill(0)
-        shift = 0
+        shift, target = 0, rest
         for plane, width in zip(self._planes, self._form.planes, strict=True):
             if plane is not None:
-                np.left_shift(self._plane_values(plane, width, span), self._form.word.type(shift), out=wide)
-                np.bitwise_or(rest, wide, out=rest)
+                np.left_shift(self._plane_values(plane, width, span), self._form.word.type(shift), out=target)
+                if target is wide:
+                    np.bitwise_or(rest, wide, out=rest)
+                target = wide
             shift += width
+        if target is rest:
+            rest.fill(0)
 
     def _plane_values(self, plane: Words, width: int, span: slice) -> Words:
         if width >= 8:
@@ -384,7 +388,8 @@ class _Choice:
 
     @classmethod
     def of(cls, form: FloatFormat, values: Words) -> _Choice:
-        histograms = np.concatenate([_histograms(_exponents(form, block)) for _span, block in _blocks(form, values)])
+        blocks = (_exponents(form, block) for _span, block in _blocks(form, values))
+        histograms = np.concatenate([_histograms(exponents) for exponents in blocks])
         last = (1 << form.bits) - 2
         windows = histograms[:, :last] + histograms[:, 1 : last + 1] + histograms[:, 2 : last + 2]
         bases = windows.argmax(axis=1)
@@ -411,6 +416,7 @@ class _Choice:
 
 
 def _histograms(exponents: Bytes) -> Counts:
+    """How often each exponent occurs in each unit."""
     return np.stack([np.bincount(unit, minlength=256) for unit in exponents])
 
 

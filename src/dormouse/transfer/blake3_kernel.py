@@ -54,7 +54,7 @@ TREE_LANES = tl.constexpr(_GROUP // 2)
 @dataclass(frozen=True)
 class SignedTasks:
     """What `check` needs to know of all chunks of a plan. Tensors lie on the device, lists here: with them a launch is
-    sized without asking the device."""
+    sized without asking the device. Keep it until the last check is done, not only launched."""
 
     table: torch.Tensor
     groups: torch.Tensor
@@ -77,8 +77,9 @@ class SignatureCheck:
 
     def prepare(self, rows: Any, identities: Any, macs: Any) -> SignedTasks:
         """Upload what is known of `rows` (int64 [n, 2]: source, a multiple of 16, and stored length), their identities
-        (uint8 [n, 37], store/pack.py, identity) and signatures (uint8 [n, 16]). Waits for the device."""
-        rows = torch.as_tensor(rows, dtype=torch.int64).reshape(-1, 2)
+        (uint8 [n, 37], or all as bytes; store/pack.py, identity) and signatures (uint8 [n, 16], or all as bytes).
+        Arrays and lists will do as well as tensors. Waits for the device."""
+        rows = _tensor(rows, torch.int64).reshape(-1, 2)
         source, length = rows[:, 0], rows[:, 1]
         _check_rows(source, length)
         shifted = _shifted(_bytes(identities, len(rows), IDENTITY_SIZE), length)
@@ -143,10 +144,19 @@ def _check_call(tasks: SignedTasks, first: int, end: int, staging: torch.Tensor,
         raise ValueError(f"a task of {first} to {end} ends after the {staging.numel()} bytes of staging")
     if status.dtype != torch.int32 or status.numel() != 1:
         raise ValueError("status is not one int32")
+    if not staging.device == status.device == tasks.table.device:
+        raise ValueError(f"staging is on {staging.device}, status on {status.device}, not on {tasks.table.device}")
 
 
 def _bytes(values: Any, count: int, size: int) -> torch.Tensor:
-    return torch.as_tensor(values, dtype=torch.uint8).reshape(count, size).contiguous()
+    if isinstance(values, bytes):
+        values = torch.frombuffer(bytearray(values), dtype=torch.uint8) if values else []
+    return _tensor(values, torch.uint8).reshape(count, size).contiguous()
+
+
+def _tensor(values: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor as it is, of others a copy: torch warns of sharing arrays that must not be written."""
+    return values.to(dtype) if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
 
 
 def _before(counts: torch.Tensor) -> torch.Tensor:
@@ -195,7 +205,7 @@ def _compressed(h, m, counter, length, flags):
     v13 = none
     v14 = length
     v15 = flags
-    for _ in tl.static_range(7):
+    for _ in range(7):  # not unrolled: Triton's passes take a time that grows with the square of the operations
         v0, v4, v8, v12 = _mixed(v0, v4, v8, v12, m[0], m[1])
         v1, v5, v9, v13 = _mixed(v1, v5, v9, v13, m[2], m[3])
         v2, v6, v10, v14 = _mixed(v2, v6, v10, v14, m[4], m[5])
@@ -238,13 +248,24 @@ def _load(values, pitch):
 
 
 @triton.jit
-def _four(pointer, at):
-    """Four neighbouring words for each lane, by one load of 16 bytes."""
-    words = tl.load(pointer + (at[:, None] + tl.arange(0, 4)[None, :]))
-    even, odd = tl.split(tl.reshape(words, (at.shape[0], 2, 2)))
+def _halves(words):
+    """The columns of even and of odd number."""
+    return tl.split(tl.reshape(words, (words.shape[0], words.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _columns(words):
+    """The columns of four."""
+    even, odd = _halves(words)
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
+
+
+@triton.jit
+def _four(pointer, at):
+    """Four neighbouring words for each lane, by one load of 16 bytes."""
+    return _columns(tl.load(pointer + (at[:, None] + tl.arange(0, 4)[None, :])))
 
 
 @triton.jit
@@ -280,23 +301,21 @@ def _edge(stored, length, there):
 
 
 @triton.jit
-def _tail_word(stored, identity, edge, position, length, there):
-    """The word at a position (in bytes) of a message: stored bytes, the identity, zeros, or the edge between them."""
-    last = length & ~3
-    whole = tl.load(stored + (position >> 2), mask=there & (position < last), other=0)
+def _tail_block(stored, identity, edge, at, length, there):
+    """The block at a position (in bytes) of a message: stored bytes, the identity, zeros, or the edge between them."""
+    position = at[:, None] + tl.arange(0, 16)[None, :] * 4
+    last = (length & ~3)[:, None]
+    whole = tl.load(stored[:, None] + (position >> 2), mask=there[:, None] & (position < last), other=0)
     index = (position - last) >> 2
-    named = tl.load(identity + index, mask=there & (index >= 0) & (index < IDENTITY_WORDS), other=0)
-    return whole | named.to(tl.uint32, bitcast=True) | tl.where(position == last, edge, 0)
-
-
-@triton.jit
-def _tail_four(stored, identity, edge, position, length, there):
+    inside = there[:, None] & (index >= 0) & (index < IDENTITY_WORDS)
+    named = tl.load(identity[:, None] + index, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    even, odd = _halves(whole | named | tl.where(position == last, edge[:, None], 0))
+    a, c = _halves(even)
+    b, d = _halves(odd)
+    a, b, c, d = _columns(a), _columns(b), _columns(c), _columns(d)
     return (
-        _tail_word(stored, identity, edge, position, length, there),
-        _tail_word(stored, identity, edge, position + 4, length, there),
-        _tail_word(stored, identity, edge, position + 8, length, there),
-        _tail_word(stored, identity, edge, position + 12, length, there),
-    )
+        a[0], b[0], c[0], d[0], a[1], b[1], c[1], d[1], a[2], b[2], c[2], d[2], a[3], b[3], c[3], d[3],
+    )  # fmt: skip
 
 
 @triton.jit
@@ -322,10 +341,7 @@ def _tails(staging, words, table, identities, key, values, pitch, first, count, 
     block = 0
     while block <= end:
         at = leaf * LEAF + block * 64
-        m = _tail_four(stored, identity, edge, at, length, there)
-        m += _tail_four(stored, identity, edge, at + 16, length, there)
-        m += _tail_four(stored, identity, edge, at + 32, length, there)
-        m += _tail_four(stored, identity, edge, at + 48, length, there)
+        m = _tail_block(stored, identity, edge, at, length, there)
         flags = KEYED + tl.where(block == 0, CHUNK_START, 0) + tl.where(block == last_block, CHUNK_END, 0)
         flags += tl.where((block == last_block) & alone, ROOT, 0)
         size = tl.minimum(tl.maximum(rest - block * 64, 0), 64)
@@ -360,7 +376,7 @@ def _leaves(staging, table, groups, identities, key, values, pitch, first, count
             _whole_leaves(words, tl.load(row), key, values, pitch, begin, leaf, whole)
 
 
-@triton.jit(do_not_specialize=["pitch", "first"])
+@triton.jit(do_not_specialize=["pitch", "first"], do_not_specialize_on_alignment=["status"])
 def _tree(table, groups, macs, key, values, status, pitch, first, AGAIN: tl.constexpr):
     """Put the value of up to 256 leaves in the place of the first of them; `AGAIN`: of up to 256 of these. Where that
     comes to the root, it is compared with the signature."""

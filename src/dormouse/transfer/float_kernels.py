@@ -1,4 +1,4 @@
-"""The float codecs (docs/formats.md) on a GPU, in Triton: chunks are decoded in place behind the link and coded before it.
+"""The float codecs (docs/formats.md) on a GPU, in Triton: chunks are decoded in place behind the link, coded before it.
 
     rows -> FloatDecoder.prepare() -> Tasks -> decode(tasks, first, count): coded staging memory -> plain destination
     plain weights -> encode_batch(): counts per unit -> bases, deltas, places -> coded chunks
@@ -59,8 +59,9 @@ KINDS: Final = {
 }
 """By codec number: BF16, FP16, FP32, FP8_E4M3, FP8_E5M2."""
 
-_DECODE_OPTIONS: dict[str, Any] = {"LANES": 256, "num_warps": 8}
-_ENCODE_OPTIONS: dict[str, Any] = {"num_warps": 8}
+DECODE_OPTIONS: dict[str, Any] = {"LANES": 256, "num_warps": 8, "maxnreg": 64}
+WRITE_OPTIONS: dict[str, Any] = {"LANES": 256, "num_warps": 8}
+"""Measured with bench/codec_gpu.py."""
 
 
 # ---- what both directions share -------------------------------------------------------------------------------------
@@ -145,10 +146,10 @@ def _read_rest(
     rest = tl.zeros_like(value)
     if plane0 >= 0:
         rest = _read_plane(payload + tl.multiple_of(plane0 + unit * (1024 * W0), 16), value, W0)
-    if W1 > 0:
+    if W1 > 0:  # noqa: SIM102 (decided by the compiler; the next by the GPU)
         if plane1 >= 0:
             rest |= _read_plane(payload + tl.multiple_of(plane1 + unit * (1024 * W1), 16), value, W1) << W0
-    if W2 > 0:
+    if W2 > 0:  # noqa: SIM102
         if plane2 >= 0:
             rest |= _read_plane(payload + tl.multiple_of(plane2 + unit * (1024 * W2), 16), value, W2) << (W0 + W1)
     return rest
@@ -177,7 +178,7 @@ def _store_values(out, value, bits, left, ITEM: tl.constexpr, ALIGN: tl.constexp
 
 
 @triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["status"])
-def _decode(
+def _decode(  # noqa: PLR0915 (a kernel is one function)
     staging,
     destination,
     status,
@@ -340,11 +341,13 @@ def _decode(
 
 
 class _Batch(NamedTuple):
-    """The rows of one codec. `places` are their numbers among all rows, `starts` their first programs (one longer)."""
+    """The rows of one codec. `places` are their numbers among all rows, `ends` where they end in the staging memory and
+    in the destination, `starts` their first programs (one longer)."""
 
     kind: Kind
     align: int
     places: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
     table: torch.Tensor
     programs: torch.Tensor
@@ -354,7 +357,6 @@ class _Batch(NamedTuple):
 class Tasks:
     """A whole plan's chunks, on the device."""
 
-    rows: npt.NDArray[np.int64]
     batches: tuple[_Batch, ...]
 
 
@@ -371,15 +373,15 @@ class FloatDecoder:
         if (rows[:, 1:] < 0).any() or (rows[:, 1] % 16).any():
             raise ValueError("a chunk to decode has a place or length below 0, or a source that is no multiple of 16")
         found = ((kind, np.flatnonzero(rows[:, 0] == codec)) for codec, kind in KINDS.items())
-        return Tasks(rows, tuple(self._batch(kind, rows, places) for kind, places in found if len(places)))
+        return Tasks(tuple(self._batch(kind, rows[places, 1:], places) for kind, places in found if len(places)))
 
     def _batch(self, kind: Kind, rows: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> _Batch:
-        own = rows[places, 1:]
-        units = np.maximum(-(-(own[:, 3] // kind.item) // UNIT), 1)
+        units = np.maximum(-(-(rows[:, 3] // kind.item) // UNIT), 1)
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(units)])
-        table = np.column_stack([own, starts[:-1]])
-        programs = np.repeat(np.arange(len(places), dtype=np.int32), units)
-        return _Batch(kind, _alignment(own[:, 2]), places, starts, self._upload(table), self._upload(programs))
+        table = self._upload(np.column_stack([rows, starts[:-1]]))
+        programs = self._upload(np.repeat(np.arange(len(places), dtype=np.int32), units))
+        align = _alignment(int(np.bitwise_or.reduce(rows[:, 2])))
+        return _Batch(kind, align, places, rows[:, 0::2] + rows[:, 1::2], starts, table, programs)
 
     def _upload(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
@@ -396,33 +398,30 @@ class FloatDecoder:
         """Launch the decoding of rows `first` to `first + count` on the current stream; nothing is waited for. Places
         are counted from the starts of the two tensors (1-D, uint8). A malformed payload sets `status` (int32) to 1 and
         changes nothing outside its target."""
-        rows = tasks.rows[first : first + count]
-        rows = rows[np.isin(rows[:, 0], list(KINDS))]
-        if not len(rows):
-            return
-        _check_memory("staging", staging, rows[:, 1] + rows[:, 2])
-        _check_memory("destination", destination, rows[:, 3] + rows[:, 4])
-        if staging.data_ptr() % 16:
-            raise ValueError("staging memory must start at a multiple of 16 bytes")
         for batch in tasks.batches:
-            low, high = np.searchsorted(batch.places, (first, first + count))
-            begin, end = int(batch.starts[low]), int(batch.starts[high])
-            if end > begin:
-                self._launch(batch, begin, end - begin, staging, destination, status)
+            low, high = np.searchsorted(batch.places, (first, first + count)).tolist()
+            if low < high:
+                reached = batch.ends[low:high].max(axis=0).tolist()
+                _check_memory("staging", staging, reached[0])
+                _check_memory("destination", destination, reached[1])
+                if staging.data_ptr() % 16:
+                    raise ValueError("staging memory must start at a multiple of 16 bytes")
+                self._launch(batch, int(batch.starts[low]), int(batch.starts[high]), staging, destination, status)
 
     def _launch(
         self,
         batch: _Batch,
         begin: int,
-        programs: int,
+        end: int,
         staging: torch.Tensor,
         destination: torch.Tensor,
         status: torch.Tensor,
     ) -> None:
-        align = min(batch.align, _alignment(np.array([destination.data_ptr()])))
-        align = align if align >= batch.kind.item else 1
+        align = _alignment(batch.align | destination.data_ptr())
+        if align < 16:  # whole values, else bytes: few forms to compile
+            align = batch.kind.item if align >= batch.kind.item else 1
         with torch.cuda.device_of(staging):
-            _decode[(programs,)](
+            _decode[(end - begin,)](
                 staging,
                 destination,
                 status,
@@ -431,7 +430,7 @@ class FloatDecoder:
                 begin,
                 ALIGN=align,
                 **batch.kind.constants,
-                **_DECODE_OPTIONS,
+                **DECODE_OPTIONS,
             )
 
     def warm(self, codecs: Iterable[int]) -> None:
@@ -442,26 +441,23 @@ class FloatDecoder:
         self.decode(self.prepare(rows), 0, len(rows), nothing, nothing, status)
 
 
-def _alignment(places: npt.NDArray[np.int64]) -> int:
-    """The largest power of two, at most 16, that divides all."""
-    together = int(np.bitwise_or.reduce(places)) | 16
-    return together & -together
+def _alignment(places: int) -> int:
+    """The largest power of two, at most 16, that divides what is or-ed together."""
+    return (places | 16) & -(places | 16)
 
 
-def _check_memory(what: str, memory: torch.Tensor, ends: npt.NDArray[np.int64]) -> None:
+def _check_memory(what: str, memory: torch.Tensor, end: int) -> None:
     if memory.dtype != torch.uint8 or memory.dim() != 1 or not memory.is_contiguous():
         raise ValueError(f"{what} memory must be a contiguous 1-D tensor of uint8")
-    if int(ends.max()) > memory.numel():
-        raise ValueError(f"a chunk to decode ends at {int(ends.max())} of {memory.numel()} bytes of {what} memory")
+    if end > memory.numel():
+        raise ValueError(f"a chunk to decode ends at {end} of {memory.numel()} bytes of {what} memory")
 
 
 # ---- encoding -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _plain_values(
-    plain, length, chunk_length, chunk, unit, ITEM: tl.constexpr
-):
+def _plain_values(plain, length, chunk_length, chunk, unit, ITEM: tl.constexpr):
     """Where a unit's values start, and how many there are."""
     start = tl.multiple_of(chunk * chunk_length, 16)
     n = tl.minimum(length - start, chunk_length) // ITEM
@@ -528,30 +524,10 @@ def _code(value, table):
 
 
 @triton.jit
-def _starts(flags):
-    """For the four values of each lane: how many flags there are before, in the order of values."""
-    counts = _spread(flags)
-    before = tl.cumsum(counts, 0) - counts
-    total = tl.sum(counts, 0)
-    t1 = _field(total, 0)
-    t2 = t1 + _field(total, 1)
-    t3 = t2 + _field(total, 2)
-    return _field(before, 0), t1 + _field(before, 1), t2 + _field(before, 2), t3 + _field(before, 3)
-
-
-@triton.jit
-def _add_digit(section, index, digit, wanted):
-    """Words are shared with other lanes and units; digits of 0 are there already."""
+def _add_bits(section, place, bits, wanted):
+    """Into a byte that other lanes or units add to as well; it was 0. Sections start at multiples of 4."""
     words = section.to(tl.pointer_type(tl.int32))
-    tl.atomic_or(words + index // 16, digit << ((index % 16) * 2).to(tl.int32), wanted & (digit != 0), sem="relaxed")
-
-
-@triton.jit
-def _add_digits(section, first, packed, flags, r0, r1, r2, r3):
-    _add_digit(section, first + r0, packed & 3, _flag(flags, 0))
-    _add_digit(section, first + r1, (packed >> 2) & 3, _flag(flags, 1))
-    _add_digit(section, first + r2, (packed >> 4) & 3, _flag(flags, 2))
-    _add_digit(section, first + r3, (packed >> 6) & 3, _flag(flags, 3))
+    tl.atomic_or(words + (place >> 2), bits << ((place & 3) * 8).to(tl.int32), wanted & (bits != 0), sem="relaxed")
 
 
 @triton.jit
@@ -582,7 +558,7 @@ def _write_plane(
 
 
 @triton.jit(do_not_specialize=["length", "chunk_length", "chunk_units"])
-def _write(
+def _write(  # noqa: PLR0915
     plain,
     length,
     chunk_length,
@@ -591,18 +567,20 @@ def _write(
     places,
     headers,
     unit_rows,
+    passed,
     ITEM: tl.constexpr,
     LOW: tl.constexpr,
     BITS: tl.constexpr,
     W0: tl.constexpr,
     W1: tl.constexpr,
     W2: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """One unit's part of a payload whose place, header and counts are known. `coded` is all zeros before."""
     program = tl.program_id(0).to(tl.int64)
     chunk = program // chunk_units
     unit = program % chunk_units
-    place = places + chunk * 10
+    place = places + chunk * 11
     start = tl.multiple_of(tl.load(place), 16)
     if start < 0:
         return
@@ -635,66 +613,102 @@ def _write(
         if at >= 0:
             _write_plane(payload + tl.multiple_of(at + unit * (1024 * W2), 16), values, left, W0 + W1, W2, LOW, BITS)
 
-    # Digits, four values a lane, packed as in level 1; 0 where a level has none.
+    # Level 1, four values a lane. The deltas of those that it leaves open go to `passed`, in their order.
     base = tl.load(row + 3)
-    table = tl.load(place + 9)
-    table2 = (table & 0xFFFFFF).to(tl.int32)
-    table3 = (table >> 24).to(tl.int32)
     lane = tl.arange(0, 2048)
     first = tl.zeros_like(lane)
-    second = tl.zeros_like(lane)
-    third = tl.zeros_like(lane)
     deltas = tl.zeros_like(lane)
     for k in tl.static_range(4):
         value = k * 2048 + lane
         bits = _load_values(values, value, left)
         delta = (((bits >> LOW) & ((1 << BITS) - 1)) - base) & 0xFF
-        digit = tl.where(value < left, tl.minimum(delta, 3), 0)
-        digit2 = tl.where(digit == 3, _code(delta, table2), 0)
-        digit3 = tl.where(digit2 == 3, _code(delta, table3), 0)
-        first |= digit << (2 * k)
-        second |= digit2 << (2 * k)
-        third |= digit3 << (2 * k)
+        first |= tl.where(value < left, tl.minimum(delta, 3), 0) << (2 * k)
         deltas |= delta << (8 * k)
     tl.store(payload + tl.multiple_of(tl.load(place + 4), 16) + unit * 2048 + lane, first.to(tl.uint8))
     s2 = tl.load(row).to(tl.int64)
-    s3 = tl.load(row + 1).to(tl.int64)
-    s4 = tl.load(row + 2).to(tl.int64)
-    flags = _threes(first)
-    r0, r1, r2, r3 = _starts(flags)
-    _add_digits(payload + tl.multiple_of(tl.load(place + 5), 16), s2, second, flags, r0, r1, r2, r3)
-    flags = _threes(second)
-    r0, r1, r2, r3 = _starts(flags)
-    _add_digits(payload + tl.multiple_of(tl.load(place + 6), 16), s3, third, flags, r0, r1, r2, r3)
-    flags = _threes(third)
-    r0, r1, r2, r3 = _starts(flags)
-    raw = payload + tl.load(place + 7) + s4
-    tl.store(raw + r0, deltas.to(tl.uint8), mask=_flag(flags, 0))
-    tl.store(raw + r1, (deltas >> 8).to(tl.uint8), mask=_flag(flags, 1))
-    tl.store(raw + r2, (deltas >> 16).to(tl.uint8), mask=_flag(flags, 2))
-    tl.store(raw + r3, (deltas >> 24).to(tl.uint8), mask=_flag(flags, 3))
+    passed += tl.load(place + 10) + s2
+    open1 = _threes(first)
+    counts = _spread(open1)
+    before = tl.cumsum(counts, 0) - counts
+    total = tl.sum(counts, 0)
+    t1 = _field(total, 0)
+    t2 = t1 + _field(total, 1)
+    t3 = t2 + _field(total, 2)
+    count = t3 + _field(total, 3)
+    tl.store(passed + _field(before, 0), deltas.to(tl.uint8), mask=_flag(open1, 0))
+    tl.store(passed + (t1 + _field(before, 1)), (deltas >> 8).to(tl.uint8), mask=_flag(open1, 1))
+    tl.store(passed + (t2 + _field(before, 2)), (deltas >> 16).to(tl.uint8), mask=_flag(open1, 2))
+    tl.store(passed + (t3 + _field(before, 3)), (deltas >> 24).to(tl.uint8), mask=_flag(open1, 3))
+    tl.debug_barrier()
+
+    # Levels 2, 3 and raw, a byte of level 2 a lane. Its first and last byte may be shared with the neighbours.
+    table = tl.load(place + 9)
+    table2 = (table & 0xFFFFFF).to(tl.int32)
+    table3 = (table >> 24).to(tl.int32)
+    level2 = payload + tl.multiple_of(tl.load(place + 5), 16)
+    level3 = payload + tl.multiple_of(tl.load(place + 6), 16)
+    raw = payload + tl.load(place + 7)
+    rank3 = tl.load(row + 1).to(tl.int64)
+    rank4 = tl.load(row + 2).to(tl.int64)
+    skew = (s2 % 4).to(tl.int32)
+    short = tl.arange(0, LANES)
+    tile = 0
+    while tile < skew + count:
+        rank = (tile - skew) + 4 * short
+        second = tl.zeros_like(rank)
+        quad = tl.zeros_like(rank)
+        for k in tl.static_range(4):
+            ours = (rank + k >= 0) & (rank + k < count)
+            one = tl.load(passed + (rank + k), mask=ours, other=0).to(tl.int32)
+            second |= tl.where(ours, _code(one, table2), 0) << (2 * k)
+            quad |= one << (8 * k)
+        place2 = s2 // 4 + tile // 4 + short
+        whole = (rank >= 0) & (rank + 4 <= count)
+        tl.store(level2 + place2, second.to(tl.uint8), mask=whole)
+        _add_bits(level2, place2, second, (rank < count) & (rank + 4 > 0) & ~whole)
+        open2 = _threes(second)
+        some = _count(open2)
+        at3 = rank3 + tl.cumsum(some, 0) - some
+        rank3 += tl.sum(some, 0)
+        third = tl.zeros_like(rank)
+        for k in tl.static_range(4):
+            digit = tl.where(_flag(open2, k), _code((quad >> (8 * k)) & 0xFF, table3), 0)
+            _add_bits(level3, at3 >> 2, digit << ((at3 & 3) * 2).to(tl.int32), _flag(open2, k))
+            third |= digit << (2 * k)
+            at3 += (open2 >> (2 * k)) & 1
+        open3 = _threes(third)
+        some = _count(open3)
+        at4 = rank4 + tl.cumsum(some, 0) - some
+        rank4 += tl.sum(some, 0)
+        for k in tl.static_range(4):
+            tl.store(raw + at4, (quad >> (8 * k)).to(tl.uint8), mask=_flag(open3, k))
+            at4 += (open3 >> (2 * k)) & 1
+        tile += 4 * LANES
 
 
 def encode_batch(plain: torch.Tensor, codec: int, chunk_length: int) -> list[torch.Tensor | None]:
     """The payloads of `plain` (1-D, uint8, on the device) cut into chunks: the same bytes as the reference codec makes,
     None for a chunk that would save less than 1/8. All lie in one block of memory, at multiples of 16. Waits once, for
     the payloads' lengths."""
-    kind, length = KINDS[codec], plain.numel()
+    kind = KINDS[codec]
     if chunk_length <= 0 or chunk_length % 16:
         raise ValueError(f"chunks of {chunk_length} bytes can't be coded; their length must be a multiple of 16")
     if plain.dtype != torch.uint8 or plain.dim() != 1 or not plain.is_contiguous() or plain.data_ptr() % kind.item:
-        raise ValueError("plain memory must be a contiguous 1-D tensor of uint8 that starts at a multiple of a value's size")
+        raise ValueError(
+            "plain memory must be a contiguous 1-D tensor of uint8 that starts at a multiple of a value's size"
+        )
     batch = _Plain(plain, kind, chunk_length)
     if not batch.units:
         return [None] * batch.chunks
     histograms = torch.empty((batch.units, 256), dtype=torch.int32, device=plain.device)
     present = torch.empty(batch.units, dtype=torch.int32, device=plain.device)
-    batch.launch(_measure, histograms, present)
+    batch.launch(_measure, histograms, present, num_warps=8)
     choice = _Choice.of(batch, histograms, present)
     layouts = _layouts(batch, choice.facts.cpu().numpy())
     coded = torch.zeros(sum(layout.room for layout in layouts), dtype=torch.uint8, device=plain.device)
-    places, headers = _tables(layouts)
-    batch.launch(_write, coded, places.to(plain.device), headers.to(plain.device), choice.unit_rows)
+    passed = torch.empty(sum(layout.passed for layout in layouts) + 16, dtype=torch.uint8, device=plain.device)
+    tables = [table.to(plain.device) for table in _tables(layouts)]
+    batch.launch(_write, coded, *tables, choice.unit_rows, passed, **WRITE_OPTIONS)
     return [coded[each.start : each.start + each.length] if each.room else None for each in layouts]
 
 
@@ -723,7 +737,7 @@ class _Plain:
     def plain_length(self, chunk: int) -> int:
         return min(self.memory.numel() - chunk * self.chunk_length, self.chunk_length)
 
-    def launch(self, kernel: Any, *arguments: torch.Tensor) -> None:
+    def launch(self, kernel: Any, *arguments: torch.Tensor, **options: Any) -> None:
         """One program for each unit."""
         with torch.cuda.device_of(self.memory):
             kernel[(self.units,)](
@@ -733,7 +747,7 @@ class _Plain:
                 self.chunk_units,
                 *arguments,
                 **self.kind.constants,
-                **_ENCODE_OPTIONS,
+                **options,
             )
 
     def per_chunk(self, per_unit: torch.Tensor) -> torch.Tensor:
@@ -778,8 +792,8 @@ class _Choice(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """A payload's place in the block of all, its sections' (a plane that is left out is at -1) and its header. One that
-    does not save enough has no room."""
+    """A payload's place in the block of all, its sections' (a plane that is left out is at -1), its header, and how
+    many values level 1 passes on. One that does not save enough has no room."""
 
     start: int
     length: int
@@ -787,6 +801,7 @@ class _Layout(NamedTuple):
     sections: tuple[int, ...]
     header: bytes
     deltas: int
+    passed: int
 
 
 def _layouts(batch: _Plain, facts: npt.NDArray[np.int64]) -> list[_Layout]:
@@ -800,7 +815,7 @@ def _layouts(batch: _Plain, facts: npt.NDArray[np.int64]) -> list[_Layout]:
     return layouts
 
 
-_NOWHERE = _Layout(-1, 0, 0, (-1,) * 8, bytes(64), 0)
+_NOWHERE = _Layout(-1, 0, 0, (-1,) * 8, bytes(64), 0, 0)
 
 
 def _layout(batch: _Plain, chunk: int, start: int, facts: list[int]) -> _Layout:
@@ -821,11 +836,15 @@ def _layout(batch: _Plain, chunk: int, start: int, facts: list[int]) -> _Layout:
         return _NOWHERE
     absent = sum(1 << plane for plane, width in enumerate(kind.widths) if width and not planes[plane])
     header = struct.pack("<BBHIIII6s38x", 1, absent, 0, n, m2, m3, m4, deltas)
-    return _Layout(start, length, -(-length // 16) * 16, (*sections, at), header, int.from_bytes(deltas, "little"))
+    return _Layout(start, length, -(-length // 16) * 16, (*sections, at), header, int.from_bytes(deltas, "little"), m2)
 
 
 def _tables(layouts: Sequence[_Layout]) -> tuple[torch.Tensor, torch.Tensor]:
     """What the writing kernel needs of each chunk: where things lie and the deltas, and the header."""
-    places = np.array([[each.start, *each.sections, each.deltas] for each in layouts], np.int64)
+    passed = np.cumsum([0, *(each.passed for each in layouts)])
+    places = np.array(
+        [[each.start, *each.sections, each.deltas, before] for each, before in zip(layouts, passed[:-1], strict=True)],
+        np.int64,
+    )
     headers = np.frombuffer(bytearray().join(each.header for each in layouts), np.int32)
     return torch.from_numpy(places), torch.from_numpy(headers)
