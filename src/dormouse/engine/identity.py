@@ -18,6 +18,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 
 
 _ALSO_IN_A_WORKER = (
+    "checkpoint/adapters.py",
     "checkpoint/models.py",
     "checkpoint/tensors.py",
     "checkpoint/null_source.py",
