@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 PINNED_BYTES = 512 << 20
 _SMALL = 4 << 20
+_PER_READER = 4
 LANES = 4
 """Per device: one whose bytes cross the link, one that checks and decodes, and some between."""
 
@@ -170,15 +171,19 @@ def _fitted(plan: LoadPlan, pinned_bytes: int) -> LoadPlan:
 
 
 def _tapered(plan: LoadPlan, threads: int) -> LoadPlan:
-    """The plan with small extents at both ends, as many as there are readers."""
+    """The plan with small extents at both ends, as many as there are readers; in small ones altogether when it has too
+    few for that."""
     extents = plan.extents
-    ends = min(threads, len(extents) // 2)
-    rest = len(extents) - ends
-    return replace(plan, extents=(*_small(extents[:ends]), *extents[ends:rest], *_small(extents[rest:])))
+    if len(extents) < _PER_READER * threads:
+        size = max(_SMALL, plan.stored_bytes // (_PER_READER * threads))
+        return replace(plan, extents=tuple(_smaller(extents, size)))
+    rest = len(extents) - threads
+    ends = (_smaller(part, _SMALL) for part in (extents[:threads], extents[rest:]))
+    return replace(plan, extents=(*next(ends), *extents[threads:rest], *next(ends)))
 
 
-def _small(extents: Sequence[Extent]) -> Iterator[Extent]:
-    return chain.from_iterable(split(extent, _SMALL) for extent in extents)
+def _smaller(extents: Sequence[Extent], size: int) -> Iterator[Extent]:
+    return chain.from_iterable(split(extent, size) for extent in extents)
 
 
 def _held(packed: Packed, tier: DramTier | None, stack: contextlib.ExitStack) -> list[tuple[Source, ...] | None]:
