@@ -643,13 +643,14 @@ def bench_start(model: str, runs: int, prompt: str, data_dir: DataDir, as_json: 
 @common
 def bench_load(data_dir: DataDir, as_json: bool, reporter: Reporter, **options: Any) -> None:
     """Time how weights come from files into memory or onto a GPU: by the loaders that are installed, and by ours."""
-    from dormouse import bench_load as bench_module
+    from dormouse.bench_load.course import measure
+    from dormouse.bench_load.options import Hooks, options_of
+    from dormouse.bench_load.result import table
 
     del data_dir  # files and checkpoints are made in a folder of their own
     with reporter:
-        hooks = bench_module.Hooks(reporter.step, tell(reporter.silent))
-        result = bench_module.measure(bench_module.options(**options), hooks)
-    emit(result.as_json()) if as_json else out.print(bench_module.table(result))
+        result = measure(options_of(**options), Hooks(reporter.step, tell(reporter.silent)))
+    emit(result.as_json()) if as_json else out.print(table(result))
 
 
 def _open_standard_streams() -> None:

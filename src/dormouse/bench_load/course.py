@@ -25,7 +25,7 @@ from dormouse.bench_load import cache, codec, limits, lora
 from dormouse.bench_load.child import Loaded
 from dormouse.bench_load.importing import COPIES, MODEL, Imports
 from dormouse.bench_load.limits import Limit
-from dormouse.bench_load.methods import Job, Method
+from dormouse.bench_load.method import Job, Method
 from dormouse.bench_load.options import CONDITIONS, Budget, Hooks, Options
 from dormouse.bench_load.processes import Child, ChildError
 from dormouse.bench_load.result import Result, Row, codec_line, host_facts, line
@@ -221,7 +221,7 @@ class _Run:
     def _load(self, row: Row, method: Method, child: Child, seconds: float) -> None:
         """The conversation with the child, as in child.py."""
         child.tell(msgspec.json.encode(self._job(method, row.condition)))
-        child.hear("ready", seconds)
+        child.hear("ready", max(1.0, min(self._budget.left, _START_SECONDS)))
         row.resident_before = self._set_cache(method, row.condition)
         child.tell(b"")
         loaded = msgspec.convert(child.hear("loaded", seconds, watch=True), Loaded)

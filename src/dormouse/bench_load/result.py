@@ -1,9 +1,13 @@
-"""What a run of the benchmark found: rows, limits, conditions; as JSON, as a table on the terminal and in Markdown."""
+"""What a run of the benchmark found: rows, limits, conditions; as JSON, as a table on the terminal and in Markdown.
+
+`python -m dormouse.bench_load.result FILE.json` prints the Markdown of a result that was written.
+"""
 
 from __future__ import annotations
 
 import platform
 import re
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -96,6 +100,11 @@ class Result:
         return plain
 
 
+def read_result(path: Path) -> Result:
+    """What `as_json` was written of."""
+    return msgspec.json.decode(path.read_bytes(), type=Result)
+
+
 def host_facts() -> dict[str, str]:
     """What a figure depends on: date, machine, and the versions of what is installed."""
     info = Path("/proc/cpuinfo").read_text()
@@ -107,8 +116,21 @@ def host_facts() -> dict[str, str]:
         "memory": f"{int(memory[1]) * 1024 / GIGA:.0f} GB" if memory else "unknown",
         "kernel": platform.release(),
         "python": platform.python_version(),
+        **_gpu_facts(),
         **{name: version for name in _PACKAGES if (version := _version(name)) is not None},
     }
+
+
+def _gpu_facts() -> dict[str, str]:
+    driver = Path("/proc/driver/nvidia")
+    try:
+        words = (driver / "version").read_text().split("\n")[0].split()
+        models = [
+            path.read_text().split("\n")[0].split(":", 1)[1].strip() for path in driver.glob("gpus/*/information")
+        ]
+    except (OSError, IndexError):
+        return {}
+    return {"gpu": ", ".join(models), "driver": next((word for word in words if word[0].isdigit()), "unknown")}
 
 
 def _version(package: str) -> str | None:
@@ -130,12 +152,12 @@ def _remark(row: Row) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    seconds = _figure(row.seconds, "{:.2f}") if row.outcome == "ok" else row.outcome
+    seconds = _seconds(row.seconds) if row.outcome == "ok" else row.outcome
     return (
         row.method,
         row.condition,
         seconds,
-        _figure(row.again_seconds, "{:.2f}"),
+        _seconds(row.again_seconds),
         _figure(row.bytes_per_second, "{:.2f}", GIGA),
         _figure(row.cpu_seconds, "{:.1f}"),
         _figure(row.peak_memory, "{:.2f}", GIGA),
@@ -147,7 +169,11 @@ def _limit_cells(name: str, limit: Limit | str) -> tuple[str, ...]:
     if isinstance(limit, str):
         return (f"limit: {name}", "", "not measured", "", "", "", "", "")
     rate = f"{limit.bytes_per_second / GIGA:.2f}"
-    return (f"limit: {name}", "", f"{limit.seconds:.2f}", "", rate, "", "", "")
+    return (f"limit: {name}", "", _seconds(limit.seconds), "", rate, "", "", "")
+
+
+def _seconds(value: float | None) -> str:
+    return _figure(value, "{:.3f}" if value is not None and value < 1 else "{:.2f}")
 
 
 def _figure(value: float | None, form: str, unit: float = 1) -> str:
@@ -209,3 +235,7 @@ def _all_cells(result: Result) -> Iterable[tuple[str, ...]]:
 def _title(result: Result) -> str:
     size = f"{result.plain_bytes / GIGA:.2f} GB in {result.files} files ({result.weights})"
     return f"{size} to {result.device}" + ("" if result.complete else ", not complete")
+
+
+if __name__ == "__main__":
+    print(markdown(read_result(Path(sys.argv[1]))))

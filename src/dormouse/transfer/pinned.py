@@ -174,5 +174,5 @@ def free_pinned() -> None:
     for memory in freed:
         try:
             memory.close()
-        except HostError as error:  # at the end of the process the driver may be gone before us
+        except (HostError, BufferError) as error:  # at the end of the process the driver may be gone before us
             log.debug("%s", error)

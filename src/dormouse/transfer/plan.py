@@ -176,6 +176,11 @@ def join(pieces: Iterable[Piece], extent_bytes: int, plain_bytes: int | None = N
         yield _extent(run)
 
 
+def split(extent: Extent, extent_bytes: int) -> Iterator[Extent]:
+    """The same in extents of at most `extent_bytes`, as far as its pieces allow."""
+    return join((part for piece in extent.pieces for part in _cut(piece, extent_bytes)), extent_bytes)
+
+
 def _fits(run: Sequence[Piece], piece: Piece, extent_bytes: int) -> bool:
     first, last = run[0], run[-1]
     near = piece.file == last.file and last.end <= piece.offset <= aligned(last.end) + ALIGNMENT
