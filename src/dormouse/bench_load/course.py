@@ -282,7 +282,8 @@ class _Run:
         }
         for name, take in measured.items():
             try:
-                limit: Limit | str = take()
+                attempts = self._options.repeats if name != "link" else 1
+                limit: Limit | str = limits.best(take() for _ in range(attempts))
             except (OSError, ChildError) as error:
                 limit = f"not measured: {error}"
             self._result.limits[name] = limit
