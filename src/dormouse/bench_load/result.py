@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
@@ -167,7 +168,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _limit_cells(name: str, limit: Limit | str) -> tuple[str, ...]:
     if isinstance(limit, str):
-        return (f"limit: {name}", "", "not measured", "", "", "", "", "")
+        return (f"limit: {name}", "", "none", "", "", "", "", "")
     rate = f"{limit.bytes_per_second / GIGA:.2f}"
     return (f"limit: {name}", "", _seconds(limit.seconds), "", rate, "", "", "")
 
@@ -193,7 +194,7 @@ def codec_line(figures: list[CodecFigures] | str) -> list[str]:
 
 def table(result: Result) -> Group:
     """For the terminal: the rows, then what the machine itself can do, then what there is to say about them."""
-    made = Table()
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         left = column in COLUMNS[:2]
         made.add_column(column, justify="left" if left else "right", no_wrap=True)

@@ -101,7 +101,7 @@ def _mapped(
     mapping = map_file(descriptor, path)
     if tensors and len(mapping) < tensors[-1].offset + tensors[-1].length:
         raise DamagedError(f"{path} changed while it was read", remedy="Load it again")
-    populate(mapping, path, progress=progress, cancelled=cancelled)
+    populate(mapping, descriptor, path, progress=progress, cancelled=cancelled)
     return {tensor.name: typed(_bytes_of(mapping, tensor), tensor) for tensor in tensors}
 
 
@@ -322,7 +322,7 @@ def _to_gpus(
     blocks: list[torch.Tensor] = []
     try:
         for size, device in zip(plan.sizes, devices, strict=True):
-            blocks.append(torch.zeros(size, dtype=torch.uint8, device=device))
+            blocks.append(_gpu_block(size, device))
         report = load_device(plan, blocks, key=key, progress=progress, cancelled=cancelled, tier=tier)
     except torch.OutOfMemoryError as error:
         blocks.clear()
@@ -334,6 +334,10 @@ def _to_gpus(
         blocks.clear()  # an error that is kept must not keep memory of the GPU
         raise
     return blocks, report
+
+
+def _gpu_block(size: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.uint8, device=device)
 
 
 def _cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
