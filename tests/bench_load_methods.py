@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dormouse.bench_load.methods import Job, Method, MissingError, Tensors
+from dormouse.bench_load.method import Job, Method, MissingError, Tensors
 
 _ROOT = str(Path(__file__).parent.parent)
 _ENVIRONMENT = {"PYTHONPATH": os.pathsep.join((_ROOT, str(Path(_ROOT) / "src"), os.environ.get("PYTHONPATH", "")))}

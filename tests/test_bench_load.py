@@ -17,9 +17,12 @@ pytest.importorskip("safetensors")
 
 from safetensors import safe_open
 
-from dormouse.bench_load import Hooks, Options, Result, cache, course, markdown, measure, options, weights
-from dormouse.bench_load.methods import METHODS, Method, find
-from dormouse.bench_load.result import Row
+from dormouse.bench_load import cache, course, weights
+from dormouse.bench_load.course import measure
+from dormouse.bench_load.method import Method, find
+from dormouse.bench_load.methods import METHODS
+from dormouse.bench_load.options import Hooks, Options, options_of
+from dormouse.bench_load.result import Result, Row, markdown, read_result
 from dormouse.errors import ConfigError
 from tests import bench_load_methods as known
 
@@ -93,10 +96,11 @@ def test_a_loader_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_rows_that_do_not_fit_into_the_budget_say_so(tmp_path: Path) -> None:
-    result = run(tmp_path, known.RIGHT, known.ABSENT, budget=0.5, conditions=("warm", "cold"))
+    result = run(tmp_path, known.RIGHT, known.ABSENT, budget=0.5, conditions=("warm", "cold"), lora=SIZE)
     rows = [row for row in result.rows if row.method == "right"]
     assert [row.outcome for row in rows] == ["skipped", "skipped"]
     assert all("of the budget left" in row.note for row in rows)
+    assert "of the budget left" in str(result.lora)
     assert row_of(result, "absent").outcome == "missing"
 
 
@@ -143,7 +147,7 @@ def test_files_of_somebody_else_are_measured_where_they_are(tmp_path: Path) -> N
     save_file({"a": arange(7).to(bfloat16), "b": arange(5, dtype=int32)}, folder / "one.safetensors")
     save_file({"c": arange(3).to(float8_e4m3fn), "d": arange(1).to(bfloat16)[0]}, folder / "two.safetensors")
     (scratch := tmp_path / "scratch").mkdir()
-    found = options(
+    found = options_of(
         gigabytes=None, shards=4, files=folder, folder=scratch, device="cpu", names=["safetensors"], cold=False,
         repeats=1, lora=False, codec=False, budget_seconds=None, output=None,
     )  # fmt: skip
@@ -155,13 +159,14 @@ def test_files_of_somebody_else_are_measured_where_they_are(tmp_path: Path) -> N
 
 def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     asked = {"gigabytes": 1.0, "shards": 1, "files": None, "folder": tmp_path, "device": "cpu", "names": (),
-             "cold": True, "repeats": 1, "lora": False, "codec": False, "budget_seconds": None, "output": None}  # fmt: skip
+             "cold": True, "repeats": 1, "lora": False, "codec": False, "budget_seconds": None,
+             "output": None}  # fmt: skip
     with pytest.raises(ConfigError, match="no method"):
-        options(**{**asked, "names": ["fastest"]})  # type: ignore[arg-type]
+        options_of(**{**asked, "names": ["fastest"]})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="has no"):
-        options(**{**asked, "files": tmp_path})  # type: ignore[arg-type]
+        options_of(**{**asked, "files": tmp_path})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="is not a folder"):
-        measure(options(**{**asked, "folder": tmp_path / "nowhere"}), SILENT)  # type: ignore[arg-type]
+        measure(options_of(**{**asked, "folder": tmp_path / "nowhere"}), SILENT)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -212,3 +217,25 @@ def test_the_table_for_documentation_has_a_line_for_each_row_and_limit(tmp_path:
     assert [line.split("|")[1].strip() for line in lines[:5]] == ["method", "---", "a", "b", "limit: link"]
     assert len({line.count("|") for line in lines[:5]}) == 1
     assert "* b, warm: missing: not there" in lines
+
+
+def test_of_several_attempts_the_fastest_counts_but_a_wrong_one_in_any_case() -> None:
+    row = Row("a", "warm", "somehow")
+    for outcome, seconds in (("ok", 2.0), ("ok", 1.0), ("ok", 3.0), ("skipped", None)):
+        row.take(Row("a", "warm", "somehow", outcome=outcome, seconds=seconds))
+    assert (row.outcome, row.seconds, row.all_seconds) == ("ok", 1.0, [2.0, 1.0, 3.0])
+    row.take(Row("a", "warm", "somehow", outcome="wrong", seconds=4.0, note="other bytes"))
+    row.take(Row("a", "warm", "somehow", outcome="ok", seconds=0.5))
+    assert (row.outcome, row.note, row.all_seconds) == ("wrong", "other bytes", [2.0, 1.0, 3.0, 4.0, 0.5])
+
+
+def test_documented_tables_are_those_of_the_results() -> None:
+    root = Path(__file__).parent.parent
+    documented = (root / "docs" / "benchmarks.md").read_text()
+    for file in sorted((root / "bench" / "results").glob("load_*.json")):
+        result = read_result(file)
+        tables = [line for line in markdown(result).splitlines() if line.startswith("|")]
+        assert result.complete, file.name
+        assert all(line in documented for line in tables), (
+            f"{file.name}: run python -m dormouse.bench_load.result on it"
+        )

@@ -107,9 +107,10 @@ def until(true: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def serve(data_dir: DataDir, *models: str, keep_alive: str, exit_status: int = 0) -> Iterator[Server]:
+def serve(data_dir: DataDir, *models: str, keep_alive: str | None = None, exit_status: int = 0) -> Iterator[Server]:
     """`dormouse serve` on a free port; it must exit with 0 on SIGTERM (or as told) and leave no process."""
-    command = [sys.executable, "-m", "dormouse.cli", "serve", *models, "--port", "0", "--keep-alive", keep_alive]
+    command = [sys.executable, "-m", "dormouse.cli", "serve", *models, "--port", "0"]
+    command += ["--keep-alive", keep_alive] if keep_alive is not None else []
     environment = os.environ | {"DORMOUSE_HOME": str(data_dir.root)}
     log = data_dir.root / "serve.log"
     with log.open("a") as errors:

@@ -97,6 +97,12 @@ class _Watch:
     def capture_failed(self, model: str, error: DormouseError) -> None:
         self.error = error
 
+    def adapter_loaded(self, model: str, adapter: str, seconds: float) -> None:
+        pass
+
+    def adapter_failed(self, model: str, adapter: str, error: DormouseError) -> None:
+        pass
+
 
 async def measure(data_dir: DataDir, name: str, *, runs: int, prompt: str, step: Callable[[str], None]) -> Result:
     """Run the benchmark. Raises NotFoundError, HostError, and EngineError when a start was not what it should be."""

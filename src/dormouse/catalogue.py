@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from dormouse.config import DataDir
 from dormouse.errors import ConfigError, NotFoundError, StoreError
 from dormouse.node.catalog import StoreCatalog, refuse_if_pinned, snapshot_rows, snapshots_of
 from dormouse.node.presence import read_node
+from dormouse.node.runner import ModelStatus
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.images import SnapshotBody, decode_body
 from dormouse.snapshot.pages import extents, permissions, process_map, read, usage
@@ -55,6 +56,7 @@ def model_json(model: ImportedModel) -> dict[str, Any]:
         "context": model.context,
         "digest": model.digest,
         "path": str(model.path),
+        "base": model.base,
     }
 
 
@@ -65,10 +67,14 @@ def listing(data_dir: DataDir) -> dict[str, Any]:
     models = []
     for model in list_models(data_dir.models):
         status = serving.get(model.name)
+        if model.base is not None:
+            state = "served" if _serves(serving.values(), model.name) else NOT_SERVED
+        else:
+            state = status.state if status is not None else NOT_SERVED
         models.append(
             model_json(model)
             | {
-                "state": status.state if status is not None else NOT_SERVED,
+                "state": state,
                 "since": status.since if status is not None else None,
                 "in_flight": status.in_flight if status is not None else 0,
                 "waiting": status.waiting if status is not None else 0,
@@ -81,6 +87,11 @@ def listing(data_dir: DataDir) -> dict[str, Any]:
         "models": models,
         "snapshots": _snapshots(data_dir),
     }
+
+
+def _serves(statuses: Iterable[ModelStatus], adapter: str) -> bool:
+    """Whether one of these models has the adapter served."""
+    return any(adapter in status.adapters for status in statuses)
 
 
 def _snapshots(data_dir: DataDir) -> list[dict[str, Any]]:
@@ -98,8 +109,8 @@ def render(listing: dict[str, Any]) -> Group:
     for model in listing["models"]:
         models.add_row(
             model["name"],
-            model["engine"],
-            f"{model['parameters'] / 1e6:.0f} M",
+            model["engine"] if model["base"] is None else f"adapter of {model['base']}",
+            f"{model['parameters'] / 1e6:.{0 if model['base'] is None else 1}f} M",
             human(model["weight_bytes"]),
             model["state"],
             human(model["rss_bytes"]) if model["rss_bytes"] else "",
@@ -332,7 +343,7 @@ def models_with_damaged_weights(store: Store, report: VerifyReport) -> list[str]
 def refuse_if_served(data_dir: DataDir, model: str) -> None:
     """Raises ConfigError when a running node serves the model."""
     node = read_node(data_dir.run)
-    if node is not None and any(status.name == model for status in node.models):
+    if node is not None and (any(model == status.name for status in node.models) or _serves(node.models, model)):
         raise ConfigError(
             f"model {model} is being served by the node with pid {node.pid}",
             remedy="Stop that node, or take the model out of its configuration, then remove it",

@@ -107,14 +107,25 @@ def serve(sources: tuple[str, ...], keep_alive: str | None, **flags: Any) -> Non
 @click.argument("source")
 @click.option("--name", required=True, help="The name to serve it under.")
 @click.option("--replace", is_flag=True, help="Replace a model of that name; its snapshots become unusable.")
+@click.option("--base", help="Of an adapter: the imported model it is for.  [default: as its configuration says]")
 @common
-def import_(source: str, name: str, replace: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
-    """Import a model: a Hugging Face folder, safetensors files, a GGUF file, or `smollm2-135m`."""
+def import_(
+    source: str, name: str, replace: bool, base: str | None, data_dir: DataDir, as_json: bool, reporter: Reporter
+) -> None:
+    """Import a model: a Hugging Face folder, safetensors files, a GGUF file, or `smollm2-135m`.
+
+    A folder with adapter_config.json is imported as a LoRA adapter of a model that is imported already.
+    """
     data_dir.create()
     with reporter:
-        model = import_model(source, name, data_dir, progress=reporter.progress, replace=replace)
+        model = import_model(source, name, data_dir, progress=reporter.progress, replace=replace, base=base)
     if as_json:
         emit(catalogue.model_json(model))
+    elif model.base is not None:
+        out.print(
+            f"Imported [bold]{escape(model.name)}[/], an adapter of {escape(model.base)}: "
+            f"{model.parameters / 1e6:.1f} M parameters, {catalogue.human(model.weight_bytes)}"
+        )
     else:
         out.print(
             f"Imported [bold]{escape(model.name)}[/]: {model.parameters / 1e6:.0f} M parameters, "
@@ -632,13 +643,14 @@ def bench_start(model: str, runs: int, prompt: str, data_dir: DataDir, as_json: 
 @common
 def bench_load(data_dir: DataDir, as_json: bool, reporter: Reporter, **options: Any) -> None:
     """Time how weights come from files into memory or onto a GPU: by the loaders that are installed, and by ours."""
-    from dormouse import bench_load as bench_module
+    from dormouse.bench_load.course import measure
+    from dormouse.bench_load.options import Hooks, options_of
+    from dormouse.bench_load.result import table
 
     del data_dir  # files and checkpoints are made in a folder of their own
     with reporter:
-        hooks = bench_module.Hooks(reporter.step, tell(reporter.silent))
-        result = bench_module.measure(bench_module.options(**options), hooks)
-    emit(result.as_json()) if as_json else out.print(bench_module.table(result))
+        result = measure(options_of(**options), Hooks(reporter.step, tell(reporter.silent)))
+    emit(result.as_json()) if as_json else out.print(table(result))
 
 
 def _open_standard_streams() -> None:

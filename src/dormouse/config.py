@@ -125,6 +125,8 @@ class ModelConfig(_Settings):
     """true: an idle model is captured and wakes from its snapshot. false: it is stopped and starts cold."""
     max_concurrent: Annotated[int, Field(ge=1, le=1024)] = 16
     """Requests the worker handles at once (1..1024); more of them wait in the queue."""
+    adapters: tuple[ModelName, ...] = ()
+    """Imported LoRA adapters of this model that are served from the start, each under its own name."""
 
 
 class ServeConfig(_Settings):
@@ -156,6 +158,10 @@ class ServeConfig(_Settings):
     """Memory that all workers together may take: bytes or a size such as 8GiB. Left out: 80 % of the machine's."""
     templates: bool = True
     """true: a started engine without a model is captured, too; models without a snapshot of their own start from it."""
+    adapter_memory: Size = 1 << 30
+    """Memory for adapters that no worker uses at the moment: bytes or a size such as 1GiB. Those used last stay."""
+    adapter_routes: bool = False
+    """true: whoever has a key may load and unload imported adapters over HTTP."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least important log messages shown: debug, info, warning or error."""
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)

@@ -369,6 +369,56 @@ def test_damage_is_told_to_everybody_and_heals_with_the_next_import(
     pool.release("again")
 
 
+def test_segments_to_keep_stay_within_the_budget_and_the_oldest_go_first(
+    store: Store, data: DataDir, tmp_path: Path
+) -> None:
+    checkpoints = {}
+    for number, name in enumerate("abc"):
+        source = tmp_path / name
+        source.mkdir()
+        settings = {"weights_mb": 1 + number}
+        (source / "config.json").write_text(json.dumps({"model_type": "dormouse-null", "null": settings}))
+        checkpoints[name] = import_model(str(source), name, data, progress=quiet).checkpoint or ""
+    pool = SegmentPool(store, keep_bytes=4 << 20)
+
+    def visit(name: str, *, keep: bool = True) -> bool:
+        """Whether it was in memory already."""
+        handle = pool.take(checkpoints[name], "one", keep=keep)
+        there = handle.report is None
+        if handle.report is not None:
+            await_report(handle.report)
+        handle.close()
+        pool.release("one", checkpoints[name])
+        return there
+
+    assert [visit(name) for name in "aa"] == [False, True]
+    assert [visit(name) for name in "bab"] == [False, True, True]
+    assert pool.kept_bytes == 3 << 20 and len(memfds()) == 2
+    assert not visit("c")  # 1 + 2 + 3 MiB are too many: a, which was used before b, goes first, and does not suffice
+    assert pool.kept_bytes == 3 << 20
+    assert [visit(name) for name in "ca"] == [True, False]
+    pool.forget(checkpoints["a"])
+    pool.forget("nothing")
+    assert [visit(name, keep=False) for name in "aa"] == [False, False]
+    holder = pool.take(checkpoints["c"], "two", keep=True)
+    assert holder.report is None
+    pool.forget(checkpoints["c"])
+    holder.close()
+    pool.release("two")
+    assert memfds() == [] and pool.kept_bytes == 0
+
+
+def test_what_is_larger_than_the_budget_is_not_kept(store: Store, weighty: ImportedModel) -> None:
+    assert weighty.checkpoint is not None
+    pool = SegmentPool(store, keep_bytes=weighty.weight_bytes - 1)
+    handle = pool.take(weighty.checkpoint, "one", keep=True)
+    assert handle.report is not None
+    await_report(handle.report)
+    handle.close()
+    pool.release("one")
+    assert memfds() == []
+
+
 def test_no_such_checkpoint(store: Store) -> None:
     pool = SegmentPool(store)
     with pytest.raises(NotFoundError, match="there is no checkpoint nothing") as caught:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dormouse.engine.arena import BASE, Arena, Weights
+from dormouse.engine.arena import BASE, Arena, Attached, Weights
 from dormouse.errors import DamagedError, EngineError
 from dormouse.transfer.handles import SegmentHandle, send_report
 from dormouse.transfer.segment import Segment
@@ -163,3 +163,29 @@ def test_a_reservation_costs_nothing(arena: Arena) -> None:
     arena.unmap()
     assert protections(arena.weights) == {"---p"}
     huge.close()
+
+
+def test_an_attached_segment_is_read_only_and_leaves_nothing_behind() -> None:
+    segment = segment_of(b"adapter" * 1000)
+    handle = segment.handle(None)
+    attached = Attached(handle)
+    assert handle.memory == -1, "the descriptor is closed"
+    segment.close()
+    weights = attached.weights
+    assert content(weights) == b"adapter" * 1000
+    assert protections(weights) == {"r--s"}
+    attached.close()
+    attached.close()
+    assert "r--s" not in protections(weights)
+
+
+def test_what_can_not_be_attached_is_refused_and_closed() -> None:
+    segment = segment_of(b"x" * 100)
+    for wrong, said in (({"kind": "cuda"}, "kind 'cuda'"), ({"size": 101}, "smaller than the 101 bytes")):
+        own = segment.handle(None)
+        handle = SegmentHandle(**{"kind": own.kind, "size": own.size, "memory": own.memory, **wrong})
+        with pytest.raises(EngineError, match=said):
+            Attached(handle)
+        with pytest.raises(OSError):
+            os.fstat(own.memory)
+    segment.close()

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dormouse.checkpoint.importer import import_model
 from dormouse.config import DataDir
+from dormouse.engine.device_copy import PIECE, to_device
 from dormouse.engine.messages import Finished, Sampling, TokensPrompt
 from tests.checkpoint.conftest import save_tokenizer, tiny_llama
 from tests.engine.worker_client import WorkerClient
@@ -23,7 +25,6 @@ SEEDED = Sampling(max_tokens=24, temperature=1.0, seed=11)
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerClient]:
     """A worker that has loaded a tiny Llama onto the first GPU."""
-    torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU")
     folder = tmp_path_factory.mktemp("gpu")
@@ -51,3 +52,12 @@ def test_many_requests_at_once_are_all_answered(worker: WorkerClient) -> None:
 def test_logprobs_come_with_every_token(worker: WorkerClient) -> None:
     answer = worker.ask(PROMPT, GREEDY)
     assert sum(len(delta.logprobs or ()) for delta in answer.deltas) == len(answer.token_ids)
+
+
+@pytest.mark.parametrize("size", [1, 1000, PIECE, 9 * PIECE + 77])
+def test_what_goes_through_pinned_pieces_arrives(size: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    for _ in range(2):
+        assert torch.equal(to_device(source, torch.device("cuda:0")).cpu(), source)

@@ -210,3 +210,15 @@ async def test_verbs_reach_the_node(tmp_path: Path, capsys: pytest.CaptureFixtur
         for verb in ("wake", "sleep"):
             answer = await asyncio.to_thread(dormouse, tmp_path, verb, "mouse", capsys=capsys)
         assert answer["state"] == "asleep"
+
+
+@on_loop
+async def test_the_owner_loads_and_unloads_adapters_without_opening_the_routes(tmp_path: Path) -> None:
+    async with admin(tmp_path) as node:
+        assert await ask(tmp_path, "POST", "adapters", "mouse-tail", "load") == {"adapters": {"mouse-tail": "mouse"}}
+        assert [served.name for served in node.adapters()] == ["mouse-tail"]
+        with pytest.raises(DormouseError, match="already been loaded"):
+            await ask(tmp_path, "POST", "adapters", "mouse-tail", "load")
+        assert await ask(tmp_path, "POST", "adapters", "mouse-tail", "unload") == {"adapters": {}}
+        with pytest.raises(NotFoundError):
+            await ask(tmp_path, "POST", "adapters", "nothing", "load")

@@ -2,8 +2,9 @@
 
     python fake_worker.py --control-fd N [--restored] [--fault load|quiesce|resume|hello|…-exit] [--delay SECONDS]
 
-The answer to a prompt is the words of the prompt, over and over, up to `max_tokens`. Words that do things: `die` ends
-the process instead of a token, `refuse` fails the request as too long, `break` fails it as the engine's fault.
+The answer to a prompt is the words of the prompt, over and over, up to `max_tokens`; a request that names an adapter
+gets `<ADAPTER>` before them. Words that do things: `die` ends the process instead of a token, `refuse` fails the
+request as too long, `break` fails it as the engine's fault.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from dormouse.engine.frames import Inbox, pack_frame
 class FakeWorker:
     def __init__(self, writer: asyncio.StreamWriter, fault: str, delay: float) -> None:
         self.writer, self.fault, self.delay = writer, fault, delay
+        self.adapters: set[str] = set()
         self.running: dict[str, asyncio.Task[None]] = {}
 
     def send(self, message: m.FromWorker) -> None:
@@ -45,8 +47,21 @@ class FakeWorker:
                 self.send(m.Finished(id=message.id, reason="cancel", prompt_tokens=1, completion_tokens=0))
             case m.Ping():
                 self.send(m.Pong())
+            case m.AdapterSegment():
+                pass
+            case m.LoadAdapter() if self.fault != "adapter":
+                self.adapters.add(message.name)
+                self.send(m.AdapterLoaded(name=message.name))
+            case m.LoadAdapter():
+                self.fault = ""
+                self.send(m.AdapterFailed(name=message.name, message="it does not fit", remedy="Take another"))
+            case m.UnloadAdapter():
+                assert not self.running, "unloaded with a request in flight"
+                self.adapters.remove(message.name)
+                self.send(m.AdapterUnloaded(name=message.name))
             case m.Quiesce() if not self.faulty("quiesce"):
                 assert not self.running, "quiesced with a request in flight"
+                self.adapters.clear()
                 self.send(m.Quiesced(phases={"park": 0.001}))
             case m.Resume() if not self.faulty("resume"):
                 self.send(m.Resumed(phases={"unpark": 0.001}))
@@ -63,6 +78,9 @@ class FakeWorker:
                 words = text.split()
             case m.TokensPrompt(ids=ids):
                 words = [f"t{token}" for token in ids]
+        if request.adapter is not None:
+            assert request.adapter in self.adapters, "a request for an adapter that is not there"
+            words = [f"<{request.adapter}>", *words]
         if "refuse" in words:
             reason = "context_length_exceeded"
             return m.Failed(id=request.id, message="too long", reason=reason, bad_request=True, param="messages")

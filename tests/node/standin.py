@@ -17,6 +17,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from dormouse.checkpoint.adapters import ImportedAdapter
+from dormouse.checkpoint.tensors import NewTensor, lay_out
 from dormouse.config import ModelConfig, ServeConfig
 from dormouse.errors import ConfigError, DormouseError, IncompatibleError, NotFoundError
 from dormouse.node.node import Node
@@ -24,6 +26,8 @@ from dormouse.node.parts import Model
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
 from dormouse.snapshot.compatibility import first_mismatch
 from dormouse.snapshot.service import CaptureResult, WorkerHandle
+from dormouse.transfer.handles import SegmentHandle
+from dormouse.transfer.segment import Segment
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 
@@ -115,6 +119,17 @@ class StandInHost:
             raise IncompatibleError(f"snapshot {snapshot_id} does not fit this host")
         return self._spawn("--restored")
 
+    async def take_segment(self, worker: WorkerHandle, checkpoint: str) -> SegmentHandle:
+        await self._enter("take_segment")
+        segment = Segment.create("stand-in", 384)
+        try:
+            return segment.handle(None)
+        finally:
+            segment.close()
+
+    async def drop_segment(self, worker: WorkerHandle | None, checkpoint: str) -> None:
+        await self._enter(f"drop_segment {checkpoint}")
+
     async def stop_worker(self, worker: WorkerHandle) -> None:
         await self._enter("stop_worker")
         await self._kill(worker)
@@ -191,6 +206,17 @@ def configure(data_dir: Path, models: dict[str, ModelConfig] | None = None, **se
     return ServeConfig.model_validate({"data_dir": data_dir, "models": chosen, **settings})
 
 
+def fake_adapter(name: str) -> ImportedAdapter:
+    """The adapter `BASE-anything`, such as mouse-tail."""
+    base, dash, rest = name.partition("-")
+    if not dash:
+        raise NotFoundError(f"there is no model named {name!r}", remedy="Import one first")
+    if rest == "model":
+        raise ConfigError(f"{name} is a model, not an adapter", remedy="Give the name of an imported adapter")
+    body = lay_out([NewTensor(f"m.lora_{part}", "BF16", (8, 8), lambda: iter([bytes(128)])) for part in "AB"])
+    return ImportedAdapter(name, base, f"checkpoint of {name}", "d", body, {"m": 2.0})
+
+
 @asynccontextmanager
 async def run_node(
     config: ServeConfig,
@@ -204,7 +230,9 @@ async def run_node(
         return host
 
     chosen = models or {name: FakeModel(name) for name in config.models}
-    async with Node(config, start_host, chosen, host, key, lambda spec: {"template of": spec.engine}) as node:
+    async with Node(
+        config, start_host, chosen, host, key, lambda spec: {"template of": spec.engine}, open_adapter=fake_adapter
+    ) as node:
         yield node
     assert host.alive() == 0
 

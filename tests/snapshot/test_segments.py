@@ -24,6 +24,7 @@ from dormouse.errors import DamagedError, DormouseError, EngineError, HostError,
 from dormouse.node.link import WorkerLink
 from dormouse.snapshot.service import HostService, WorkerHandle
 from dormouse.store.store import Store
+from dormouse.transfer.handles import await_report
 from dormouse.transfer.segment import Segment
 
 pytestmark = pytest.mark.root
@@ -291,5 +292,44 @@ def test_a_template_of_transformers_wakes_and_answers_as_a_cold_worker(
             _cold, fresh = await stage.cold()
             await fresh.load(load)
             assert await answer(fresh) == text
+
+    asyncio.run(body())
+
+
+def test_a_segment_to_keep_outlives_its_worker_and_a_worker_that_is_gone_gets_none(
+    data_dir: DataDir, model: ImportedModel, tmp_path: Path
+) -> None:
+    """How adapters stay in memory while their model sleeps."""
+    checkpoint = model.checkpoint
+    assert checkpoint is not None
+
+    async def body() -> None:
+        service = await HostService.start(data_dir.root, keep_bytes=WEIGHTS_MB << 20)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                first = await service.start_worker(log_path=tmp_path / "log")
+                assert not await in_memory(service, first)
+                await service.stop_worker(first)
+                with pytest.raises(EngineError, match="is gone"):
+                    await service.take_segment(first, checkpoint)
+                second = await service.start_worker(log_path=tmp_path / "log")
+                assert await in_memory(service, second), "it was kept"
+                await service.drop_segment(second, checkpoint)
+                assert not await in_memory(service, second), "who drops it does not want it kept"
+                with pytest.raises(WeightsError, match="no checkpoint nothing"):
+                    await service.take_segment(second, "nothing")
+                await service.drop_segment(None, "nothing")
+                first.control.close()
+                second.control.close()
+        finally:
+            await service.close()
+
+    async def in_memory(service: HostService, worker: WorkerHandle) -> bool:
+        handle = await service.take_segment(worker, checkpoint)
+        there = handle.report is None
+        if handle.report is not None:
+            await asyncio.to_thread(await_report, handle.report)
+        handle.close()
+        return there
 
     asyncio.run(body())

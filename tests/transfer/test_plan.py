@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dormouse.store.codec import Codec
-from dormouse.transfer.plan import Copy, LoadPlan, Piece, plan
+from dormouse.transfer.plan import Copy, LoadPlan, Piece, plan, split
 
 FILE = bytes(range(1, 251)) * 40
 SPACE = 30_000
@@ -84,6 +84,14 @@ def test_coded_pieces_are_joined_but_never_cut(lengths: list[int], extent_bytes:
     made = plan([Path("f")], reversed(said), [4096 * len(said)], extent_bytes=extent_bytes)
     assert [piece for extent in made.extents for piece in extent.pieces] == said
     assert all(extent.length <= extent_bytes or len(extent.pieces) == 1 for extent in made.extents)
+
+
+@given(said=pieces(), small=st.integers(1, 500))
+def test_extents_can_be_split_further(said: list[Piece], small: int) -> None:
+    made = plan([Path("f")], said, [SPACE], extent_bytes=2000)
+    parts = [part for extent in made.extents for part in split(extent, small)]
+    assert all(part.length <= small for part in parts)
+    assert naive([piece for part in parts for piece in part.pieces]) == naive(said)
 
 
 def test_zeros_are_not_read() -> None:

@@ -3,12 +3,13 @@
 It talks in lines of JSON over the standard output it was started with (a peer's own prints go to stderr):
 
     -> version    packages imported, the device's context made; or "missing", "error"
-    <- job        what to load (methods.Job)
+    <- job        what to load (method.Job)
     -> ready      `before` is done; only now is the page cache put into the state that the row asks for
     <- go         an empty line
     -> loaded     seconds, CPU seconds
     -> wrong      what is wrong with the tensors, nothing if they are right
-    -> again      seconds of the same load once more in this process, with what it keeps; none if that is not asked
+    -> again      seconds of the same load once more in this process, with what it keeps; none if that is not asked,
+                  or if the first one took so long that this would make no difference
 
 On a GPU the clock stops after a synchronisation. In host memory it stops when every byte has been read once: a loader
 that only maps files would otherwise have done nothing yet.
@@ -25,10 +26,11 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from dormouse.bench_load.methods import WHOLE, Job, Method, MissingError, Tensors, find, kept
+from dormouse.bench_load.method import WHOLE, Job, Method, MissingError, Tensors, find, kept
 from dormouse.bench_load.weights import read_reference, sample_ranges, wrapped
 
 _NAMED = 3
+_QUICK = 2.0
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -37,7 +39,7 @@ class Loaded(msgspec.Struct, frozen=True):
     seconds: float
     cpu_seconds: float
     plain_bytes: int
-    resident_growth: int
+    resident_growth: int | None
     device_bytes: int
 
 
@@ -75,7 +77,7 @@ def _serve(method: Method, device: str, orders: BinaryIO, out: BinaryIO) -> None
     _tell(out, {"loaded": loaded})
     _tell(out, {"wrong": _wrong(tensors, totals, job, torch, some=method.source not in WHOLE)})
     again = None
-    if job.again:
+    if job.again and loaded.seconds < _QUICK:
         tensors.clear()
         kept.clear()
         if job.device.startswith("cuda"):
@@ -109,7 +111,8 @@ def _measure(method: Method, job: Job, prepared: Any, torch: Any) -> tuple[Loade
     seconds, cpu = time.perf_counter() - start, _cpu_seconds() - used
     taken = free - torch.cuda.mem_get_info(job.device)[0] if on_device else 0
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return Loaded(seconds, cpu, size, _status("VmHWM") - before, taken), tensors, totals
+    growth = None if before is None else _status("VmHWM") - before
+    return Loaded(seconds, cpu, size, growth, taken), tensors, totals
 
 
 def _cpu_seconds() -> float:
@@ -117,9 +120,12 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def _forget_peak() -> int:
-    """Begin the peak of resident memory anew; what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5\n")
+def _forget_peak() -> int | None:
+    """Begin the peak of resident memory anew; what is resident now. None where the kernel can't do that."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5\n")
+    except OSError:
+        return None
     return _status("VmRSS")
 
 

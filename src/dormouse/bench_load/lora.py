@@ -9,21 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dormouse.bench_load.methods import (
-    Job,
-    Method,
-    MissingError,
-    Tensors,
-    before_load,
-    filled_tier,
-    kept,
-    load_from,
-    prepare_ours,
-    prepare_tier,
-)
+from dormouse.bench_load.method import Job, Method, MissingError, Tensors, kept
+from dormouse.bench_load.ours import before_load, filled_tier, load_from, prepare_ours, prepare_tier
 from dormouse.bench_load.weights import WIDTHS, Shapes, Widths, linear_layers, read_reference
 
-_LEAST_RANK, _LAYERS = 8, 32
+_LEAST_RANK, _LAYERS = 128, 32
 _A, _B = ".lora_A", ".lora_B"
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dormouse.bench_load.methods import METHODS, Method
+from dormouse.bench_load.method import Method
+from dormouse.bench_load.methods import METHODS
 from dormouse.errors import ConfigError
 
 CONDITIONS = ("warm", "tier", "cold")
@@ -38,7 +39,7 @@ class Options:
     output: Path | None = None
 
 
-def options(
+def options_of(
     *,
     gigabytes: float | None,
     shards: int,

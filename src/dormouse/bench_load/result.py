@@ -1,9 +1,13 @@
-"""What a run of the benchmark found: rows, limits, conditions; as JSON, as a table on the terminal and in Markdown."""
+"""What a run of the benchmark found: rows, limits, conditions; as JSON, as a table on the terminal and in Markdown.
+
+`python -m dormouse.bench_load.result FILE.json` prints the Markdown of a result that was written.
+"""
 
 from __future__ import annotations
 
 import platform
 import re
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
@@ -87,13 +92,18 @@ class Result:
     rows: list[Row] = field(default_factory=list)
     limits: dict[str, Limit | str] = field(default_factory=dict)
     codec: list[CodecFigures] | str = field(default_factory=list)
-    lora: Result | None = None
+    lora: Result | str | None = None
     complete: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Everything; limits and codecs that could not be measured as the reason."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         return plain
+
+
+def read_result(path: Path) -> Result:
+    """What `as_json` was written of."""
+    return msgspec.json.decode(path.read_bytes(), type=Result)
 
 
 def host_facts() -> dict[str, str]:
@@ -107,8 +117,21 @@ def host_facts() -> dict[str, str]:
         "memory": f"{int(memory[1]) * 1024 / GIGA:.0f} GB" if memory else "unknown",
         "kernel": platform.release(),
         "python": platform.python_version(),
+        **_gpu_facts(),
         **{name: version for name in _PACKAGES if (version := _version(name)) is not None},
     }
+
+
+def _gpu_facts() -> dict[str, str]:
+    driver = Path("/proc/driver/nvidia")
+    try:
+        words = (driver / "version").read_text().split("\n")[0].split()
+        models = [
+            path.read_text().split("\n")[0].split(":", 1)[1].strip() for path in driver.glob("gpus/*/information")
+        ]
+    except (OSError, IndexError):
+        return {}
+    return {"gpu": ", ".join(models), "driver": next((word for word in words if word[0].isdigit()), "unknown")}
 
 
 def _version(package: str) -> str | None:
@@ -130,12 +153,12 @@ def _remark(row: Row) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    seconds = _figure(row.seconds, "{:.2f}") if row.outcome == "ok" else row.outcome
+    seconds = _seconds(row.seconds) if row.outcome == "ok" else row.outcome
     return (
         row.method,
         row.condition,
         seconds,
-        _figure(row.again_seconds, "{:.2f}"),
+        _seconds(row.again_seconds),
         _figure(row.bytes_per_second, "{:.2f}", GIGA),
         _figure(row.cpu_seconds, "{:.1f}"),
         _figure(row.peak_memory, "{:.2f}", GIGA),
@@ -145,9 +168,13 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _limit_cells(name: str, limit: Limit | str) -> tuple[str, ...]:
     if isinstance(limit, str):
-        return (f"limit: {name}", "", "not measured", "", "", "", "", "")
+        return (f"limit: {name}", "", "none", "", "", "", "", "")
     rate = f"{limit.bytes_per_second / GIGA:.2f}"
-    return (f"limit: {name}", "", f"{limit.seconds:.2f}", "", rate, "", "", "")
+    return (f"limit: {name}", "", _seconds(limit.seconds), "", rate, "", "", "")
+
+
+def _seconds(value: float | None) -> str:
+    return _figure(value, "{:.3f}" if value is not None and value < 1 else "{:.2f}")
 
 
 def _figure(value: float | None, form: str, unit: float = 1) -> str:
@@ -167,13 +194,13 @@ def codec_line(figures: list[CodecFigures] | str) -> list[str]:
 
 def table(result: Result) -> Group:
     """For the terminal: the rows, then what the machine itself can do, then what there is to say about them."""
-    made = Table()
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         left = column in COLUMNS[:2]
         made.add_column(column, justify="left" if left else "right", no_wrap=True)
     for cells in _all_cells(result):
         made.add_row(*(escape(cell) for cell in cells))
-    adapter = [table(result.lora)] if result.lora is not None else []
+    adapter = [table(result.lora)] if isinstance(result.lora, Result) else []
     return Group(_title(result), made, *map(escape, remarks(result)), *adapter)
 
 
@@ -181,7 +208,7 @@ def markdown(result: Result) -> str:
     """The same for documentation."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * 2}{'---:|' * (len(COLUMNS) - 2)}"]
     lines += [f"| {' | '.join(cells)} |" for cells in _all_cells(result)]
-    adapter = ["", markdown(result.lora)] if result.lora is not None else []
+    adapter = ["", markdown(result.lora)] if isinstance(result.lora, Result) else []
     return "\n".join([*lines, "", *(f"* {remark}" for remark in remarks(result)), *adapter])
 
 
@@ -195,6 +222,7 @@ def remarks(result: Result) -> list[str]:
         *([f"on the disk: plain {result.plain_bytes / GIGA:.2f} GB, {', '.join(stored)}"] if stored else []),
         *(f"{name}: {how}" for name, how in ways.items()),
         *(f"{row.method}, {row.condition}: {_remark(row)}" for row in result.rows if row.outcome != "ok"),
+        *([f"LoRA: {result.lora}"] if isinstance(result.lora, str) else []),
         *codec_line(result.codec),
         *(f"limit: {name}: {limit if isinstance(limit, str) else limit.how}" for name, limit in result.limits.items()),
     ]
@@ -209,3 +237,7 @@ def _all_cells(result: Result) -> Iterable[tuple[str, ...]]:
 def _title(result: Result) -> str:
     size = f"{result.plain_bytes / GIGA:.2f} GB in {result.files} files ({result.weights})"
     return f"{size} to {result.device}" + ("" if result.complete else ", not complete")
+
+
+if __name__ == "__main__":
+    print(markdown(read_result(Path(sys.argv[1]))))

@@ -1,6 +1,6 @@
 """`import_model`: from whatever holds a model to the folder of an imported model, atomically.
 
-    SOURCE --find--> a reader (folder, safetensors files, GGUF, a known name) --> staging folder, locked
+    SOURCE --find--> a reader (folder, safetensors files, GGUF, PEFT, a known name) --> staging folder, locked
            --> tensors to chunks in one transaction --> weights.json, dormouse.json, all fsynced
            --> commit of the checkpoint's manifest --> one rename --> MODELS_DIR/NAME --> sweep
 
@@ -29,7 +29,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from dormouse.checkpoint import models, smollm2
+from dormouse.checkpoint import models, peft_source, smollm2
 from dormouse.checkpoint.models import RECORD, STAGING_PREFIX, TABLE, Description, ImportedModel, Progress, Record
 from dormouse.checkpoint.null_source import read_null
 from dormouse.checkpoint.tensors import encode_table
@@ -48,15 +48,16 @@ _AT_FDCWD = -100
 
 
 def import_model(
-    source: str, name: str, folders: DataDir, *, progress: Progress, replace: bool = False
+    source: str, name: str, folders: DataDir, *, progress: Progress, replace: bool = False, base: str | None = None
 ) -> ImportedModel:
-    """Import `source` as `name`.
+    """Import `source` as `name`; of an adapter, `base` is the imported model it is for (None: as its configuration
+    says).
 
     Raises ConfigError (the source or the name is wrong), NotFoundError (no such source), HostError (a package is
     missing), DiskFullError or StoreError. After an error nothing has changed.
     """
     return import_read(
-        lambda folder: _read_source(source, folder, progress), name, folders, progress=progress, replace=replace
+        lambda folder: _read_source(source, folder, progress, base), name, folders, progress=progress, replace=replace
     )
 
 
@@ -115,6 +116,7 @@ def _record(found: Description, folder: Path, written: Written | None) -> Record
         digest=_digest(folder, written),
         context=found.context,
         checkpoint=written.id if written is not None else None,
+        base=found.base,
     )
 
 
@@ -136,8 +138,9 @@ def _tidy(store: Store, models_dir: Path) -> None:
             log.info("the space of weights that were replaced is freed later: %s", error)
 
 
-def _read_source(source: str, folder: Path, progress: Progress) -> Description:
+def _read_source(source: str, folder: Path, progress: Progress, base: str | None) -> Description:
     if source == smollm2.NAME:
+        _refuse_base(source, base)
         with smollm2.fetched(folder.parent, progress) as gguf:
             return _read_path(gguf, source, folder, progress)
     try:
@@ -149,7 +152,15 @@ def _read_source(source: str, folder: Path, progress: Progress) -> Description:
             f"there is no {source}",
             remedy=f"SOURCE is a folder, a .safetensors file, a .gguf file or the name {smollm2.NAME}",
         )
+    if (path / peft_source.CONFIG).exists():
+        return peft_source.read_adapter(path, str(path.resolve()), folder, base)
+    _refuse_base(source, base)
     return _read_path(path, str(path.resolve()), folder, progress)
+
+
+def _refuse_base(source: str, base: str | None) -> None:
+    if base is not None:
+        raise ConfigError(f"{source} is no adapter, so it has no base model", remedy="Leave --base out")
 
 
 def _read_path(path: Path, source: str, folder: Path, progress: Progress) -> Description:

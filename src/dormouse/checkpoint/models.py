@@ -3,6 +3,7 @@
     MODELS_DIR/NAME/  dormouse.json   what the model is (the record below)
                       weights.json    the tensor table of its checkpoint (tensors.py)
                       config.json, generation_config.json, tokenizer.json, ...
+    MODELS_DIR/NAME/  dormouse.json, weights.json, adapter.json: an adapter of another model (adapters.py)
 
 The weights themselves are chunks of the store: the record names the manifest of their checkpoint. A folder is complete
 when it is visible under its name: it was built beside under a name that begins with a dot and renamed. `dormouse.json`
@@ -41,7 +42,8 @@ log = logging.getLogger(__name__)
 class Record(msgspec.Struct, frozen=True):
     """dormouse.json. `dtype` is that of the floating-point weights, `weight_bytes` the size of their segment, `digest`
     the BLAKE3 of all that the model consists of (importer.py), `context` the longest prompt + answer the model was made
-    for, `checkpoint` the manifest of the weights, null for a model without any."""
+    for, `checkpoint` the manifest of the weights, null for a model without any. `base`: this is no model but an adapter
+    of the model of that name."""
 
     format: int
     source: str
@@ -52,11 +54,12 @@ class Record(msgspec.Struct, frozen=True):
     digest: str
     context: int
     checkpoint: str | None
+    base: str | None = None
 
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A model that is ready to be served."""
+    """A model that is ready to be served, or an adapter of the model `base`."""
 
     name: str
     path: Path
@@ -66,6 +69,8 @@ class ImportedModel:
     weight_bytes: int
     context: int
     checkpoint: str | None
+    source: str = ""
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Description:
     dtype: str
     context: int
     tensors: Sequence[NewTensor]
+    base: str | None = None
 
 
 def check_name(name: str) -> None:
@@ -141,6 +147,8 @@ def _read(path: Path) -> ImportedModel:
         weight_bytes=record.weight_bytes,
         context=record.context,
         checkpoint=record.checkpoint,
+        source=record.source,
+        base=record.base,
     )
 
 

@@ -2,6 +2,9 @@
 
     take(checkpoint, user) -> handle at once, the segment fills behind it -> ... -> release(user)
 
+A segment that was taken with `keep` (an adapter's) stays for a while when its last user has gone, so that the next one
+finds it in memory: the kept ones together take at most `keep_bytes`, and those that were longest unused go first.
+
 The handle's pipe tells when the segment is filled, or why it never will be. A failed fill is forgotten at once: who
 has its handle is told, and the next `take` begins anew.
 """
@@ -31,37 +34,67 @@ class _Shared:
         self.users: set[str] = set()
         self.waiting: list[int] | None = []
         self.cancelled = threading.Event()
+        self.keep = False
 
 
 class SegmentPool:
     """The segments of one host service. Every method may be called from any thread and returns at once."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, keep_bytes: int = 0) -> None:
         self._store = store
+        self._keep_bytes = keep_bytes
         self._lock = threading.Lock()
-        self._segments: dict[str, _Shared] = {}
+        self._segments: dict[str, _Shared] = {}  # kept ones too, in the order in which they were last used
 
-    def take(self, checkpoint: str, user: str) -> SegmentHandle:
+    def take(self, checkpoint: str, user: str, *, keep: bool = False) -> SegmentHandle:
         """The segment of a checkpoint for `user`, filled or filling. Raises NotFoundError, DamagedError, HostError."""
         try:
             with self._lock:
                 shared = self._segments.get(checkpoint) or self._begin(checkpoint)
                 shared.users.add(user)
+                shared.keep = keep
                 return _handle(shared)
         except OSError as error:
-            self.release(user)
+            self.release(user, checkpoint)
             raise HostError(f"a segment can't be handed out: {error.strerror}") from error
 
-    def release(self, user: str) -> None:
-        """The user has let go of its segments. Idempotent."""
+    def release(self, user: str, checkpoint: str | None = None) -> None:
+        """The user has let go of its segments, or of that of one checkpoint. Idempotent."""
         with self._lock:
-            for checkpoint, shared in list(self._segments.items()):
-                shared.users.discard(user)
+            for name in [checkpoint] if checkpoint is not None else list(self._segments):
+                shared = self._segments.get(name)
+                if shared is not None and user in shared.users:
+                    shared.users.discard(user)
+                    if not shared.users:
+                        self._retire(name, shared)
+
+    def forget(self, checkpoint: str) -> None:
+        """Do not keep its segment any more than those who use it now do."""
+        with self._lock:
+            shared = self._segments.get(checkpoint)
+            if shared is not None:
+                shared.keep = False
                 if not shared.users:
-                    del self._segments[checkpoint]
-                    shared.cancelled.set()
-                    if shared.waiting is None:  # else the thread that fills it closes it
-                        shared.segment.close()
+                    self._retire(checkpoint, shared)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the segments without a user take."""
+        return sum(shared.segment.size for shared in self._segments.values() if not shared.users)
+
+    def _retire(self, checkpoint: str, shared: _Shared) -> None:
+        """The last user has gone: keep the segment, as the one used last, or free it."""
+        del self._segments[checkpoint]
+        if not shared.keep or shared.waiting is not None or shared.segment.size > self._keep_bytes:
+            _free(shared)
+            return
+        self._segments[checkpoint] = shared
+        for name, other in list(self._segments.items()):
+            if self.kept_bytes <= self._keep_bytes:
+                return
+            if not other.users:
+                del self._segments[name]
+                _free(other)
 
     def _begin(self, checkpoint: str) -> _Shared:
         manifest = self._manifest(checkpoint)
@@ -126,6 +159,12 @@ def note_damage(reader: Reader, manifest: Manifest) -> None:
     for digest in manifest.refs:
         with contextlib.suppress(StoreError):  # it is noted by the reader
             reader.stored(reader.locate([digest])[0])
+
+
+def _free(shared: _Shared) -> None:
+    shared.cancelled.set()
+    if shared.waiting is None:  # else the thread that fills it closes it
+        shared.segment.close()
 
 
 def _handle(shared: _Shared) -> SegmentHandle:

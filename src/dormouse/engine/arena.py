@@ -37,6 +37,7 @@ _FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,26 @@ class Weights:
     def array(self) -> ctypes.Array[ctypes.c_ubyte]:
         """The bytes as an array, for torch.frombuffer and memoryview. It claims to be writable; it is not."""
         return (ctypes.c_ubyte * self.size).from_address(self.address)
+
+
+class Attached:
+    """A filled segment that comes and goes while the model runs (an adapter's), at whatever address is free. No pointer
+    into it outlives `close`, so nothing is reserved. May be closed by any thread."""
+
+    def __init__(self, handle: SegmentHandle) -> None:
+        """Map it read-only and close the handle. Raises EngineError."""
+        try:
+            _check(handle, handle.size)
+            address = _mapped(None, handle.size, mmap.PROT_READ, mmap.MAP_SHARED, handle.memory)
+        finally:
+            handle.close()
+        self.weights = Weights(address, handle.size)
+
+    def close(self) -> None:
+        """Unmap it. Idempotent."""
+        weights, self.weights = self.weights, Weights(0, 0)
+        if weights.size:
+            _libc.munmap(weights.address, weights.size)
 
 
 class Arena:
@@ -118,22 +139,32 @@ def _reserve(address: int, size: int) -> int:
     return _mmap(address, _rounded(size), _PROT_NONE, _anonymous() | _MAP_FIXED_NOREPLACE, -1)
 
 
-def _map_shared(slot: Weights, handle: SegmentHandle) -> None:
+def _check(handle: SegmentHandle, size: int) -> None:
     if handle.kind != MEMFD:
         raise EngineError(f"this worker can't map a segment of kind {handle.kind!r}", remedy="Run it on the CPU")
-    if os.fstat(handle.memory).st_size < slot.size:
-        raise EngineError(f"a segment is smaller than the {slot.size} bytes announced")
+    if os.fstat(handle.memory).st_size < size:
+        raise EngineError(f"a segment is smaller than the {size} bytes announced")
+
+
+def _map_shared(slot: Weights, handle: SegmentHandle) -> None:
+    _check(handle, slot.size)
     _mmap(slot.address, slot.size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, handle.memory)
 
 
-def _mmap(address: int, size: int, protection: int, flags: int, fd: int) -> int:
+def _mapped(address: int | None, size: int, protection: int, flags: int, fd: int) -> int:
     found: int | None = _libc.mmap(address, size, protection, flags, fd, 0)
     if found == _FAILED or found is None:
         reason = os.strerror(ctypes.get_errno())
+        place = f" at address {address:#x}" if address is not None else ""
         raise EngineError(
-            f"{size} bytes can't be mapped at address {address:#x}: {reason}",
+            f"{size} bytes can't be mapped{place}: {reason}",
             remedy="Look for a limit on address space (`ulimit -v`, vm.overcommit_memory)",
         )
+    return found
+
+
+def _mmap(address: int, size: int, protection: int, flags: int, fd: int) -> int:
+    found = _mapped(address, size, protection, flags, fd)
     if found != address:  # MAP_FIXED_NOREPLACE is only a hint to kernels before 4.17
         raise EngineError(f"address {address:#x} is taken in this process", remedy="Use Linux 4.17 or newer")
     return found

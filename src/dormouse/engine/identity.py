@@ -18,9 +18,12 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 
 
 _ALSO_IN_A_WORKER = (
+    "checkpoint/adapters.py",
     "checkpoint/models.py",
     "checkpoint/tensors.py",
     "checkpoint/null_source.py",
+    "checkpoint/torch_tensors.py",
+    "checkpoint/transformers_binding.py",
     "transfer/handles.py",
 )
 

@@ -1,7 +1,8 @@
 """The words a node and a worker exchange over the inherited control socket.
 
-    node -> worker   Segments, Prepare, Load, Generate, Cancel, Ping, Quiesce, Resume
-    worker -> node   Hello, Prepared, Loaded, Delta, Finished, Failed, Pong, Quiesced, Resumed, WorkerError
+    node -> worker   Segments, Prepare, Load, Generate, Cancel, Ping, Quiesce, Resume, LoadAdapter, UnloadAdapter
+    worker -> node   Hello, Prepared, Loaded, Delta, Finished, Failed, Pong, Quiesced, Resumed, WorkerError,
+                     AdapterLoaded, AdapterUnloaded, AdapterFailed
 
 A worker says `Hello` first (also: never again after a restore, the socket's peer is new but the process is not). The
 node answers with one `Load` (cold start), or with `Prepare` and then perhaps one `Load`. After `Loaded`, any number of
@@ -12,6 +13,10 @@ touches nothing until `Resume` arrives. `Resumed` ends either.
 (transfer/handles.py). It comes right before the `Load` or `Resume` that needs it, or earlier (the first frame of all),
 so that the worker starts or is restored while the memory is being filled. Quiescing lets go of all segments, so every
 `Resume` of a model with weights has its `Segments` before it.
+
+`LoadAdapter` and `UnloadAdapter` may come at any time between `Loaded` (or `Resumed`) and `Quiesce`, also while
+requests run; each has its answer, by name. The segment of an adapter, filled, comes with an `AdapterSegment` right
+before its `LoadAdapter`. Quiescing drops all adapters: who wants one after `Resumed` loads it again.
 
 Every struct is encoded as one msgpack map with its type under "type" and travels in one frame (frames.py). Unknown
 fields and wrong types are refused when decoding: both ends are always the same version of this package, and
@@ -24,9 +29,10 @@ from typing import Any
 
 import msgspec
 
+from dormouse.checkpoint.tensors import CheckpointBody
 from dormouse.transfer.handles import SegmentInfo
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,11 +105,12 @@ class Load(_Message, frozen=True, tag="load"):
 
 
 class Generate(_Message, frozen=True, tag="generate"):
-    """Start one generation. `id` is unique among those in flight."""
+    """Start one generation. `id` is unique among those in flight; `adapter` is one that has been loaded."""
 
     id: str
     prompt: Prompt
     sampling: Sampling
+    adapter: str | None = None
 
 
 class Cancel(_Message, frozen=True, tag="cancel"):
@@ -124,6 +131,29 @@ class Resume(_Message, frozen=True, tag="resume"):
     """Go on after a capture that failed or a restore. `log_path` is where stdout and stderr go from now on."""
 
     log_path: str
+
+
+class AdapterSegment(_Message, frozen=True, tag="adapter_segment"):
+    """The filled segment of the adapter that the next `LoadAdapter` loads; its descriptor comes with this frame, which
+    is short, so that it can be sent at once."""
+
+    segment: SegmentInfo
+
+
+class LoadAdapter(_Message, frozen=True, tag="load_adapter"):
+    """Have an adapter for requests that name it. `table` says where its factors lie in the segment, `scalings` which
+    modules they belong to (checkpoint/adapters.py). One of this name that is loaded already is answered as if it had
+    been loaded now."""
+
+    name: str
+    table: CheckpointBody
+    scalings: dict[str, float]
+
+
+class UnloadAdapter(_Message, frozen=True, tag="unload_adapter"):
+    """Let go of an adapter that no request in flight uses; one that is not there is gone already."""
+
+    name: str
 
 
 # worker -> node
@@ -212,5 +242,53 @@ class WorkerError(_Message, frozen=True, tag="worker_error"):
     kind: str = "EngineError"
 
 
-ToWorker = Segments | Prepare | Load | Generate | Cancel | Ping | Quiesce | Resume
-FromWorker = Hello | Prepared | Loaded | Delta | Finished | Failed | Pong | Quiesced | Resumed | WorkerError
+class AdapterLoaded(_Message, frozen=True, tag="adapter_loaded"):
+    """The next `Generate` may name the adapter."""
+
+    name: str
+
+
+class AdapterUnloaded(_Message, frozen=True, tag="adapter_unloaded"):
+    """The adapter is gone and its segment unmapped."""
+
+    name: str
+
+
+class AdapterFailed(_Message, frozen=True, tag="adapter_failed"):
+    """The adapter could not be loaded or unloaded; all else is as it was. `kind` is a class name in dormouse.errors."""
+
+    name: str
+    message: str
+    remedy: str
+    kind: str = "EngineError"
+
+
+AdapterReply = AdapterLoaded | AdapterUnloaded | AdapterFailed
+ToWorker = (
+    Segments
+    | Prepare
+    | Load
+    | Generate
+    | Cancel
+    | Ping
+    | Quiesce
+    | Resume
+    | AdapterSegment
+    | LoadAdapter
+    | UnloadAdapter
+)
+FromWorker = (
+    Hello
+    | Prepared
+    | Loaded
+    | Delta
+    | Finished
+    | Failed
+    | Pong
+    | Quiesced
+    | Resumed
+    | WorkerError
+    | AdapterLoaded
+    | AdapterUnloaded
+    | AdapterFailed
+)

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dormouse.checkpoint.null_source import read_settings, weights_sum
-from dormouse.engine.arena import Arena
+from dormouse.engine.arena import Arena, Attached
 from dormouse.engine.detokenize import TextStream
 from dormouse.engine.loop import Loop
 from dormouse.engine.messages import (
+    AdapterUnloaded,
     Cancel,
     ChatPrompt,
     Delta,
@@ -34,6 +35,7 @@ from dormouse.engine.messages import (
     Finished,
     Generate,
     Load,
+    LoadAdapter,
     Loaded,
     Prepare,
     Prompt,
@@ -100,6 +102,13 @@ class NullEngine:
 
     def cancel(self, request_id: str) -> None:
         self._loop.post(Cancel(request_id))
+
+    def load_adapter(self, spec: LoadAdapter, segment: Attached) -> None:
+        segment.close()
+        raise EngineError("the null engine has no adapters", remedy="Load it into a model of the transformers engine")
+
+    def unload_adapter(self, name: str) -> None:
+        self._emit(AdapterUnloaded(name=name))
 
     def quiesce(self) -> None:
         self._loop.park()

@@ -11,11 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from dormouse.engine.arena import Arena
-from dormouse.engine.messages import Delta, Failed, Finished, Generate, Load, Loaded, Prepare
+from dormouse.engine.arena import Arena, Attached
+from dormouse.engine.messages import (
+    AdapterReply,
+    Delta,
+    Failed,
+    Finished,
+    Generate,
+    Load,
+    LoadAdapter,
+    Loaded,
+    Prepare,
+)
 from dormouse.phases import Phases
 
-Emit = Callable[[Delta | Finished | Failed], None]
+Emit = Callable[[Delta | Finished | Failed | AdapterReply], None]
 
 
 class Engine(Protocol):
@@ -36,8 +46,16 @@ class Engine(Protocol):
     def cancel(self, request_id: str) -> None:
         """Stop a generation; unknown ids are ignored."""
 
+    def load_adapter(self, spec: LoadAdapter, segment: Attached) -> None:
+        """Have an adapter for the requests that come after its `AdapterLoaded`. The segment is the engine's from now
+        on, whatever becomes of it. Raises DormouseError when it does not fit; then all is as it was."""
+
+    def unload_adapter(self, name: str) -> None:
+        """Let go of an adapter and its segment; emit `AdapterUnloaded`, or `AdapterFailed` while a request uses it."""
+
     def quiesce(self) -> None:
-        """Block until nothing runs, then let go of all that must not be in a snapshot (KV contents, sockets, files).
+        """Block until nothing runs, then let go of all that must not be in a snapshot (KV contents, sockets, files,
+        adapters).
         After it returns no thread of the engine does anything until `resume`, and none looks at the segments, which
         are then unmapped."""
 

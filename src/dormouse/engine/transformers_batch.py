@@ -4,10 +4,12 @@
 
 `ContinuousBatchingManager` is left out: its thread polls ten times a second, where a sleeping model must use no CPU,
 and it can't stop at an exact point, which a snapshot needs. Below it we drive `ContinuousBatchProcessor`, and change
-two things:
+three things:
 
 - **Sampling.** transformers draws for a whole batch from the global generator. We take the logits where it would
   sample (`ModelRunner._sample`) and choose by each request's own seed.
+- **Prefixes.** It shares cached keys and values between requests that begin with the same tokens. Those of an adapter
+  are not those of the base, so requests of different adapters never look the same to it.
 - **Attention.** Its SDPA path puts all requests of a batch side by side under one mask: the mask is a tensor of
   (batch tokens x cache tokens), work grows with the square of the batch, and rounding depends on the neighbours. Ours
   computes each request by itself over its own keys, so the mask disappears and neighbours can't change a result.
@@ -30,12 +32,14 @@ from torch.overrides import TorchFunctionMode
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import cache as cb_cache
 from transformers.generation.continuous_batching import continuous_api, model_runner, requests, scheduler
+from transformers.generation.continuous_batching.cache_allocators import cache_allocator
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.distributed import DistributedHelper
 from transformers.generation.continuous_batching.initialization import resolve_continuous_batching_config
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.modeling_utils import AttentionInterface
 
+from dormouse.engine.lora import Adapter, Adapters
 from dormouse.errors import EngineError
 
 ATTENTION = "dormouse_paged"
@@ -44,6 +48,10 @@ BLOCK = 64
 MAX_BATCH_TOKENS = 512
 MAX_BATCH_REQUESTS = 64
 TESTED_VERSION = "5.23"
+
+_TOKEN_BITS = 21  # no vocabulary is larger
+_DIGIT_BITS = 10
+_DIGIT = (1 << _DIGIT_BITS) - 1
 
 Sampler = Callable[[list[str], torch.Tensor], list[int]]
 """Takes the ids of the requests that get a token now, and their rows of logits; returns the tokens."""
@@ -58,6 +66,8 @@ def check_internals() -> None:
         (continuous_api.ContinuousBatchProcessor, "_generation_step"): ["self", "model"],
         (model_runner.ModelRunner, "_sample"): ["self", "scores", "output_ids"],
         (cb_cache.PagedAttentionCache, "reset"): ["self"],
+        (cb_cache.PagedAttentionCache, "search_prefix_match"): ["self", "request_id", "prompt_ids"],
+        (cache_allocator.CacheAllocator, "mark_complete_blocks"): ["self", "request_id", "token_ids", "new_new_blocks"],
         (cb_cache.PagedAttentionCache, "update"): ["self", "key_states", "value_states", "layer_idx", "kwargs"],
         (scheduler.Scheduler, "add_waiting_request"): ["self", "state"],
         (scheduler.Scheduler, "set_request_cancellation"): ["self", "request_id"],
@@ -90,6 +100,8 @@ class Batch:
         _check_attention(model)
         self._model = model
         self._sample = sample
+        self.adapters = Adapters(model)
+        self._adapter_of: dict[str, Adapter] = {}
         text_config = model.config.get_text_config()
         config = resolve_continuous_batching_config(
             text_config, _batching_config(kv_tokens), None, has_logit_processors=False, device=model.device
@@ -119,11 +131,15 @@ class Batch:
             distributed_helper=DistributedHelper(None, None),
         )
         self._processor.model_runner._sample = self._take_logits
+        self._part_prefixes(cache)
         self._cache_bytes = cache.cache_tensor.untyped_storage().nbytes()
         self.drop_cache()
 
-    def add(self, request_id: str, token_ids: list[int]) -> None:
-        """Queue a request. It runs until `remove`: when to stop is the caller's decision."""
+    def add(self, request_id: str, token_ids: list[int], adapter: Adapter | None = None) -> None:
+        """Queue a request, of a bound adapter or of the base. It runs until `remove`: when to stop is the caller's
+        decision."""
+        if adapter is not None:
+            self._adapter_of[request_id] = adapter
         state = requests.RequestState(request_id=request_id, initial_tokens=token_ids, max_new_tokens=None)
         self._processor.scheduler.add_waiting_request(state)
 
@@ -132,6 +148,7 @@ class Batch:
         self._processor.scheduler.set_request_cancellation(request_id)
         self._processor.scheduler.clear_cancelled_requests()
         self._processor.scheduler.block_new_requests = False
+        self._adapter_of.pop(request_id, None)
 
     def step(self) -> bool:
         """One forward pass over a part of every request that fits. False when there was nothing to do."""
@@ -145,6 +162,7 @@ class Batch:
         """Forget all requests, and all that is known about the cache's contents."""
         self._processor.reset()
         self._processor.cache.reset()
+        self._adapter_of.clear()
 
     def drop_cache(self) -> None:
         """Give the cache's memory back and take fresh memory, which costs nothing until it is used.
@@ -171,15 +189,34 @@ class Batch:
         if "logits_to_keep" in batch and batch["logits_to_keep"].numel() == 1:
             batch["logits_to_keep"] = batch["logits_to_keep"].repeat(2)
         keys = {kind: _lengths(ends) for kind, ends in batch["cu_seq_lens_k"].items()}
+        in_batch = self._processor.inputs_and_outputs.requests_in_batch
         batch["shares"] = [
             Share(
                 queries=future.query_length,
                 keys={kind: lengths[i] for kind, lengths in keys.items()},
                 decoding=bool(future.state.generated_tokens),
             )
-            for i, future in enumerate(self._processor.inputs_and_outputs.requests_in_batch)
+            for i, future in enumerate(in_batch)
         ]
+        self.adapters.route([(self._adapter_of.get(f.state.request_id), f.query_length) for f in in_batch])
         return self._model(**batch)
+
+    def _part_prefixes(self, cache: Any) -> None:
+        """Have the cache find and note the prefixes of an adapter's requests under tokens of their own."""
+        search = cache.search_prefix_match
+        cache.search_prefix_match = lambda request_id, ids: search(request_id, self._as_cached(request_id, ids))
+        for allocator in cache.cache_allocators.values():
+            self._part_marks(allocator)
+
+    def _part_marks(self, allocator: Any) -> None:
+        mark = allocator.mark_complete_blocks
+        allocator.mark_complete_blocks = lambda request_id, ids, count: mark(
+            request_id, self._as_cached(request_id, ids), count
+        )
+
+    def _as_cached(self, request_id: str, token_ids: list[int]) -> list[int]:
+        adapter = self._adapter_of.get(request_id)
+        return token_ids if adapter is None else marked(token_ids, adapter.serial)
 
     def _take_logits(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
         """Stands in for ModelRunner._sample: row i belongs to the i-th request that is past its prompt."""
@@ -187,6 +224,13 @@ class Batch:
         ids = [future.state.request_id for future in states if future.has_new_token]
         tokens = self._sample(ids, scores[0, : len(ids)])
         output_ids[0, : len(tokens)] = torch.tensor(tokens, dtype=output_ids.dtype, device=output_ids.device)
+
+
+def marked(token_ids: list[int], serial: int) -> list[int]:
+    """Tokens that differ from those of the base and of every other serial, and from each other as before: the first
+    four of them (a page has more) carry the serial's digits, and are negative, as no token is."""
+    digits = [serial >> shift & _DIGIT for shift in range(0, 4 * _DIGIT_BITS, _DIGIT_BITS)]
+    return [~(digit << _TOKEN_BITS | token) for digit, token in zip(digits, token_ids, strict=False)] + token_ids[4:]
 
 
 class _NoZeroing(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
     submit (main thread): limits, chat template, tokenizer --post--> loop thread: Batch.step
                           -> choose a token per request -> TextStream -> Delta, Finished --emit--> worker
+    load_adapter (main thread): views or a device copy, checked --post--> loop thread: bound between two steps
 
 One thread computes; it sleeps when nothing is in flight. Requests of a batch can't influence each other's tokens:
 attention is computed per request, a choice depends on the request's seed and position only, and on the CPUs that were
@@ -17,10 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dormouse import host_memory
-from dormouse.engine.arena import Arena
+from dormouse.engine.arena import Arena, Attached
 from dormouse.engine.detokenize import TextStream
 from dormouse.engine.loop import Loop
 from dormouse.engine.messages import (
+    AdapterFailed,
+    AdapterLoaded,
+    AdapterUnloaded,
     Cancel,
     ChatPrompt,
     Delta,
@@ -28,6 +32,7 @@ from dormouse.engine.messages import (
     Finished,
     Generate,
     Load,
+    LoadAdapter,
     Loaded,
     Prepare,
     TokenLogprob,
@@ -40,6 +45,8 @@ from dormouse.phases import Phases
 
 if TYPE_CHECKING:
     import torch
+
+    from dormouse.engine.lora import Adapter
 
 DEFAULT_KV_TOKENS = 16384
 _MAX_KV_SHARE = 0.5  # of the memory that is free
@@ -54,7 +61,30 @@ class _Request:
     prompt: list[int]
     limit: int
     text: TextStream
+    adapter: _LoadedAdapter | None
     made: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _LoadedAdapter:
+    """An adapter and the segment that its factors lie in; a GPU has a copy, and needs none."""
+
+    name: str
+    adapter: Adapter
+    segment: Attached
+
+
+@dataclass(frozen=True)
+class _Bind:
+    loaded: _LoadedAdapter
+
+
+@dataclass(frozen=True)
+class _Unbind:
+    name: str
+
+
+_Command = _Request | Cancel | _Bind | _Unbind
 
 
 class TransformersEngine:
@@ -63,6 +93,7 @@ class TransformersEngine:
     def __init__(self) -> None:
         self._requests: dict[str, _Request] = {}
         self._chosen: list[tuple[_Request, int, list[TokenLogprob] | None]] = []
+        self._adapters: dict[str, _LoadedAdapter] = {}
 
     def prepare(self, spec: Prepare) -> Phases:
         phases = Phases()
@@ -82,7 +113,7 @@ class TransformersEngine:
         from dormouse.engine import chat_tokenizer, transformers_batch, transformers_model
 
         with phases.time("model"):
-            device = _device(spec.device)
+            device = self._device = _device(spec.device)
             model = transformers_model.load_model(folder, device, transformers_batch.ATTENTION, arena)
         with phases.time("tokenizer"):
             self._tokenizer = chat_tokenizer.ChatTokenizer(folder)
@@ -92,7 +123,7 @@ class TransformersEngine:
         self._context = _context(spec, model, kv_tokens)
         self._ends = _end_tokens(model.generation_config.eos_token_id, self._tokenizer.eos_token_id)
         self._emit = emit
-        self._loop: Loop[_Request | Cancel] = Loop(self._step, self._fail)
+        self._loop: Loop[_Command] = Loop(self._step, self._fail)
         return Loaded(context=self._context, kv_tokens=kv_tokens, phases=phases)
 
     def submit(self, request: Generate) -> None:
@@ -104,8 +135,20 @@ class TransformersEngine:
     def cancel(self, request_id: str) -> None:
         self._loop.post(Cancel(request_id))
 
+    def load_adapter(self, spec: LoadAdapter, segment: Attached) -> None:
+        try:
+            self._loop.post(_Bind(self._fitted(spec, segment)))
+        except BaseException:
+            segment.close()
+            raise
+
+    def unload_adapter(self, name: str) -> None:
+        self._loop.post(_Unbind(name))
+
     def quiesce(self) -> None:
         self._loop.park()
+        for name in list(self._adapters):
+            self._let_go(name)
         self._batch.drop_cache()
 
     def resume(self) -> None:
@@ -129,22 +172,65 @@ class TransformersEngine:
             prompt=prompt,
             limit=min(sampling.max_tokens, self._context - len(prompt)),
             text=TextStream(self._tokenizer.decode, sampling.stop, prompt),
+            adapter=self._adapter(request.adapter),
         )
+
+    def _adapter(self, name: str | None) -> _LoadedAdapter | None:
+        if name is not None and name not in self._adapters:
+            raise EngineError(f"the adapter {name} is not loaded in this worker", remedy="Try again")
+        return self._adapters[name] if name is not None else None
+
+    def _fitted(self, spec: LoadAdapter, segment: Attached) -> _LoadedAdapter:
+        """The adapter, not bound yet. Nothing of it is looked at on the CPU; a GPU gets one copy of the whole."""
+        from dormouse.engine.transformers_model import adapter_tensors
+
+        tensors = adapter_tensors(spec, segment, self._device)
+        return _LoadedAdapter(spec.name, self._batch.adapters.fit(tensors, spec.scalings), segment)
 
     # The rest runs on the loop's thread.
 
-    def _step(self, commands: list[_Request | Cancel]) -> bool:
+    def _step(self, commands: list[_Command]) -> bool:
         for command in commands:
-            if isinstance(command, _Request):
-                self._requests[command.generate.id] = command
-                self._batch.add(command.generate.id, command.prompt)
-            elif command.id in self._requests:
-                self._end(self._requests[command.id], "cancel")
+            self._take(command)
         self._chosen.clear()
         self._batch.step()
         for request, token, logprobs in self._chosen:
             self._advance(request, token, logprobs)
         return bool(self._requests)
+
+    def _take(self, command: _Command) -> None:
+        match command:
+            case _Request():
+                self._requests[command.generate.id] = command
+                adapter = command.adapter.adapter if command.adapter is not None else None
+                self._batch.add(command.generate.id, command.prompt, adapter)
+            case Cancel() if command.id in self._requests:
+                self._end(self._requests[command.id], "cancel")
+            case _Bind():
+                self._bind(command.loaded)
+            case _Unbind():
+                self._unbind(command.name)
+
+    def _bind(self, loaded: _LoadedAdapter) -> None:
+        if loaded.name in self._adapters:
+            loaded.segment.close()
+        else:
+            self._batch.adapters.bind(loaded.adapter)
+            self._adapters[loaded.name] = loaded
+        self._emit(AdapterLoaded(name=loaded.name))
+
+    def _unbind(self, name: str) -> None:
+        if any(request.adapter is not None and request.adapter.name == name for request in self._requests.values()):
+            why = f"requests that use the adapter {name} are running"
+            self._emit(AdapterFailed(name=name, message=why, remedy="Try again later", kind="EngineError"))
+            return
+        self._let_go(name)
+        self._emit(AdapterUnloaded(name=name))
+
+    def _let_go(self, name: str) -> None:
+        if (loaded := self._adapters.pop(name, None)) is not None:
+            self._batch.adapters.unbind(loaded.adapter)
+            loaded.segment.close()
 
     def _sample(self, ids: list[str], logits: torch.Tensor) -> list[int]:
         tokens = []

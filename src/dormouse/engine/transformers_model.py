@@ -18,7 +18,9 @@ from transformers import AutoConfig
 from dormouse.checkpoint.models import read_table
 from dormouse.checkpoint.torch_tensors import views
 from dormouse.checkpoint.transformers_binding import bind, empty_model
-from dormouse.engine.arena import Arena, Weights
+from dormouse.engine.arena import Arena, Attached, Weights
+from dormouse.engine.device_copy import to_device
+from dormouse.engine.messages import LoadAdapter
 from dormouse.errors import EngineError
 
 
@@ -43,3 +45,18 @@ def segment_tensors(folder: Path, weights: Weights | None) -> dict[str, torch.Te
         raise EngineError(f"the worker was sent no weights for {folder.name}", remedy="Import the model again")
     body = read_table(folder, weights.size)
     return views(torch.frombuffer(weights.array(), dtype=torch.uint8), body.tensors)
+
+
+def adapter_tensors(spec: LoadAdapter, segment: Attached, device: torch.device) -> dict[str, torch.Tensor]:
+    """The factors of an adapter as views of its segment; on a GPU, of a copy, for which the segment is not needed any
+    more. Raises EngineError, ConfigError for a type that torch does not know."""
+    if spec.table.size != segment.weights.size:
+        raise EngineError(
+            f"adapter {spec.name} has {segment.weights.size} bytes where its table says {spec.table.size}",
+            remedy="Import it again with --replace",
+        )
+    whole = torch.frombuffer(segment.weights.array(), dtype=torch.uint8)
+    if device.type != "cpu":
+        whole = to_device(whole, device)
+        segment.close()
+    return views(whole, spec.table.tensors)

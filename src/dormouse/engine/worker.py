@@ -30,16 +30,19 @@ from collections.abc import Iterator
 
 import msgspec
 
-from dormouse.engine.arena import Arena
+from dormouse.engine.arena import Arena, Attached
 from dormouse.engine.frames import Inbox, pack_frame
 from dormouse.engine.messages import (
     PROTOCOL_VERSION,
+    AdapterFailed,
+    AdapterSegment,
     Cancel,
     Failed,
     FromWorker,
     Generate,
     Hello,
     Load,
+    LoadAdapter,
     Ping,
     Pong,
     Prepare,
@@ -50,12 +53,13 @@ from dormouse.engine.messages import (
     Resumed,
     Segments,
     ToWorker,
+    UnloadAdapter,
     WorkerError,
 )
 from dormouse.engine.protocol import Engine
 from dormouse.errors import DormouseError, EngineError
 from dormouse.phases import Phases
-from dormouse.transfer.handles import MAX_SEGMENTS, adopt
+from dormouse.transfer.handles import MAX_SEGMENTS, SegmentHandle, SegmentInfo, adopt
 
 _RECEIVE = 1 << 16
 log = logging.getLogger(__name__)
@@ -85,6 +89,7 @@ class Worker:
         self._prepared: tuple[Prepare, Engine] | None = None
         self._engine: Engine | None = None
         self._parked = False
+        self._adapter_segment: SegmentHandle | None = None
 
     def run(self) -> int:
         inbox: Inbox[ToWorker] = Inbox(ToWorker)  # type: ignore[arg-type]  # a union is what the decoder wants
@@ -143,16 +148,55 @@ class Worker:
                 self._quiesce()
             case Resume():
                 self._resume(message)
+            case AdapterSegment():
+                self._take_adapter_segment(message)
+            case LoadAdapter():
+                self._of_adapter(message)
+            case UnloadAdapter():
+                self._of_adapter(message)
             case _:
                 pass
 
     def _take_segments(self, message: Segments) -> None:
+        self._arena.map(self._adopted(message.segments))
+
+    def _adopted(self, segments: list[SegmentInfo]) -> list[SegmentHandle]:
         received = iter([self._descriptors.popleft() for _ in range(len(self._descriptors))])
         try:
-            self._arena.map(adopt(message.segments, received))
+            return adopt(segments, received)
         finally:
             for left_over in received:
                 os.close(left_over)
+
+    def _take_adapter_segment(self, message: AdapterSegment) -> None:
+        if self._adapter_segment is not None:
+            self._adapter_segment.close()
+        (self._adapter_segment,) = self._adopted([message.segment])
+
+    def _of_adapter(self, message: LoadAdapter | UnloadAdapter) -> None:
+        """An adapter's fault is told under its name: other requests run."""
+        segment, self._adapter_segment = self._adapter_segment, None
+        try:
+            if self._engine is None or self._parked:
+                raise EngineError("the worker has no model now", remedy="Try again")
+            if isinstance(message, UnloadAdapter):
+                self._engine.unload_adapter(message.name)
+            elif segment is None:
+                raise EngineError(f"adapter {message.name} was announced without its segment")
+            else:
+                self._engine.load_adapter(message, Attached(segment))
+        except ConnectionError:
+            raise
+        except DormouseError as error:
+            kind = type(error).__name__
+            self._send(AdapterFailed(name=message.name, message=error.message, remedy=error.remedy, kind=kind))
+        except Exception as error:
+            log.exception("%s failed", type(message).__name__)
+            why = f"{type(message).__name__} failed: {error!r}"
+            self._send(AdapterFailed(name=message.name, message=why, remedy="See the worker's log"))
+        finally:
+            if segment is not None:
+                segment.close()
 
     def _prepare(self, spec: Prepare) -> None:
         if self._engine is not None or self._prepared is not None:

@@ -27,7 +27,17 @@ log = logging.getLogger(__name__)
 _STORY = "dormouse.story"
 _CUT_OFF = "dormouse.cut_off"
 _OPEN_ROUTES = ("/healthz", "/readyz")
-_ROUTES = frozenset({*_OPEN_ROUTES, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions"})
+_ROUTES = frozenset(
+    {
+        *_OPEN_ROUTES,
+        "/metrics",
+        "/v1/models",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+    }
+)
 CLIENT_GONE = 499
 BODY_SECONDS = 60.0
 """Time to send a body of a few MiB."""

@@ -3,6 +3,7 @@
 GET  /admin/models                        all models with their states
 POST /admin/models/{name}/snapshot        capture now (once idle), which puts the model to sleep
 POST /admin/models/{name}/wake | sleep
+POST /admin/adapters/{name}/load | unload  serve an imported adapter under its own name, or no more
 GET  /admin/snapshots                     all snapshots and templates
 POST /admin/snapshots/{id}/pin | unpin | release
 DELETE /admin/snapshots/{id}[?force=true]
@@ -44,6 +45,7 @@ def create_admin_app(node: Node) -> Starlette:
         routes=[
             Route("/admin/models", routes.models, methods=["GET"]),
             Route("/admin/models/{name}/{action}", routes.model_action, methods=["POST"]),
+            Route("/admin/adapters/{name}/{action}", routes.adapter_action, methods=["POST"]),
             Route("/admin/snapshots", routes.snapshots, methods=["GET"]),
             Route("/admin/snapshots/{id}", routes.remove, methods=["DELETE"]),
             Route("/admin/snapshots/{id}/{action}", routes.snapshot_action, methods=["POST"]),
@@ -105,6 +107,10 @@ class _Routes:
             "sleep": node.sleep,
             "wake": node.wake,
         }
+        self._adapter_actions: dict[str, Callable[[str], Awaitable[object]]] = {
+            "load": lambda name: node.load_adapter(name, name),
+            "unload": node.unload_adapter,
+        }
         self._snapshot_actions: dict[str, Callable[[str], Awaitable[None]]] = {
             "pin": lambda snapshot_id: node.pin(snapshot_id, True),
             "unpin": lambda snapshot_id: node.pin(snapshot_id, False),
@@ -123,6 +129,11 @@ class _Routes:
         start = {"start": str(done)} if action == "wake" else {}
         status = next(status for status in self._node.statuses() if status.name == name)
         return json_response(asdict(status) | start)
+
+    async def adapter_action(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        await _known(self._adapter_actions, request.path_params["action"])(name)
+        return json_response({"adapters": {served.name: served.adapter.base for served in self._node.adapters()}})
 
     async def snapshot_action(self, request: Request) -> Response:
         identity = request.path_params["id"]

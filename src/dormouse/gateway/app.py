@@ -5,7 +5,8 @@ Gate (access.py) -> router -> parse (requests.py) -> Reply (serving.py) -> node
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -16,11 +17,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from dormouse.config import ServeConfig
-from dormouse.errors import DormouseError, NotFoundError
+from dormouse.errors import ConfigError, DormouseError, NotFoundError, RequestError
 from dormouse.gateway.access import CLIENT_GONE, Gate, Keys, read_body
 from dormouse.gateway.metrics import Metrics
 from dormouse.gateway.problems import HttpProblem, json_response, problem_response
-from dormouse.gateway.requests import Job, parse_chat, parse_completion
+from dormouse.gateway.requests import (
+    Job,
+    parse_chat,
+    parse_completion,
+    parse_load_adapter,
+    parse_unload_adapter,
+)
 from dormouse.gateway.serving import Reply
 from dormouse.node.node import Node
 
@@ -35,6 +42,8 @@ def create_app(node: Node, config: ServeConfig, keys: Iterable[str]) -> Gate:
             Route("/v1/models/{id:path}", routes.model, methods=["GET"]),
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),
             Route("/v1/completions", routes.completion, methods=["POST"]),
+            Route("/v1/load_lora_adapter", routes.load_adapter, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", routes.unload_adapter, methods=["POST"]),
             Route("/healthz", routes.health, methods=["GET"]),
             Route("/readyz", routes.ready, methods=["GET"]),
             Route("/metrics", routes.metrics, methods=["GET"]),
@@ -64,13 +73,33 @@ class _Routes:
         self._metrics = metrics
 
     async def models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [self._model(name) for name in sorted(self._node.models)]})
+        return json_response({"object": "list", "data": list(self._models().values())})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["id"]
-        if name not in self._node.models:
+        models = self._models()
+        if name not in models:
             raise NotFoundError(f"the model {name!r} is not served here", remedy="See /v1/models for those that are")
-        return json_response(self._model(name))
+        return json_response(models[name])
+
+    async def load_adapter(self, request: Request) -> Response:
+        wanted = parse_load_adapter(await self._adapter_body(request))
+        with _about_adapters():
+            await self._node.load_adapter(wanted.lora_name, wanted.lora_path)
+        return Response(f"Success: LoRA adapter '{wanted.lora_name}' added successfully.", media_type="text/plain")
+
+    async def unload_adapter(self, request: Request) -> Response:
+        wanted = parse_unload_adapter(await self._adapter_body(request))
+        with _about_adapters():
+            await self._node.unload_adapter(wanted.lora_name)
+        return Response(f"Success: LoRA adapter '{wanted.lora_name}' removed successfully.", media_type="text/plain")
+
+    async def _adapter_body(self, request: Request) -> bytes:
+        if not self._config.adapter_routes:
+            raise HttpProblem(
+                403, "Adapters can't be changed over HTTP here. Set adapter_routes: true", code="adapter_routes_closed"
+            )
+        return await read_body(request, self._config.max_body_bytes)
 
     async def chat(self, request: Request) -> Reply:
         return await self._reply(request, parse_chat)
@@ -93,8 +122,26 @@ class _Routes:
         job = parse(await read_body(request, self._config.max_body_bytes))
         return Reply(job, self._node, self._metrics, self._config)
 
-    def _model(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": int(self._node.started), "owned_by": "dormouse"}
+    def _models(self) -> dict[str, dict[str, Any]]:
+        """What /v1/models shows: the models, then their adapters."""
+        common = {"object": "model", "created": int(self._node.started), "owned_by": "dormouse"}
+        models = {name: {"id": name} | common for name in sorted(self._node.models)}
+        return models | {
+            served.name: {"id": served.name} | common | {"root": served.adapter.name, "parent": served.adapter.base}
+            for served in self._node.adapters()
+        }
+
+
+@contextlib.contextmanager
+def _about_adapters() -> Iterator[None]:
+    """What is not found here is an adapter, and what is wrong with one is not the server's configuration."""
+    try:
+        yield
+    except NotFoundError as error:
+        remedy = "lora_path is the name of an adapter that was imported; /v1/models shows those that are loaded"
+        raise HttpProblem(404, f"{error.message}. {remedy}", code="adapter_not_found") from error
+    except ConfigError as error:
+        raise RequestError(error.message, param="lora_path", reason="adapter_unusable", remedy=error.remedy) from error
 
 
 async def _answer_problem(request: Request, error: Exception) -> Response:

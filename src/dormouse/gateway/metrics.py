@@ -75,6 +75,19 @@ class Metrics:
         self._captured_bytes = Counter(
             "dormouse_captured_bytes", "Bytes of captured images.", ("model", "kind"), registry=registry
         )
+        self._adapter_loads = Histogram(
+            "dormouse_adapter_load_seconds",
+            "How long workers took to get an adapter.",
+            ("model", "adapter"),
+            buckets=_START_BUCKETS,
+            registry=registry,
+        )
+        self._adapter_failures = Counter(
+            "dormouse_adapter_failures",
+            "Adapters that could not be loaded.",
+            ("model", "adapter", "reason"),
+            registry=registry,
+        )
         registry.register(_NodeGauges(node))
         node.observe(self)
 
@@ -108,6 +121,12 @@ class Metrics:
 
     def capture_failed(self, model: str, error: DormouseError) -> None:
         self._captures.labels(model, error.code).inc()
+
+    def adapter_loaded(self, model: str, adapter: str, seconds: float) -> None:
+        self._adapter_loads.labels(model, adapter).observe(seconds)
+
+    def adapter_failed(self, model: str, adapter: str, error: DormouseError) -> None:
+        self._adapter_failures.labels(model, adapter, error.code).inc()
 
     def _add_phases(self, model: str, step: str, phases: Mapping[str, float]) -> None:
         for phase, seconds in phases.items():

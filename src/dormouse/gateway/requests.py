@@ -90,6 +90,21 @@ class _CompletionRequest(_Common, forbid_unknown_fields=True, frozen=True, kw_on
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
 
 
+class LoadAdapterRequest(Struct, forbid_unknown_fields=True, frozen=True):
+    """The body of /v1/load_lora_adapter: `lora_path` is the name of an imported adapter."""
+
+    lora_name: Annotated[str, Meta(min_length=1, max_length=256)]
+    lora_path: Annotated[str, Meta(min_length=1, max_length=4096)]
+    load_inplace: Literal[False] = False
+
+
+class UnloadAdapterRequest(Struct, forbid_unknown_fields=True, frozen=True):
+    """The body of /v1/unload_lora_adapter; the number that others give an adapter means nothing here."""
+
+    lora_name: Annotated[str, Meta(min_length=1, max_length=256)]
+    lora_int_id: int | None = None
+
+
 @dataclass(frozen=True)
 class Job:
     """One request. `choices` pairs each wanted answer's prompt with its seed; `max_tokens` of None means as many as
@@ -151,7 +166,17 @@ def parse_completion(body: bytes) -> Job:
     )
 
 
-_Request = TypeVar("_Request", bound=_Common)
+def parse_load_adapter(body: bytes) -> LoadAdapterRequest:
+    """What is asked of /v1/load_lora_adapter. Raises RequestError."""
+    return _decode(body, LoadAdapterRequest, {})
+
+
+def parse_unload_adapter(body: bytes) -> UnloadAdapterRequest:
+    """What is asked of /v1/unload_lora_adapter. Raises RequestError."""
+    return _decode(body, UnloadAdapterRequest, {})
+
+
+_Request = TypeVar("_Request", bound=Struct)
 
 
 def _decode(body: bytes, request_type: type[_Request], neutral: Mapping[str, tuple[object, ...]]) -> _Request:

@@ -73,7 +73,7 @@ class Reply:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._story = story_of(scope)
-        self._story.model = self._job.model if self._job.model in self._node.models else "unknown"
+        self._story.model = self._node.label(self._job.model)
         consume = self._stream(scope, receive, send) if self._job.stream else self._whole(scope, receive, send)
         consumer = asyncio.create_task(consume)
         producer = asyncio.create_task(self._produce())
@@ -149,10 +149,10 @@ class Reply:
     def _note_token(self, start: Start, last: float | None) -> float:
         now = time.perf_counter()
         if last is not None:
-            self._metrics.token_gap.labels(self._job.model).observe(now - last)
+            self._metrics.token_gap.labels(self._story.model).observe(now - last)
         if self._story.first_token is None:
             self._story.first_token = now - self._began
-            self._metrics.first_token.labels(self._job.model, start.path).observe(self._story.first_token)
+            self._metrics.first_token.labels(self._story.model, start.path).observe(self._story.first_token)
         return now
 
     # Consumer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from dormouse.checkpoint.adapters import open_adapter
 from dormouse.checkpoint.models import ImportedModel, open_model
 from dormouse.config import DataDir, ModelConfig, ServeConfig
 from dormouse.engine.identity import PACKAGES, worker_identity
@@ -21,9 +22,26 @@ async def assemble_node(config: ServeConfig) -> Node:
     if not config.models:
         raise ConfigError("there is no model to serve", remedy="Name one under models, or `dormouse serve NAME`")
     folders = DataDir(config.data_dir).create()
-    models = {name: await asyncio.to_thread(open_model, folders.models, name) for name in config.models}
-    catalog = StoreCatalog(folders.store)
-    return Node(config, lambda: HostService.start(folders.root), models, catalog, _key, _template_key)
+    models = {name: await asyncio.to_thread(_open_model, folders, name) for name in config.models}
+    return Node(
+        config,
+        lambda: HostService.start(folders.root, keep_bytes=config.adapter_memory),
+        models,
+        StoreCatalog(folders.store),
+        _key,
+        _template_key,
+        open_adapter=lambda name: open_adapter(folders.models, name),
+    )
+
+
+def _open_model(folders: DataDir, name: str) -> ImportedModel:
+    model = open_model(folders.models, name)
+    if model.base is not None:
+        raise ConfigError(
+            f"{name} is an adapter of {model.base}, not a model",
+            remedy=f"Serve {model.base}, and name the adapter under models.{model.base}.adapters",
+        )
+    return model
 
 
 def _key(model: Model, settings: ModelConfig) -> dict[str, str]:

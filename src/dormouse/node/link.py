@@ -17,9 +17,15 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
+from dormouse.checkpoint.adapters import ImportedAdapter
 from dormouse.engine.frames import Inbox, pack_frame
 from dormouse.engine.messages import (
     PROTOCOL_VERSION,
+    AdapterFailed,
+    AdapterLoaded,
+    AdapterReply,
+    AdapterSegment,
+    AdapterUnloaded,
     Cancel,
     Delta,
     Failed,
@@ -28,6 +34,7 @@ from dormouse.engine.messages import (
     Generate,
     Hello,
     Load,
+    LoadAdapter,
     Loaded,
     Ping,
     Pong,
@@ -42,12 +49,14 @@ from dormouse.engine.messages import (
     Segments,
     TokenLogprob,
     ToWorker,
+    UnloadAdapter,
     WorkerError,
 )
 from dormouse.errors import DormouseError, EngineError, RequestError, of_kind
 from dormouse.transfer.handles import SegmentHandle
 
 _READ_SIZE = 1 << 16
+_BUSY_PAUSE = 0.002
 PING_AFTER = 15.0
 LOST_AFTER = 60.0
 """Seconds of silence, while something is being generated, after which a worker is asked for a sign, and given up."""
@@ -87,17 +96,17 @@ class _Generation:
 class _SegmentSender:
     """Sends a worker the segments it lacks, past asyncio, which knows no descriptors. The worker has them from `send`
     until it is parked. Nothing else is ever in the socket's way: before `open` and while a worker is parked, no other
-    frame is under way."""
+    frame is under way, and before an adapter's is sent, asyncio has nothing left to write."""
 
     def __init__(self, model: str, control: socket.socket, handles: Sequence[SegmentHandle]) -> None:
         self._model = model
         self._handles = handles
-        self._control = control.dup() if handles else None
-        self._there = False
+        self._control = control.dup()
+        self._there = not handles
 
     def send(self) -> None:
         """Send them, unless the worker has them. Raises EngineError when it has gone."""
-        if self._control is None or self._there:
+        if self._there:
             return
         frame = pack_frame(Segments(segments=[handle.info for handle in self._handles]))
         descriptors = [fd for handle in self._handles for fd in handle.descriptors()]
@@ -109,9 +118,20 @@ class _SegmentSender:
             raise EngineError(f"the worker of {self._model} takes no messages", remedy="Start the model again")
         self._there = True
 
+    def send_adapter(self, handle: SegmentHandle) -> bool:
+        """Send the segment of an adapter to a worker that runs; False when the socket takes nothing now. Whoever calls
+        has nothing left to be written before it. Raises EngineError when the worker has gone."""
+        frame = pack_frame(AdapterSegment(segment=handle.info))
+        try:
+            return socket.send_fds(self._control, [frame], handle.descriptors()) == len(frame)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise EngineError(f"the worker of {self._model} is gone: {error.strerror}") from error
+
     def taken_away(self) -> None:
         """The worker has let go of them."""
-        self._there = False
+        self._there = not self._handles
 
     def filled(self) -> None:
         """The worker has seen that they are filled: from now on they can be sent without a promise."""
@@ -122,8 +142,7 @@ class _SegmentSender:
         """Let go of the segments. Idempotent."""
         for handle in self._handles:
             handle.close()
-        if self._control is not None:
-            self._control.close()
+        self._control.close()
 
 
 def _join(deltas: list[Delta]) -> Delta:
@@ -158,6 +177,7 @@ class WorkerLink:
         self._ids = itertools.count(1)
         self._generations: dict[str, _Generation] = {}
         self._cancelled: set[str] = set()
+        self._adapter_replies: dict[str, asyncio.Future[AdapterReply]] = {}
         self._settled = asyncio.Event()
         self._settled.set()
         self._fresh = fresh
@@ -238,13 +258,42 @@ class WorkerLink:
             self._segments.filled()
         return resumed
 
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Delta | Finished]:
-        """Token events, the last one a `Finished`. Closing the iterator early cancels the generation.
+    async def load_adapter(self, name: str, adapter: ImportedAdapter, segment: SegmentHandle) -> None:
+        """Have a worker that runs load an adapter, whose segment is filled. Raises EngineError, also when it does not
+        fit the model."""
+        load = LoadAdapter(name=name, table=adapter.body, scalings=dict(adapter.scalings))
+        while self._lost is None:
+            # Nothing may be written between looking and sending: a frame with descriptors must not cut another in two.
+            if not self._writer.transport.get_write_buffer_size() and self._segments.send_adapter(segment):
+                break
+            await asyncio.sleep(_BUSY_PAUSE)
+        await self._of_adapter(load)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Have a worker that runs let go of an adapter that no generation uses. Raises EngineError."""
+        await self._of_adapter(UnloadAdapter(name=name))
+
+    async def _of_adapter(self, message: LoadAdapter | UnloadAdapter) -> None:
+        """Send it; its reply comes under the adapter's name. One at a time per name."""
+        self._send(message)
+        reply = self._adapter_replies[message.name] = asyncio.get_running_loop().create_future()
+        try:
+            found = await reply
+        finally:
+            del self._adapter_replies[message.name]
+        if isinstance(found, AdapterFailed):
+            raise of_kind(found.kind, found.message, found.remedy)
+
+    async def generate(
+        self, prompt: Prompt, sampling: Sampling, adapter: str | None = None
+    ) -> AsyncIterator[Delta | Finished]:
+        """Token events, the last one a `Finished`, of the model or with an adapter that is loaded. Closing the iterator
+        early cancels the generation.
 
         Raises RequestError (the worker refuses the request) or EngineError.
         """
         number = str(next(self._ids))
-        frame = _request_frame(Generate(id=number, prompt=prompt, sampling=sampling))
+        frame = _request_frame(Generate(id=number, prompt=prompt, sampling=sampling, adapter=adapter))
         if self._lost is not None:
             raise self._lost
         if not self._generations:
@@ -339,6 +388,9 @@ class WorkerLink:
                 self._finish(message.id, _as_error(message))
             case Pong():
                 pass
+            case AdapterLoaded() | AdapterUnloaded() | AdapterFailed():
+                if (waits := self._adapter_replies.get(message.name)) is not None and not waits.done():
+                    waits.set_result(message)
             case _ if self._reply is not None and not self._reply.done():
                 self._reply.set_result(message)
             case WorkerError():
@@ -368,6 +420,9 @@ class WorkerLink:
         if self._reply is not None and not self._reply.done():
             self._reply.set_exception(error)
             self._reply.exception()  # whoever awaits it gets it; that nobody does is no mistake
+        for waits in self._adapter_replies.values():
+            if not waits.done():
+                waits.set_exception(error)
         self._writer.close()
         if self._on_lost is not None:
             self._on_lost(error)

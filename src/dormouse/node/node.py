@@ -13,12 +13,14 @@ import difflib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from dormouse import host_memory
 from dormouse.config import DataDir, ModelConfig, ServeConfig
-from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError, SnapshotError
+from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError, RequestError, SnapshotError
+from dormouse.node.adapters import OpenAdapter, Served, Shelf
 from dormouse.node.memory import engine_bytes
 from dormouse.node.parts import Catalog, Host, Model, Observer
 from dormouse.node.presence import NodeState, hold_lock, publish, withdraw
@@ -49,6 +51,7 @@ class Node:
         key_of: KeyOf,
         template_key_of: TemplateKeyOf,
         *,
+        open_adapter: OpenAdapter,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.models = models
@@ -59,6 +62,8 @@ class Node:
         self._catalog = catalog
         self._key_of = key_of
         self._template_key_of = template_key_of
+        self._open_adapter = open_adapter
+        self._shelf = Shelf()
         self._wall_clock = wall_clock
         self.started = wall_clock()
         self._budget = config.memory or int(host_memory.total() * 0.8)
@@ -91,6 +96,8 @@ class Node:
             )
             for name, model in self.models.items():
                 self._runners[name] = await self._new_runner(model, around)
+            for name, settings in self._config.models.items():
+                await self._serve_adapters(name, settings.adapters)
             exits.push_async_callback(self._end_workers)
             self._templates = await self._find_templates(host)
             self._publisher = asyncio.create_task(self._publish(), name="publish")
@@ -108,21 +115,74 @@ class Node:
 
     @contextlib.asynccontextmanager
     async def replica(self, name: str) -> AsyncIterator[Lease]:
-        """A ready replica; waits for one. What the lease has not finished is cancelled at the end.
+        """A ready replica of a model, or of an adapter's base, with the adapter; waits for one. What the lease has not
+        finished is cancelled at the end.
 
-        Raises NotFoundError, BusyError (queue full), StoppingError, and what the last start path raised.
+        Raises NotFoundError, BusyError (queue full), StoppingError, what the last start path raised, and what kept the
+        adapter from being loaded.
         """
-        runner = self._runner(name)
-        waiter, lease = await runner.acquire()
+        served = self._shelf.get(name)
+        with served.in_use() if served is not None else contextlib.nullcontext():
+            runner = self._runner(served.adapter.base if served is not None else name)
+            waiter, lease = await runner.acquire()
+            try:
+                if served is not None:
+                    await runner.need_adapter(served)
+                    lease.adapter = served.key
+                yield lease
+            finally:
+                await lease.end()
+                runner.release(waiter)
+
+    def adapters(self) -> list[Served]:
+        """The adapters that requests may name, by name."""
+        return self._shelf.all()
+
+    def label(self, name: str) -> str:
+        """What a model or adapter is called in metrics: names that clients make up must not be labels."""
+        served = self._shelf.get(name)
+        return name if name in self.models else served.adapter.name if served is not None else "unknown"
+
+    async def load_adapter(self, name: str, source: str) -> Served:
+        """Serve the imported adapter `source` as `name`. If its base is awake, its worker has it when this returns;
+        else the first request of it loads it. Raises NotFoundError, RequestError, ConfigError when it is of another
+        model than those served, and what kept the worker from loading it."""
+        served = await self._shelve(name, source)
         try:
-            yield lease
-        finally:
-            await lease.end()
-            runner.release(waiter)
+            if self._runners[served.adapter.base].replica.state is State.READY:
+                async with self.replica(name):
+                    pass
+        except BaseException:
+            served.leaving = True
+            self._shelf.remove(served)
+            self._in_background(
+                self._retire(served), "an adapter that was not wanted any more could not be unloaded: %s"
+            )
+            raise
+        self._notify()
+        return served
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve an adapter no more: new requests find nothing from now on, those that run come to their end first.
+        Raises NotFoundError."""
+        served = self._shelf.get(name)
+        if served is None or served.leaving:
+            raise NotFoundError(f"the adapter {name!r} is not loaded", remedy="See /v1/models for those that are")
+        served.leaving = True
+        task = asyncio.create_task(self._retire(served), name=f"unload {name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
 
     def statuses(self) -> list[ModelStatus]:
         """All models now, by name."""
-        return [self._runners[name].status() for name in sorted(self._runners)]
+        adapters: dict[str, set[str]] = {}
+        for served in self._shelf.all():
+            adapters.setdefault(served.adapter.base, set()).add(served.adapter.name)
+        return [
+            replace(self._runners[name].status(), adapters=tuple(sorted(adapters.get(name, ()))))
+            for name in sorted(self._runners)
+        ]
 
     async def wake(self, name: str) -> Start:
         """Make the model ready; it then stays for its keep-alive."""
@@ -178,6 +238,43 @@ class Node:
         self._withdraw(snapshot_id)
 
     # Inside
+
+    async def _serve_adapters(self, model: str, names: Sequence[str]) -> None:
+        """Those of the configuration."""
+        for name in names:
+            served = await self._shelve(name, name)
+            if served.adapter.base != model:
+                raise ConfigError(
+                    f"{name} is an adapter of {served.adapter.base}, not of {model}",
+                    remedy=f"Name it under models.{served.adapter.base}.adapters, or import it with --base {model}",
+                )
+
+    async def _shelve(self, name: str, source: str) -> Served:
+        self._check_free(name)
+        adapter = await asyncio.to_thread(self._open_adapter, source)
+        if adapter.base not in self._runners:
+            raise ConfigError(
+                f"{source} is an adapter of {adapter.base}, which is not served here",
+                remedy="Serve that model, too",
+            )
+        return self._shelf.add(name, adapter)
+
+    def _check_free(self, name: str) -> None:
+        if name in self.models:
+            raise RequestError(
+                f"{name} is the name of a model that is served",
+                param="lora_name",
+                reason="invalid_value",
+                remedy="Choose another name for the adapter",
+            )
+
+    async def _retire(self, served: Served) -> None:
+        await served.unused.wait()
+        try:
+            await self._runners[served.adapter.base].drop_adapter(served)
+        finally:
+            self._shelf.remove(served)
+            self._notify()
 
     async def _new_runner(self, model: Model, around: Surroundings) -> Runner:
         settings = self._config.models.get(model.name, ModelConfig())

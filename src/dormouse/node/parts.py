@@ -13,6 +13,7 @@ from dormouse.errors import DormouseError
 from dormouse.node.replica import Start, StartPath
 from dormouse.snapshot.capture import SNAPSHOT_KIND
 from dormouse.snapshot.service import CaptureResult, WorkerHandle
+from dormouse.transfer.handles import SegmentHandle
 
 
 class Host(Protocol):
@@ -27,6 +28,10 @@ class Host(Protocol):
     async def restore(
         self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None
     ) -> WorkerHandle: ...
+
+    async def take_segment(self, worker: WorkerHandle, checkpoint: str) -> SegmentHandle: ...
+
+    async def drop_segment(self, worker: WorkerHandle | None, checkpoint: str) -> None: ...
 
     async def stop_worker(self, worker: WorkerHandle) -> None: ...
 
@@ -86,7 +91,8 @@ class Catalog(Protocol):
 
 
 class Observer(Protocol):
-    """Is told once about every start and capture, on the event loop, with the figures that are also logged."""
+    """Is told once about every start, capture and loading of an adapter, on the event loop, with the figures that are
+    also logged."""
 
     def started(self, model: str, start: Start, phases: Mapping[str, float]) -> None: ...
 
@@ -101,3 +107,7 @@ class Observer(Protocol):
     def captured(self, model: str, result: CaptureResult, phases: Mapping[str, float]) -> None: ...
 
     def capture_failed(self, model: str, error: DormouseError) -> None: ...
+
+    def adapter_loaded(self, model: str, adapter: str, seconds: float) -> None: ...
+
+    def adapter_failed(self, model: str, adapter: str, error: DormouseError) -> None: ...

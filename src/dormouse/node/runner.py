@@ -22,6 +22,7 @@ from dormouse.engine.messages import Delta, Finished, Load, Prompt, Resumed, Sam
 from dormouse.errors import DeadlineError, DormouseError, EngineError, HostError, StoreError
 from dormouse.node import canary
 from dormouse.node import replica as machine
+from dormouse.node.adapters import Fitting, Served
 from dormouse.node.link import WorkerLink
 from dormouse.node.memory import estimate, oom_kills, resident_bytes
 from dormouse.node.parts import Host, Model, Observer
@@ -39,7 +40,8 @@ class AbandonedError(Exception):
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """One model as `dormouse ls` and the metrics show it; `since` is in seconds of Unix time."""
+    """One model as `dormouse ls` and the metrics show it; `since` is in seconds of Unix time, `adapters` are the
+    imported ones that are served."""
 
     name: str
     state: str
@@ -49,6 +51,7 @@ class ModelStatus:
     rss_bytes: int
     snapshot_id: str | None
     last_error: str | None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,11 @@ class Surroundings:
 
 
 class Lease:
-    """A ready replica in the hands of one request. `start` says how it became ready."""
+    """A ready replica in the hands of one request. `start` says how it became ready, `adapter` with which of its
+    adapters it answers."""
 
     def __init__(self, model: Model, context: int, start: Start, link: WorkerLink) -> None:
+        self.adapter: str | None = None
         self.model = model
         self.context = context
         self.start = start
@@ -79,7 +84,7 @@ class Lease:
 
     def generate(self, prompt: Prompt, sampling: Sampling) -> AsyncIterator[Delta | Finished]:
         """Token events, the last one a `Finished`. Raises RequestError or EngineError while iterating."""
-        stream = self._link.generate(prompt, sampling)
+        stream = self._link.generate(prompt, sampling, self.adapter)
         self._streams.append(stream)
         return stream
 
@@ -137,6 +142,7 @@ class Runner:
         self._futures: dict[int, asyncio.Future[Lease]] = {}
         self._handle: WorkerHandle | None = None
         self._link: WorkerLink | None = None
+        self._fitting: Fitting | None = None
         self._operation: asyncio.Task[machine.Done] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._restored = self._judged = False
@@ -188,6 +194,19 @@ class Runner:
         """The request is over."""
         self._dispatch(machine.Leave(waiter))
 
+    async def need_adapter(self, served: Served) -> None:
+        """Have an adapter in the worker, of which the caller holds a lease. Raises what kept it from being loaded."""
+        if self._fitting is None:
+            raise EngineError(f"the worker of {self.model.name} has gone", remedy="Try again")
+        await self._fitting.need(served)
+
+    async def drop_adapter(self, served: Served) -> None:
+        """Let go of an adapter that no request uses, and of its segment. A worker that is being parked or has been gets
+        no message: it has none left when it goes on."""
+        if self._fitting is not None and self.replica.state is State.READY:
+            await self._fitting.drop(served)
+        await self._around.host.drop_segment(self._handle, served.adapter.checkpoint)
+
     def press(self, *, capture: bool = False) -> None:
         """Sleep as soon as no request runs; `capture`: and make a new snapshot."""
         self._dispatch(machine.Sleep(capture))
@@ -207,6 +226,8 @@ class Runner:
         if self._operation is not None:
             self._operation.cancel()
             await asyncio.wait([self._operation])
+        if self._fitting is not None:
+            await self._fitting.close()
         if self._link is not None:
             await self._link.close()
 
@@ -406,6 +427,7 @@ class Runner:
         self._link = await WorkerLink.open(
             self.model.name, handle.control, fresh=fresh, on_lost=self._lost, segments=handle.segments
         )
+        self._fitting = Fitting(self._around.host, handle, self._link, self._around.observers)
         return self._link
 
     def _lost(self, error: DormouseError) -> None:
@@ -432,11 +454,13 @@ class Runner:
         )
 
     async def _quiesce(self) -> machine.Done:
-        assert self._link is not None
+        assert self._link is not None and self._fitting is not None
         self._peak = self.peak
         async with asyncio.timeout(self._around.step_timeout):
+            await self._fitting.settle()
             self._canary = await canary.ask(self._link)
             quiesced = await self._link.quiesce()
+            self._fitting.taken_away()
         return machine.Done(phases=quiesced.phases)
 
     async def _capture(self) -> machine.Done:
@@ -483,6 +507,9 @@ class Runner:
 
     async def _end_worker(self) -> None:
         """Make sure that no worker is left. A worker that could not be stopped is tried again by the next call."""
+        if self._fitting is not None:
+            await self._fitting.close()
+            self._fitting = None
         if self._link is not None:
             await self._link.close()
             self._link = None

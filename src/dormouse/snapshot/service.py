@@ -51,16 +51,18 @@ class HostService:
     dead. The next start or restore begins a new process; that is logged as an error.
     """
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, keep_bytes: int = 0) -> None:
         self._data_dir = data_dir
+        self._keep_bytes = keep_bytes
         self._process: _Process | None = None
         self._starting = asyncio.Lock()
         self._closed = False
 
     @classmethod
-    async def start(cls, data_dir: Path) -> Self:
-        """Start the service and wait until it has checked the host. Raises HostError or StoreError."""
-        service = cls(data_dir)
+    async def start(cls, data_dir: Path, *, keep_bytes: int = 0) -> Self:
+        """Start the service and wait until it has checked the host. `keep_bytes`: what the adapters may take in memory
+        that no worker uses at the moment. Raises HostError or StoreError."""
+        service = cls(data_dir, keep_bytes)
         await service._living()
         return service
 
@@ -106,6 +108,25 @@ class HostService:
         )
         return _handle(*await process.ask(request))
 
+    async def take_segment(self, worker: WorkerHandle, checkpoint: str) -> SegmentHandle:
+        """The segment of an adapter's checkpoint for this worker, filled or filling; it is the worker's until its cell
+        ends or `drop_segment`. Raises WeightsError, HostError, EngineError when the worker is gone."""
+        process = self._process
+        if process is None or process.ended is not None:
+            raise HostError("the worker is gone, and the service that made it", remedy="Try again")
+        request = messages.TakeSegment(call=process.new_call(), cell_id=worker.cell_id, checkpoint=checkpoint)
+        reply, descriptors = await process.ask(request)
+        assert isinstance(reply, messages.SegmentTaken)
+        return adopt([reply.segment], iter(descriptors))[0]
+
+    async def drop_segment(self, worker: WorkerHandle | None, checkpoint: str) -> None:
+        """An adapter's segment is not this worker's any more, and need not be kept. Idempotent."""
+        process = self._process
+        if process is None or process.ended is not None:
+            return
+        cell_id = worker.cell_id if worker is not None else None
+        await process.ask(messages.DropSegment(call=process.new_call(), cell_id=cell_id, checkpoint=checkpoint))
+
     async def stop_worker(self, worker: WorkerHandle) -> None:
         """Kill the cell with all in it and wait until its memory is free. Idempotent."""
         process = self._process
@@ -132,7 +153,7 @@ class HostService:
                 if self._process is not None:
                     log.error("the host checkpoint service has died (%s); starting a new one", self._process.ended)
                     await self._process.close("it has died")
-                self._process = await _Process.start(self._data_dir)
+                self._process = await _Process.start(self._data_dir, self._keep_bytes)
             return self._process
 
 
@@ -150,8 +171,8 @@ class _Process:
         self._loop.add_reader(sock, self._receive)
 
     @classmethod
-    async def start(cls, data_dir: Path) -> Self:
-        process = cls(*await asyncio.to_thread(_spawn, data_dir))
+    async def start(cls, data_dir: Path, keep_bytes: int) -> Self:
+        process = cls(*await asyncio.to_thread(_spawn, data_dir, keep_bytes))
         try:
             _answered(await asyncio.shield(process._expect(process.new_call())))  # call 0, see service_main
         except BaseException:
@@ -254,14 +275,14 @@ def _handle(reply: messages.Reply, descriptors: list[int]) -> WorkerHandle:
     )
 
 
-def _spawn(data_dir: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
+def _spawn(data_dir: Path, keep_bytes: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
     own, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     own.setblocking(False)
     with child:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "dormouse.snapshot.service_main"),
-                *("--fd", str(child.fileno()), "--data-dir", str(data_dir)),
+                *("--fd", str(child.fileno()), "--data-dir", str(data_dir), "--keep-bytes", str(keep_bytes)),
             ],
             pass_fds=(child.fileno(),),
             stdin=subprocess.DEVNULL,

@@ -2,7 +2,7 @@
 
     node (service.py)  --requests-->  main thread  -->  one pool thread per call  --reply-->  node
 
-Started by the node as `python -m dormouse.snapshot.service_main --fd N --data-dir DIR`; the first packet it sends is
+Started by the node as `python -m dormouse.snapshot.service_main --fd N --data-dir DIR …`; the first packet it sends is
 `Stopped(call=0)` when this host can do the job, or `Refused(call=0)`. When the node's end of the socket closes, in
 whatever way the node died, this process exits and with it every cell.
 """
@@ -27,6 +27,7 @@ from dormouse.checkpoint.pool import SegmentPool
 from dormouse.errors import (
     DamagedError,
     DormouseError,
+    EngineError,
     HostError,
     NotFoundError,
     SnapshotError,
@@ -132,7 +133,7 @@ class SpareCell:
 class Service:
     """The calls, each blocking and run in a thread of its own."""
 
-    def __init__(self, store: Store, criu: Criu, digests: DigestCache, folders: Path) -> None:
+    def __init__(self, store: Store, criu: Criu, digests: DigestCache, folders: Path, keep_bytes: int = 0) -> None:
         self._store = store
         self._criu = criu
         self._digests = digests
@@ -142,7 +143,7 @@ class Service:
         self._lock = threading.Lock()
         self._workers: dict[str, ProcessTree] = {}
         self._damaged: set[str] = set()
-        self._segments = SegmentPool(store)
+        self._segments = SegmentPool(store, keep_bytes=keep_bytes)
         self._latest: dict[str, str] = {}  # by engine, the snapshot that was captured or restored last
 
     def close(self) -> None:
@@ -169,6 +170,23 @@ class Service:
             case messages.StopCell():
                 self._stop(request.cell_id)
                 return messages.Stopped(call=request.call), []
+            case messages.TakeSegment():
+                return self._take_segment(request)
+            case messages.DropSegment():
+                if request.cell_id is not None:
+                    self._segments.release(request.cell_id, request.checkpoint)
+                self._segments.forget(request.checkpoint)
+                return messages.SegmentDropped(call=request.call), []
+
+    def _take_segment(self, request: messages.TakeSegment) -> Answer:
+        handle = self._weights(request.checkpoint, request.cell_id, keep=True)
+        with self._lock:
+            alive = request.cell_id in self._workers
+        if not alive:  # what it was given is given back with the cell, and that has been
+            handle.close()
+            self._segments.release(request.cell_id)
+            raise EngineError(f"cell {request.cell_id} is gone, it needs no segment", remedy="Try again")
+        return messages.SegmentTaken(call=request.call, segment=handle.info), handle.descriptors()
 
     def _with_segments(self, request: _R, bring_up: Callable[[_R, str], _Worker]) -> Answer:
         """Have the model's segment fill while its worker starts or is restored."""
@@ -192,11 +210,11 @@ class Service:
         )
         return started, [control.detach(), *(fd for handle in handles for fd in handle.descriptors())]
 
-    def _weights(self, checkpoint: str, cell_id: str) -> SegmentHandle:
+    def _weights(self, checkpoint: str, cell_id: str, *, keep: bool = False) -> SegmentHandle:
         """The segment. What is wrong with the weights must not be taken for a fault of the snapshot, nor a checkpoint
         that is gone for a model that is not served."""
         try:
-            return self._segments.take(checkpoint, cell_id)
+            return self._segments.take(checkpoint, cell_id, keep=keep)
         except (NotFoundError, StoreError) as error:
             raise WeightsError(error.message, remedy=error.remedy) from error
 
@@ -337,7 +355,7 @@ def _unexpected(error: Exception) -> DormouseError:
     return HostError(text, remedy=REMEDY) if isinstance(error, OSError) or is_shortage(error) else SnapshotError(text)
 
 
-def preflight(data_dir: Path) -> Service:
+def preflight(data_dir: Path, keep_bytes: int) -> Service:
     """All that must hold before the first call. Raises HostError or StoreError."""
     criu = find_criu(data_dir)
     cell = Cell.create()
@@ -353,7 +371,7 @@ def preflight(data_dir: Path) -> Service:
         raise HostError(f"a program in a cell ended with status {code}", remedy="Run `dormouse doctor`")
     folders = criu_folders(data_dir / "run")
     sweep_work_folders(folders)
-    return Service(Store.open(data_dir / "store"), criu, DigestCache(data_dir / CACHE_NAME), folders)
+    return Service(Store.open(data_dir / "store"), criu, DigestCache(data_dir / CACHE_NAME), folders, keep_bytes)
 
 
 def main() -> None:
@@ -361,13 +379,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--keep-bytes", type=int, default=0, help="memory for adapters that no worker uses now")
     arguments = parser.parse_args()
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with socket.socket(fileno=arguments.fd) as sock:
         sock.set_inheritable(False)
         try:
-            service = preflight(arguments.data_dir)
+            service = preflight(arguments.data_dir, arguments.keep_bytes)
         except DormouseError as error:
             sock.send(messages.encode(messages.refused(0, error)))
             return

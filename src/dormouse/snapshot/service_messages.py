@@ -2,6 +2,7 @@
 
 Every request carries a `call` number and gets exactly one reply with it, in any order. `Started` comes with
 descriptors: the node's end of the worker's control socket, then those of its segments (transfer/handles.py).
+`SegmentTaken` comes with those of its segment.
 """
 
 from __future__ import annotations
@@ -49,6 +50,20 @@ class StopCell(_Message, frozen=True, tag="stop"):
     cell_id: str
 
 
+class TakeSegment(_Message, frozen=True, tag="take_segment"):
+    """One more segment for the worker of a cell, filled or filling: an adapter's checkpoint."""
+
+    cell_id: str
+    checkpoint: str
+
+
+class DropSegment(_Message, frozen=True, tag="drop_segment"):
+    """An adapter's segment is not needed any more: by the worker of this cell (None: of none), nor to be kept."""
+
+    cell_id: str | None
+    checkpoint: str
+
+
 class Started(_Message, frozen=True, tag="started"):
     """A worker runs; the packet carries its control socket and segments. `pid` is the host's."""
 
@@ -67,6 +82,16 @@ class Captured(_Message, frozen=True, tag="captured"):
     phases: dict[str, float]
 
 
+class SegmentTaken(_Message, frozen=True, tag="segment_taken"):
+    """The packet carries the segment."""
+
+    segment: SegmentInfo
+
+
+class SegmentDropped(_Message, frozen=True, tag="segment_dropped"):
+    """It is freed, or will be with its last user."""
+
+
 class Stopped(_Message, frozen=True, tag="stopped"):
     """The cell is gone and its memory free."""
 
@@ -79,8 +104,8 @@ class Refused(_Message, frozen=True, tag="refused"):
     remedy: str
 
 
-Request = StartWorker | CaptureWorker | RestoreSnapshot | StopCell
-Reply = Started | Captured | Stopped | Refused
+Request = StartWorker | CaptureWorker | RestoreSnapshot | StopCell | TakeSegment | DropSegment
+Reply = Started | Captured | Stopped | SegmentTaken | SegmentDropped | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -1,7 +1,7 @@
 """Parcels on their way to GPUs: who reads, who asks the devices, who waits for them, and what ends it all.
 
     reader threads --arrivals--> the caller's thread, the only one that asks a device for anything
-                                 --given--> finisher thread: waits for the devices, frees slots, tells the progress
+                                 --given--> finisher thread: waits for the link, frees slots, tells the progress
 
 The first error of anybody, or a cancel, ends all of them. What was given to a device is not taken back; whoever made
 the lanes waits for it before their memory goes.
@@ -9,9 +9,9 @@ the lanes waits for it before their memory goes.
 
 from __future__ import annotations
 
-import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from dormouse.transfer.crew import Crew, given_up
 from dormouse.transfer.device_plan import Packed, Parcel
 from dormouse.transfer.gpus import Mark
 from dormouse.transfer.lane import Lane, Source
+from dormouse.transfer.memory import anonymous
 from dormouse.transfer.pieces import Checker
 from dormouse.transfer.plan import Extent
 from dormouse.transfer.report import Progress
@@ -46,7 +47,7 @@ class _Given(NamedTuple):
 
 
 class Delivery:
-    """One load of parcels. `lanes`: of each device; `memory`: the ring's."""
+    """One load of parcels. `lanes`: of each device, made when the load runs; `memory`: the ring's."""
 
     def __init__(
         self,
@@ -71,13 +72,14 @@ class Delivery:
     def run(
         self,
         held: Sequence[tuple[Source, ...] | None],
+        prepare: Callable[[], None],
         *,
         threads: int,
         progress: Progress | None,
         cancelled: threading.Event | None,
     ) -> None:
-        """Deliver all. `held`: for each parcel where it is in memory, None when it is to be read. Raises the first
-        error, and DamagedError when a device found damage."""
+        """Deliver all. `held`: for each parcel where it is in memory, None when it is to be read. `prepare`: makes the
+        lanes. Raises the first error, and DamagedError when a device found damage."""
         reading = [number for number, found in enumerate(held) if found is None]
         readers = Crew(
             reading,
@@ -93,12 +95,15 @@ class Delivery:
         with finisher:
             try:
                 with readers:
+                    prepare()
                     self._issue_held(held, cancelled)
                     self._issue_read(len(reading))
                     readers.wait()
             finally:
                 self._given.put(None)
             finisher.wait()
+        for lane in chain.from_iterable(self._lanes):
+            lane.drain()
         self._look_for_damage(held)
 
     def _end(self, _error: BaseException) -> None:
@@ -139,9 +144,7 @@ class Delivery:
         """This thread's own, which begins at a page."""
         memory: memoryview | None = getattr(self._scratch, "memory", None)
         if memory is None or len(memory) < length:
-            memory = self._scratch.memory = memoryview(
-                mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            )
+            memory = self._scratch.memory = memoryview(anonymous(length))
         return memory
 
     # What the caller's thread does

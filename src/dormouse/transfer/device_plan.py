@@ -130,20 +130,23 @@ def _sorted_out(extent: Extent, plain_bytes: int, *, kernels: bool) -> Iterator[
 
 
 def _for_host(piece: Piece, at: int, *, kernels: bool) -> bool:
-    if not kernels:
-        return piece.codec != Codec.RAW or piece.chunk is not None
     if piece.codec == Codec.RAW and piece.chunk is None:
         return False
-    return piece.codec not in FLOATS | {Codec.RAW} or at % SOURCE_ALIGNMENT != 0
+    return not kernels or at % SOURCE_ALIGNMENT != 0 or (piece.codec not in FLOATS and piece.codec != Codec.RAW)
 
 
 def _needs_scratch(piece: Piece) -> bool:
+    if len(piece.copies) == 1:
+        return piece.whole is None
     devices = {copy.device for copy in piece.copies}
     return any(whole_copy(piece.plain_length, _on(piece, device)) is None for device in devices)
 
 
 def _on(piece: Piece, device: int) -> tuple[Copy, ...]:
-    return tuple(copy for copy in piece.copies if copy.device == device)
+    copies = piece.copies
+    if len(copies) == 1:
+        return copies if copies[0].device == device else ()
+    return tuple(copy for copy in copies if copy.device == device)
 
 
 def _parcel(extent: Extent, host: bool, tables: Sequence[Tables]) -> Parcel:

@@ -85,13 +85,14 @@ class Lane:
 
     def issue(self, number: int, part: Part, sources: Sequence[Source], *, check: bool) -> Mark:
         """Ask the device for its part of parcel `number`. Nothing is waited for; the sources are in use until the mark
-        is reached."""
+        is reached, and all is done when the lane is drained."""
         status = self.kernels.status(number)
         with self._gpu.on(self._stream):
             for begin, end in part.staged:
                 _send(sources, begin, end, self._staging, begin)
             for run in part.direct:
                 _send(sources, run.source, run.source + run.length, self._destination, run.target)
+            arrived = self._gpu.mark(self._stream)
             if check:
                 self.kernels.check(part.checks, self._staging, status)
                 self.kernels.check(part.placed_checks, self._destination, status)
@@ -99,7 +100,7 @@ class Lane:
             self.kernels.decode(part.unpacks, self._staging, self._scratch, status)
             for placed in part.copies:
                 self._place(placed)
-            return self._gpu.mark(self._stream)
+            return arrived
 
     def drain(self) -> None:
         """Wait until all of it is done."""

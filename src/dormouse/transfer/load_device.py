@@ -2,12 +2,14 @@
 
     parcels in plan order -> readers (threads): read into a slot of pinned memory
                           -> this thread: link, check, decode, on one of a few lanes of each device that needs it
-                          -> finisher (a thread): when the devices are through with a slot, it is free again
+                          -> finisher (a thread): when a slot's bytes have crossed the link, it is free again
 
 The slots bound the host's memory and slow the readers down to the speed of the link; their number is all that is ever
-under way. What the DRAM tier holds is copied from there and needs no slot. Chunks are checked on the GPU, because the
-memory bus of the host is what limits a load; the words in which the GPU tells of damage are looked at when all is
-done, and the CPU then finds the chunk to name.
+under way. What the DRAM tier holds is copied from there and needs no slot. The first and the last parcels are small: so
+the link has little to wait for at the beginning, when all readers fill their first slot, and little left at the end.
+
+Chunks are checked on the GPU, because the memory bus of the host is what limits a load. The words in which the GPU
+tells of damage are looked at when all is done, and the CPU then finds the chunk to name.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -28,11 +31,11 @@ from dormouse.transfer import pinned
 from dormouse.transfer.budget import default_threads
 from dormouse.transfer.crew import clear_frames
 from dormouse.transfer.delivery import Delivery
-from dormouse.transfer.device_plan import Packed, Parcel, pack
+from dormouse.transfer.device_plan import SOURCE_ALIGNMENT, Packed, Parcel, pack
 from dormouse.transfer.gpus import Cuda, Gpu, have_kernels, translated
 from dormouse.transfer.lane import Kernels, Lane, Source
 from dormouse.transfer.pieces import Checker
-from dormouse.transfer.plan import EXTENT_BYTES, LoadPlan
+from dormouse.transfer.plan import EXTENT_BYTES, Extent, LoadPlan, split
 from dormouse.transfer.plan import plan as make_plan
 from dormouse.transfer.report import LoadReport, Progress
 from dormouse.transfer.ring import Ring
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PINNED_BYTES = 512 << 20
+_SMALL = 4 << 20
+_PER_READER = 4
 LANES = 4
 """Per device: one whose bytes cross the link, one that checks and decodes, and some between."""
 
@@ -68,7 +73,7 @@ def load_device(
     kept for the next load (`pinned.free_pinned`); the destinations have any content.
     """
     if not destinations or not all(map(_is_block, destinations)):
-        raise ConfigError("a load to GPUs needs contiguous bytes on GPUs")
+        raise ConfigError("a load to GPUs needs contiguous bytes on GPUs that begin at a multiple of 16")
     try:
         with translated(), torch.cuda.device(destinations[0].device):
             return carry_out(
@@ -90,7 +95,8 @@ def load_device(
 
 
 def _is_block(memory: torch.Tensor) -> bool:
-    return memory.is_cuda and memory.dtype == torch.uint8 and memory.dim() == 1 and memory.is_contiguous()
+    aligned = memory.data_ptr() % SOURCE_ALIGNMENT == 0  # kernels check raw chunks there
+    return memory.is_cuda and memory.dtype == torch.uint8 and memory.dim() == 1 and memory.is_contiguous() and aligned
 
 
 def carry_out(
@@ -112,17 +118,27 @@ def carry_out(
     plan.require([destination.numel() for destination in destinations])
     checker = Checker(plan.files, key)
     checker.check_plan(plan)
+    threads = threads or default_threads()
     plan = _fitted(plan, pinned_bytes)
+    if tier is None:
+        plan = _tapered(plan, threads)
     packed = pack(plan, kernels=kernels, plain_bytes=_limit(pinned_bytes))
     with contextlib.ExitStack() as stack:
         files = stack.enter_context(SourceFiles(plan.files, ours=plan.ours))
         held = _held(packed, tier, stack)
         reading = [number for number, found in enumerate(held) if found is None]
         ring = Ring(pinned_bytes, max((_room(packed.parcels[number]) for number in reading), default=1), len(reading))
-        lanes = _lanes(packed, gpus, destinations, key)
+        lanes: list[list[Lane]] = []
         with _slots(ring.size if reading else 0, pinner, lanes) as memory:
             delivery = Delivery(packed, lanes, ring, memory, files, checker)
-            delivery.run(held, threads=threads or default_threads(), progress=progress, cancelled=cancelled)
+            delivery.run(
+                held,
+                # while the first bytes are read
+                lambda: _add_lanes(lanes, packed, gpus, destinations, key),
+                threads=threads,
+                progress=progress,
+                cancelled=cancelled,
+            )
         return LoadReport(
             time.perf_counter() - started,
             plan.plain_bytes,
@@ -154,6 +170,22 @@ def _fitted(plan: LoadPlan, pinned_bytes: int) -> LoadPlan:
     return make_plan(plan.files, pieces, plan.sizes, extent_bytes=limit)
 
 
+def _tapered(plan: LoadPlan, threads: int) -> LoadPlan:
+    """The plan with small extents at both ends, as many as there are readers; in small ones altogether when it has too
+    few for that."""
+    extents = plan.extents
+    if len(extents) < _PER_READER * threads:
+        size = max(_SMALL, plan.stored_bytes // (_PER_READER * threads))
+        return replace(plan, extents=tuple(_smaller(extents, size)))
+    rest = len(extents) - threads
+    ends = (_smaller(part, _SMALL) for part in (extents[:threads], extents[rest:]))
+    return replace(plan, extents=(*next(ends), *extents[threads:rest], *next(ends)))
+
+
+def _smaller(extents: Sequence[Extent], size: int) -> Iterator[Extent]:
+    return chain.from_iterable(split(extent, size) for extent in extents)
+
+
 def _held(packed: Packed, tier: DramTier | None, stack: contextlib.ExitStack) -> list[tuple[Source, ...] | None]:
     """For each parcel, where in the tier its bytes are; None for one that has to be read. They stay there until `stack`
     is closed."""
@@ -170,16 +202,20 @@ def _sources(runs: Sequence[HeldRun], tensors: Mapping[int, torch.Tensor]) -> tu
     return tuple(Source(run.begin, run.end, tensors[id(run.memory)], run.offset) for run in runs)
 
 
-def _lanes(
-    packed: Packed, gpus: Sequence[Gpu], destinations: Sequence[torch.Tensor], key: Key | None
-) -> list[list[Lane]]:
+def _add_lanes(
+    lanes: list[list[Lane]],
+    packed: Packed,
+    gpus: Sequence[Gpu],
+    destinations: Sequence[torch.Tensor],
+    key: Key | None,
+) -> None:
     """For each device, as many as help."""
     count = min(LANES, len(packed.parcels))
-    found = []
     for gpu, tables, destination in zip(gpus, packed.tables, destinations, strict=True):
         kernels = Kernels(gpu, tables, key, len(packed.parcels))
-        found.append([Lane(gpu, kernels, tables, destination) for _ in range(count)])
-    return found
+        lanes.append([])
+        for _ in range(count):
+            lanes[-1].append(Lane(gpu, kernels, tables, destination))
 
 
 @contextlib.contextmanager

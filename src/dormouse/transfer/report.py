@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Progress = Callable[[int, int], None]
-"""Called with the plain bytes that are in place and those there will be, by one thread at a time."""
+"""Called with the plain bytes that have come and those that will have, by one thread at a time."""
 
 
 @dataclass(frozen=True)
