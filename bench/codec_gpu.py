@@ -179,6 +179,24 @@ def encode_steps(coded: Coded) -> dict[str, Any]:
     return {f"{name}_ms": timed(step, coded.plain.numel())["ms"] for name, step in steps.items()}
 
 
+def as_imported(coded: Coded) -> dict[str, Any]:
+    """A run of chunks as an import has it coded: from the host's memory and back there, decoded again and compared."""
+    from dormouse.store.codec import Codec
+    from dormouse.transfer.float_coder import GpuCoder
+
+    plain = coded.plain[: 128 << 20].cpu().numpy().data
+    chunks = [plain[at : at + CHUNK] for at in range(0, len(plain), CHUNK)]
+    coder = GpuCoder("cuda")
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        made = coder.code(chunks, Codec(coded.codec))
+        times.append(time.perf_counter() - begin)
+    median = statistics.median(times[1:])  # the first one compiles
+    kept = sum(each.payload is not None for each in made)
+    return {"gb_per_s": len(plain) / median / 1e9, "ms": median * 1e3, "kept": f"{kept}/{len(chunks)}"}
+
+
 def one_extent(coded: Coded) -> dict[str, Any]:
     """32 MiB of plain bytes a launch, as the load pipeline does it: shows what a launch costs."""
 
@@ -243,6 +261,7 @@ def measure(report: Report, size: int) -> None:
         report.row("bf16 decode", lambda: timed(bf16.decode, bf16.covered))
         report.row("bf16 encode", lambda: encode(bf16))
         report.row("bf16 encode, step by step", lambda: encode_steps(bf16))
+        report.row("bf16 coded for an import, host to host, checked", lambda: as_imported(bf16))
         report.row("bf16 decode, 32 MiB a launch", lambda: one_extent(bf16))
         report.row("nvCOMP ANS, <f2", lambda: nvcomp(bf16.plain))
         del bf16, made[BF16]

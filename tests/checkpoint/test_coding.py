@@ -252,3 +252,23 @@ def test_a_failure_of_the_gpu_is_an_error_of_the_host(gpu_coder: Any, monkeypatc
     monkeypatch.setattr(float_coder, "encode_block", fail)
     with pytest.raises(HostError, match="could not code weights: CUDA error: an illegal memory access"):
         gpu_coder.code([numbers(1)], Codec.BF16)
+
+
+@pytest.mark.gpu
+def test_a_gpu_codes_an_import(store: Store) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+    from dormouse.transfer.float_coder import GpuCoder
+
+    data = bytes(numbers(5, 300 << 20))
+    tensor = NewTensor("t", "BF16", (len(data) // 2,), lambda: iter([data]))
+    with store.begin() as transaction:
+        written = write_tensors(transaction, [tensor], lambda _done, _total: None, coder=GpuCoder.open())
+        transaction.commit(written.manifest("m", 1.0))
+    assert b"".join(store.read(digest) for digest in written.refs) == data
+    with store.reader() as reader:
+        chunks = list(reader.locate(written.refs))
+    assert {chunk.codec for chunk in chunks} == {Codec.BF16}
+    last = floats.encode(data[-(4 << 20) :], Codec.BF16)
+    assert last is not None and chunks[-1].stored_length == len(last)
