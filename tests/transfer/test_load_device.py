@@ -144,6 +144,13 @@ def test_what_is_damaged_only_on_the_device_is_told_apart(
         loaded(chunks.plan(), [FakeGpu()], pinner, chunks.key)
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+def test_chunks_are_not_taken_unchecked_where_there_is_no_key(store: Store, pinner: FakePinner, kernels: bool) -> None:
+    chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(3)])
+    with pytest.raises(StoreError, match="can't be loaded without its key"):
+        loaded(chunks.plan(), [FakeGpu()], pinner, None, kernels=kernels)
+
+
 @pytest.mark.parametrize("fail_at", [1, 3, 12])
 @pytest.mark.parametrize("late", [False, True])
 def test_a_device_that_fails_ends_all(store: Store, pinner: FakePinner, fail_at: int, late: bool) -> None:
