@@ -28,6 +28,7 @@ from dormouse.transfer.load_device import carry_out, load_device
 from dormouse.transfer.plan import Copy, LoadPlan
 from dormouse.transfer.report import LoadReport
 
+DONE = "FakeStream.finish.<locals>.<lambda>"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -163,6 +164,29 @@ def test_a_device_that_fails_ends_all(store: Store, pinner: FakePinner, fail_at:
             chunks.key,
             pinned_bytes=400_000,
         )
+
+
+def test_what_a_dead_device_may_still_read_is_never_used_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what others were given is waited for."""
+    abandoned: list[pinned.PinnedMemory] = []
+    monkeypatch.setattr(pinned, "_abandoned", abandoned)
+    pinned.free_pinned()
+    pinner = FakePinner()
+    chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(12)])
+    copies, sizes = shards(chunks.plains, 2)
+    dead, alive = FakeGpu(late=True, fail_at=3, dies=True), FakeGpu(late=True)
+    with pytest.raises(HostError, match="GPU failed during the load: CUDA error: an illegal"), translated():
+        loaded(chunks.plan_of(copies, sizes, extent_bytes=80_000), [dead, alive], pinner, chunks.key)
+    assert [memory.address for memory in abandoned] == list(pinner.pinned)
+    assert pinned.idle_bytes() == 0
+    undone = [stream for stream in alive.streams if any(job.__qualname__ != DONE for job in stream.work)]
+    assert alive.streams and not undone
+    abandoned[0].close()
+
+
+def test_an_error_without_a_word_is_told_by_its_name() -> None:
+    with pytest.raises(HostError, match="failed during the load: RuntimeError"), translated():
+        raise RuntimeError
 
 
 @pytest.mark.parametrize("limit", [10, 100_000, 150_000])
