@@ -20,7 +20,7 @@ from dormouse.store.store import Store
 from dormouse.transfer import pinned
 from dormouse.transfer.dram import DramTier
 from dormouse.transfer.load_device import carry_out, load_device
-from dormouse.transfer.plan import LoadPlan
+from dormouse.transfer.plan import Copy, LoadPlan
 from dormouse.transfer.report import LoadReport
 from dormouse.transfer.slabs import Room, Slabs
 
@@ -100,6 +100,38 @@ def test_the_model_used_longest_ago_makes_room(store: Store, tier: DramTier) -> 
     found, loaded = load(plans[1], models[1], tier)
     assert found == [models[1].content]
     assert loaded.tier_bytes < plans[1].stored_bytes
+
+
+def test_what_came_in_a_second_time_stays_when_the_first_goes(store: Store) -> None:
+    """An extent that was here in part is read as a whole. What of it was here is known by its new place from then on:
+    the old one is nobody's, and makes room."""
+    size = 48_000
+    plains = [(random.Random(at).randbytes(size), Codec.RAW) for at in range(6)]
+    chunks = stored(store, plains)
+    plan = chunks.plan(extent_bytes=2 * 49_152)
+    assert len(plan.extents) == 3
+    one = chunks.plan_of([[Copy(0, 0, 0, size)], *([] for _ in range(5))], [size])
+    with DramTier(7 * 49_152, False, slab_bytes=7 * 49_152) as tier:
+        tier.hold(one, chunks.key)  # 1 of 7
+        tier.hold(plan, chunks.key)  # 6 more: 7 of 7
+        other = stored(store, [(random.Random(9).randbytes(size), Codec.RAW)], "n")
+        tier.hold(other.plan(), other.key)  # the first one's old place is all that has to go
+        assert load(plan, chunks, tier)[1].tier_bytes == plan.stored_bytes
+        assert load(other.plan(), other, tier)[1].tier_bytes == size
+
+
+def test_a_hold_holds_all_it_says(store: Store) -> None:
+    """Also where there is only just room for the plan, and a part of it was here before."""
+    size = 48_000
+    chunks = stored(store, [(random.Random(at).randbytes(size), Codec.RAW) for at in range(6)])
+    plan = chunks.plan(extent_bytes=2 * 49_152)
+    one = chunks.plan_of([[Copy(0, 0, 0, size)], *([] for _ in range(5))], [size])
+    with DramTier(6 * 49_152, False, slab_bytes=6 * 49_152) as tier:
+        tier.hold(one, chunks.key)
+        assert tier.hold(plan, chunks.key, threads=1).stored_bytes == plan.stored_bytes
+        found, loaded = load(plan, chunks, tier)
+        assert found == [chunks.content]
+        assert loaded.tier_bytes == plan.stored_bytes
 
 
 def test_what_is_in_use_makes_no_room(store: Store, tier: DramTier) -> None:
