@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.transfer.fake_gpu import FakeGpu, FakePinner
 from tests.transfer.load_tools import Stored, cut_by, mixed, plain_file, shards, stored, weights
 
-from dormouse.errors import BusyError, DamagedError, StoreError
+from dormouse.errors import BusyError, DamagedError, HostError, StoreError
 from dormouse.store.codec import Codec
 from dormouse.store.store import Store
 from dormouse.transfer import pinned
@@ -198,8 +198,13 @@ def test_memory_damaged_in_the_tier_is_told_apart(store: Store, tier: DramTier) 
     with tier.borrow(plan.extents[:1]) as (runs,):
         assert runs is not None
         runs[0].memory[runs[0].offset] ^= 255
-    with pytest.raises(DamagedError, match="damaged in the DRAM tier, not on the disk"):
+    with pytest.raises(HostError, match="damaged in the DRAM tier, not on the disk"):
         load(plan, chunks, tier)
+    found, loaded = load(plan, chunks, tier)  # as the error's remedy says
+    assert found == [chunks.content]
+    assert 0 < loaded.tier_bytes < plan.stored_bytes
+    tier.hold(plan, chunks.key)
+    assert load(plan, chunks, tier)[1].tier_bytes == plan.stored_bytes
 
 
 def test_many_threads_hold_and_load_at_once(store: Store, tier: DramTier) -> None:

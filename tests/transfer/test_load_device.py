@@ -141,7 +141,7 @@ def test_what_is_damaged_only_on_the_device_is_told_apart(
 ) -> None:
     chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(3)])
     monkeypatch.setattr("tests.transfer.fake_gpu.FakeCheck._check", lambda _self, _task, _memory, word: word.fill_(1))
-    with pytest.raises(DamagedError, match="damaged on the GPU, not on the disk"):
+    with pytest.raises(HostError, match="damaged on the GPU, not on the disk"):
         loaded(chunks.plan(), [FakeGpu()], pinner, chunks.key)
 
 

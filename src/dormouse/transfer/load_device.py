@@ -67,8 +67,8 @@ def load_device(
     """Fill `destinations` (uint8, 1-D, contiguous, on GPUs, all zeros) as `plan` says; all is there on return.
 
     `progress` is called with done and total plain bytes, by one thread. Raises DamagedError that names file and chunk,
-    NotFoundError, HostError when a GPU or this machine lacks memory, ConfigError when `pinned_bytes` are too few,
-    StoreError when `cancelled` is set. Nothing is left under way or allocated then, but for the pinned memory, which is
+    NotFoundError, HostError when a GPU or this machine lacks memory or damages bytes, ConfigError when `pinned_bytes`
+    are too few, StoreError when `cancelled` is set. Nothing is left under way or allocated then, but for the pinned memory, which is
     kept for the next load (`pinned.free_pinned`); the destinations have any content.
     """
     if not destinations or not all(map(_is_block, destinations)):
@@ -128,7 +128,8 @@ def carry_out(
         ring = Ring(pinned_bytes, max((_room(packed.parcels[number]) for number in reading), default=1), len(reading))
         lanes: list[list[Lane]] = []
         with _slots(ring.size if reading else 0, pinner, lanes) as memory:
-            delivery = Delivery(packed, lanes, ring, memory, files, checker)
+            forget = _nothing_to_forget if tier is None else tier.forget
+            delivery = Delivery(packed, lanes, ring, memory, files, checker, forget)
             delivery.run(
                 held,
                 # while the first bytes are read
@@ -190,6 +191,10 @@ def _held(packed: Packed, tier: DramTier | None, stack: contextlib.ExitStack) ->
     tensors = {number: torch.frombuffer(memory, dtype=torch.uint8) for number, memory in slabs.items()}
     sources = (None if runs is None else _sources(runs, tensors) for runs in found)
     return [None if parcel.host else next(sources) for parcel in packed.parcels]
+
+
+def _nothing_to_forget(_extent: Extent) -> None:
+    """There is no tier."""
 
 
 def _sources(runs: Sequence[HeldRun], tensors: Mapping[int, torch.Tensor]) -> tuple[Source, ...]:
