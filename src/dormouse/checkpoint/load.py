@@ -80,6 +80,7 @@ def tensors_of_file(
 ) -> Tensors:
     """Those of the named tensors that are in a file; all for None."""
     with open_source(path) as file:
+        version = _version(os.fstat(file.fileno()))
         found = [each for name, each in header_of(file, path).items() if names is None or name in names]
         tensors = [Tensor(each.name, each.dtype, each.shape, each.offset, each.length) for each in found]
         for tensor in tensors:
@@ -88,7 +89,23 @@ def tensors_of_file(
             return _mapped(file.fileno(), path, tensors, progress, cancelled)
     placement = place(tensors, 1, {})
     blocks, _report = _run(load_plans.of_file(path, placement), [where], None, None, progress, cancelled)
+    # The bytes were read through a descriptor of their own: were they those that the header is of?
+    try:
+        unchanged = _version(path.stat()) == version
+    except OSError:
+        unchanged = False
+    if not unchanged:
+        raise _changed(path)
     return views(blocks[0], placement.tensors[0])
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    """What differs when a file was replaced or written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _changed(path: Path) -> DamagedError:
+    return DamagedError(f"{path} changed while it was read", remedy="Load it again")
 
 
 def _mapped(
@@ -100,7 +117,7 @@ def _mapped(
 ) -> Tensors:
     mapping = map_file(descriptor, path)
     if tensors and len(mapping) < tensors[-1].offset + tensors[-1].length:
-        raise DamagedError(f"{path} changed while it was read", remedy="Load it again")
+        raise _changed(path)
     populate(mapping, path, progress=progress, cancelled=cancelled)
     return {tensor.name: typed(_bytes_of(mapping, tensor), tensor) for tensor in tensors}
 

@@ -68,8 +68,8 @@ def load_device(
 
     `progress` is called with done and total plain bytes, by one thread. Raises DamagedError that names file and chunk,
     NotFoundError, HostError when a GPU or this machine lacks memory or damages bytes, ConfigError when `pinned_bytes`
-    are too few, StoreError when `cancelled` is set. Nothing is left under way or allocated then, but for the pinned memory, which is
-    kept for the next load (`pinned.free_pinned`); the destinations have any content.
+    are too few, StoreError when `cancelled` is set. Nothing is left under way or allocated then, but for the pinned
+    memory, which is kept for the next load (`pinned.free_pinned`); the destinations have any content.
     """
     if not destinations or not all(map(_is_block, destinations)):
         raise ConfigError("a load to GPUs needs contiguous bytes on GPUs")
