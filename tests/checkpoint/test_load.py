@@ -121,6 +121,11 @@ def test_floats_are_cast_and_nothing_else(home: DataDir, weights: dict[str, torc
         dormouse.load("model", data_dir=home.root, dtype=torch.int8)
 
 
+def test_what_a_cast_leaves_as_it_is_does_not_keep_the_rest_in_memory(home: DataDir) -> None:
+    found = dormouse.load("model", data_dir=home.root, tensors=["layer.*", "zeros", "mask"], dtype=torch.float32)
+    assert found["mask"].untyped_storage().nbytes() == 25
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_shards_are_what_torch_would_cut(home: DataDir, weights: dict[str, torch.Tensor], count: int) -> None:
     dimensions = {"*.row": 1, "*.column": 0, "fp8": -1, "embed": 0}

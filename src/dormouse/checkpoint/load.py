@@ -354,6 +354,13 @@ def _to_gpus(
 
 
 def _cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
+    """The tensors, of another type. A few that stay as they are would keep the whole block in memory, so they are
+    copied out of it."""
     if dtype is None:
         return tensors
-    return {name: tensor.to(dtype) if tensor.dtype in WIDE_FLOATS else tensor for name, tensor in tensors.items()}
+    staying = {name for name, tensor in tensors.items() if tensor.dtype == dtype or tensor.dtype not in WIDE_FLOATS}
+    few = sum(tensors[name].nbytes for name in staying) * 2 <= sum(tensor.nbytes for tensor in tensors.values())
+    return {
+        name: tensor.to(dtype) if name not in staying else tensor.clone() if few else tensor
+        for name, tensor in tensors.items()
+    }
