@@ -6,7 +6,9 @@ import gc
 import json
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +16,11 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file as reference
+from safetensors.torch import save_file
 
 import dormouse
 from dormouse import Shard, cli
+from dormouse.checkpoint import load as module
 from dormouse.checkpoint.load import Loaded, load_measured
 from dormouse.checkpoint.models import ImportedModel
 from dormouse.checkpoint.tensors import NewTensor
@@ -25,7 +29,11 @@ from dormouse.checkpoint.writer import write_tensors
 from dormouse.config import DataDir
 from dormouse.errors import ConfigError, DamagedError, HostError, NotFoundError, StoreError
 from dormouse.store.store import Store
+from dormouse.transfer import load_device, pinned
+from dormouse.transfer.plan import LoadPlan
+from dormouse.transfer.report import LoadReport
 from tests.models import home_of
+from tests.transfer.fake_gpu import FakeGpu, FakePinner
 
 from .test_import import do_import
 from .test_load_file import assert_same, bits
@@ -200,6 +208,7 @@ def test_damage_is_named_and_leaves_nothing(tmp_path: Path, weights: dict[str, t
     data = bytearray(pack.read_bytes())
     data[len(data) // 2] ^= 4
     pack.write_bytes(data)
+    gc.collect()  # mappings of other tests' tensors
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(DamagedError, match=r"the weights of model can't be read: chunk .* is damaged") as caught:
         dormouse.load("model", data_dir=home.root)
@@ -219,8 +228,6 @@ def test_a_table_that_does_not_fit_its_chunks_is_refused(
 ) -> None:
     """The manifest is signed, so only a bug could write it; a load must not believe it all the same."""
     import msgspec
-
-    from dormouse.checkpoint import load as module
 
     def other(data: bytes, what: str) -> object:
         body = decode(data, what)
@@ -265,6 +272,79 @@ def test_the_verb_tells_figures(home: DataDir) -> None:
     assert 0 <= result["plain_bytes"] - 16 * 600 * 1000 * 2 < 16 * 256
     assert 0 < result["direct_bytes"] + result["cached_bytes"] <= result["stored_bytes"]
     assert "Loaded model: 26 tensors" in CliRunner().invoke(cli.cli, arguments).output
+
+
+@pytest.fixture
+def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LoadPlan]]:
+    """GPUs made of CPU tensors, which do all as late as they may. The plans they were given."""
+    plans: list[LoadPlan] = []
+    pinner = FakePinner()
+
+    def on_fakes(plan: LoadPlan, blocks: list[torch.Tensor], **options: Any) -> LoadReport:
+        plans.append(plan)
+        gpus = [FakeGpu(late=True) for _block in blocks]
+        return load_device.carry_out(plan, blocks, gpus, pinner, kernels=True, **options)
+
+    pinned.free_pinned()
+    monkeypatch.setattr(load_device, "load_device", on_fakes)
+    monkeypatch.setattr(module, "find_device", torch.device)
+    monkeypatch.setattr(module, "_gpu_block", lambda size, _device: torch.zeros(size, dtype=torch.uint8))
+    yield plans
+    pinned.free_pinned()
+
+
+def test_loads_to_gpus_bring_the_same_tensors(
+    home: DataDir, weights: dict[str, torch.Tensor], fake_gpus: list[LoadPlan]
+) -> None:
+    assert_same(dormouse.load("model", data_dir=home.root, device="cuda:0"), weights)
+    assert_same(dormouse.load("model", data_dir=home.root, device="cuda:0", tensors=["f*"]), {"fp8": weights["fp8"]})
+    devices = ["cuda:0", "cuda:1", "cuda:2"]
+    parts = dormouse.load("model", data_dir=home.root, device=devices, shard=Shard({"*.row": 1, "fp8": 0}))
+    for device, found in enumerate(parts):
+        cut = {name: 1 for name in weights if name.endswith("row")} | {"fp8": 0}
+        expected = {
+            name: torch.chunk(value, 3, cut[name])[device].contiguous() if name in cut else value
+            for name, value in weights.items()
+        }
+        assert_same(found, expected)
+    assert len(fake_gpus) == 3
+
+
+def test_a_safetensors_file_on_a_gpu(
+    tmp_path: Path, weights: dict[str, torch.Tensor], fake_gpus: list[LoadPlan]
+) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(weights, path)
+    found = dormouse.load_file(path, device="cuda:0")
+    assert_same(found, reference(path))
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in found.values() if tensor.numel())
+    assert fake_gpus[0].plain_bytes <= path.stat().st_size
+    save_file({"none": torch.zeros(0, 3)}, path)
+    assert_same(dormouse.load_file(path, device="cuda:0"), reference(path))
+
+
+def test_a_model_on_a_gpu_has_its_parameters_there(
+    hub_folder: Path, fake_gpus: list[LoadPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as that can be seen without one: all tensors went the GPU's way."""
+    from dormouse.checkpoint import load_model
+
+    monkeypatch.setattr(load_model, "find_device", torch.device)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, _device: model)
+    model = dormouse.load_model(hub_folder, device="cuda:0")
+    source = reference(hub_folder / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in source.items())
+    assert len(fake_gpus) == 1
+
+
+def test_a_full_gpu_is_told_and_nothing_is_kept(home: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_size: int, _device: torch.device) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(module, "find_device", torch.device)
+    monkeypatch.setattr(module, "_gpu_block", full)
+    with pytest.raises(HostError, match="don't fit into the GPU: CUDA out of memory"):
+        dormouse.load("model", data_dir=home.root, device="cuda:0")
 
 
 @pytest.mark.gpu

@@ -107,6 +107,13 @@ def test_a_file_without_tensors(tmp_path: Path) -> None:
     assert dormouse.load_file(raw_file(tmp_path / "x.safetensors", {"__metadata__": {"format": "pt"}})) == {}
 
 
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file seems to be in memory."""
+    monkeypatch.setattr(mapped_file, "_is_there", lambda _descriptor, _offset: False)
+
+
+@pytest.mark.usefixtures("cold")
 def test_a_larger_file_is_told_as_it_comes_in(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     tensors = {f"t{n}": torch.randint(0, 1 << 40, (1 << 20,)) for n in range(6)}
@@ -118,10 +125,26 @@ def test_a_larger_file_is_told_as_it_comes_in(tmp_path: Path) -> None:
     assert len(told) > 2
 
 
+def test_what_is_in_memory_is_not_brought_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(40 << 20, dtype=torch.uint8)}, path)
+    missing = [10 << 20, 12 << 20, 20 << 20]
+    brought: list[int] = []
+    monkeypatch.setattr(mapped_file, "_is_there", lambda _descriptor, offset: offset not in missing)
+    monkeypatch.setattr(mapped_file._Bringing, "_step", lambda _self, offset, _length: brought.append(offset))
+    told: list[tuple[int, int]] = []
+    dormouse.load_file(path, progress=lambda done, total: told.append((done, total)))
+    assert sorted(brought) == missing
+    assert told[0][0] > 30 << 20
+    assert told[-1] == (path.stat().st_size,) * 2
+
+
+@pytest.mark.usefixtures("cold")
 def test_a_load_that_is_cancelled_ends_and_lets_go(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(64 << 20, dtype=torch.uint8)}, path)
     cancelled = threading.Event()
+    gc.collect()  # mappings of other tests' tensors
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(StoreError, match="given up"):
         dormouse.load_file(path, progress=lambda _done, _total: cancelled.set(), cancelled=cancelled)
@@ -160,8 +183,8 @@ def test_a_file_cut_short_while_it_is_mapped_is_an_error_and_not_the_end(tmp_pat
     with path.open("r+b") as file:
         mapping = mapped_file.map_file(file.fileno(), path)
         file.truncate(1 << 20)
-    with pytest.raises(DamagedError, match="can't be read at"):
-        mapped_file.populate(mapping, path)
+        with pytest.raises(DamagedError, match="can't be read at"):
+            mapped_file.populate(mapping, file.fileno(), path)
 
 
 def test_a_file_larger_than_the_free_memory_is_left_to_be_read_as_it_is_used(
@@ -174,6 +197,7 @@ def test_a_file_larger_than_the_free_memory_is_left_to_be_read_as_it_is_used(
     assert "larger than the free memory" in caplog.text
 
 
+@pytest.mark.usefixtures("cold")
 def test_a_kernel_that_can_not_bring_pages_in_leaves_it_to_their_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,6 +196,10 @@ def test_what_can_not_be_loaded_is_told(hub_folder: Path, null_folder: Path, tmp
     do_import(null_folder, "null", tmp_path / "models")
     with pytest.raises(ConfigError, match="a model of the null engine"):
         dormouse.load_model("null", data_dir=tmp_path)
+    record = tmp_path / "models" / "null" / "dormouse.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"base": "other"}))
+    with pytest.raises(ConfigError, match="null is an adapter of other"):
+        dormouse.load_model("null", data_dir=tmp_path)
     config = json.loads((hub_folder / "config.json").read_text())
     quantised = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (hub_folder / "config.json").write_text(json.dumps(quantised))

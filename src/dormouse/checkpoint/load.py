@@ -34,6 +34,7 @@ from dormouse.config import DataDir, default_data_dir
 from dormouse.errors import ConfigError, DamagedError, HostError, NotFoundError
 from dormouse.store.store import Manifest, Reader, Store
 from dormouse.transfer.load_host import load_host
+from dormouse.transfer.memory import anonymous
 from dormouse.transfer.plan import LoadPlan
 from dormouse.transfer.report import LoadReport, Progress
 
@@ -118,7 +119,7 @@ def _mapped(
     mapping = map_file(descriptor, path)
     if tensors and len(mapping) < tensors[-1].offset + tensors[-1].length:
         raise _changed(path)
-    populate(mapping, path, progress=progress, cancelled=cancelled)
+    populate(mapping, descriptor, path, progress=progress, cancelled=cancelled)
     return {tensor.name: typed(_bytes_of(mapping, tensor), tensor) for tensor in tensors}
 
 
@@ -320,7 +321,7 @@ def _to_host(
     needed, free = sum(plan.sizes), host_memory.available()
     if needed > free:
         raise HostError(f"{needed} bytes of weights don't fit into the {free} that are free", remedy="Free some memory")
-    maps = [mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for size in plan.sizes]
+    maps = [anonymous(max(size, 1)) for size in plan.sizes]
     destinations = [memoryview(memory)[:size] for memory, size in zip(maps, plan.sizes, strict=True)]
     report = load_host(plan, destinations, key=key, progress=progress, cancelled=cancelled)
     return [torch.frombuffer(memory, dtype=torch.uint8) for memory in maps], report
@@ -339,7 +340,7 @@ def _to_gpus(
     blocks: list[torch.Tensor] = []
     try:
         for size, device in zip(plan.sizes, devices, strict=True):
-            blocks.append(torch.zeros(size, dtype=torch.uint8, device=device))
+            blocks.append(_gpu_block(size, device))
         report = load_device(plan, blocks, key=key, progress=progress, cancelled=cancelled, tier=tier)
     except torch.OutOfMemoryError as error:
         blocks.clear()
@@ -351,6 +352,10 @@ def _to_gpus(
         blocks.clear()  # an error that is kept must not keep memory of the GPU
         raise
     return blocks, report
+
+
+def _gpu_block(size: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.uint8, device=device)
 
 
 def _cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:

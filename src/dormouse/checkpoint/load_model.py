@@ -73,6 +73,10 @@ def _imported(
     if not isinstance(name, str) or (Path(name).is_dir() and not (models / name / "dormouse.json").is_file()):
         return None
     found = open_model(models, name)
+    if found.base is not None:
+        raise ConfigError(
+            f"{name} is an adapter of {found.base}", remedy=f"Load {found.base}; `load` gives its tensors"
+        )
     if found.engine != "transformers":
         raise ConfigError(f"{name} is a model of the {found.engine} engine", remedy="Name a model of transformers")
     config = _config(found.path)

@@ -3,16 +3,16 @@ the page cache and every other process that maps it.
 
     map_file(open file) -> mapping -> populate(mapping): threads bring its pages in, many at once -> every page is there
 
-A mapping without a copy is what tensors of a safetensors file on the CPU are made of. Brought in by `populate`, a file
-of 1.6 GB took 0.6 to 0.8 s from a disk where touching it page by page, or reading ahead first, took 0.9 to 1.3 s: the
-advice for huge pages makes the kernel read 2 MiB at once into pages of that size, and sixteen threads keep the disk
-busy. With the file in memory already it costs 10 to 30 ms, and saves more than that in page faults. It also turns a
-page that the disk can't give into an error, where a touch would end the process.
+A mapping without a copy is what tensors of a safetensors file on the CPU are made of. Sixteen threads keep the disk
+busy: a cold file of 1.6 GB took 1.4 s until every byte had been looked at, where reading ahead first, as the
+safetensors library does, took 1.6 s. (Advice for huge pages made that 0.7 s at times, and 5 s on a virtual machine
+whose host had yet to find the memory behind them; so it is not given.) What is in memory already is left alone: its
+pages are mapped by the kernel, many at a time, when they are used, and that is faster than doing it ahead. A page that
+the disk can't give becomes an error here; later, it would end the process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import logging
@@ -20,6 +20,7 @@ import mmap
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from dormouse import host_memory
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 _THREADS = 16  # they wait for the disk
 _RUN = 16 << 20  # of each thread, so that the kernel sees sequential reads
-_STEP = 2 << 20  # of each call: one huge page
+_STEP = 2 << 20  # of each call
 
 
 def map_file(descriptor: int, path: Path) -> mmap.mmap:
@@ -50,12 +51,14 @@ def map_file(descriptor: int, path: Path) -> mmap.mmap:
 
 def populate(
     mapping: mmap.mmap,
+    descriptor: int,
     path: Path,
     *,
     progress: Progress | None = None,
     cancelled: threading.Event | None = None,
 ) -> None:
-    """Bring every page in. Raises DamagedError for one that can't be read, StoreError when cancelled.
+    """Bring in every page that is not in memory yet. `descriptor` is the file's. Raises DamagedError for a page that
+    can't be read, StoreError when cancelled.
 
     A file that is larger than the free memory is left to be read page by page as it is used; so is every file where
     the kernel is older than 5.14. Both are logged.
@@ -63,36 +66,55 @@ def populate(
     if len(mapping) > host_memory.available():
         log.warning("%s is larger than the free memory; its pages are read when they are used", path)
         return
-    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    bringing = _Bringing(mapping, path, progress)
-    runs = range(0, len(mapping), _RUN)
+    runs = _missing(descriptor, len(mapping))
+    bringing = _Bringing(mapping, path, sum(map(len, runs)) * _STEP, progress)
     threads = min(_THREADS, len(runs))
     with Crew(runs, bringing.run, threads=threads, name="map", cancelled=cancelled) as crew:
         crew.wait()
+    bringing.finish()
+
+
+def _missing(descriptor: int, size: int) -> list[list[int]]:
+    """The steps of a file, in runs, that the disk has to be asked for, as their first byte tells."""
+    runs = (range(begin, min(begin + _RUN, size), _STEP) for begin in range(0, size, _RUN))
+    found = [[at for at in run if not _is_there(descriptor, at)] for run in runs]
+    return [run for run in found if run]
+
+
+def _is_there(descriptor: int, offset: int) -> bool:
+    """Whether a byte can be read without waiting for the disk."""
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except OSError:  # it would have to wait, or the file system can't tell
+        return False
 
 
 class _Bringing:
-    """One populating: the threads' common state."""
+    """One populating: the threads' common state. `missing`: the bytes to bring in, about."""
 
-    def __init__(self, mapping: mmap.mmap, path: Path, progress: Progress | None) -> None:
+    def __init__(self, mapping: mmap.mmap, path: Path, missing: int, progress: Progress | None) -> None:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         self._size = len(mapping)
         self._path = path
         self._progress = progress or (lambda _done, _total: None)
         self._lock = threading.Lock()
-        self._done = 0
+        self._done = max(0, self._size - missing)
         self._able = True
 
-    def run(self, begin: int) -> None:
+    def run(self, steps: Sequence[int]) -> None:
         """Bring in one run of pages."""
-        end = min(begin + _RUN, self._size)
-        for at in range(begin, end, _STEP):
+        for at in steps:
+            length = min(_STEP, self._size - at)
             if self._able:
-                self._step(at, min(_STEP, end - at))
+                self._step(at, length)
+            with self._lock:
+                self._done += length
         with self._lock:
-            self._done += end - begin
-            self._progress(self._done, self._size)
+            self._progress(min(self._done, self._size), self._size)
+
+    def finish(self) -> None:
+        """All is there."""
+        self._progress(self._size, self._size)
 
     def _step(self, offset: int, length: int) -> None:
         if _madvise(self._address + offset, length, _POPULATE_READ) == 0:

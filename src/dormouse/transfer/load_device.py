@@ -31,7 +31,7 @@ from dormouse.transfer import pinned
 from dormouse.transfer.budget import default_threads
 from dormouse.transfer.crew import clear_frames
 from dormouse.transfer.delivery import Delivery
-from dormouse.transfer.device_plan import Packed, Parcel, pack
+from dormouse.transfer.device_plan import SOURCE_ALIGNMENT, Packed, Parcel, pack
 from dormouse.transfer.gpus import Cuda, Gpu, have_kernels, translated
 from dormouse.transfer.lane import Kernels, Lane, Source
 from dormouse.transfer.pieces import Checker
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 PINNED_BYTES = 512 << 20
 _SMALL = 4 << 20
+_PER_READER = 4
 LANES = 4
 """Per device: one whose bytes cross the link, one that checks and decodes, and some between."""
 
@@ -72,7 +73,7 @@ def load_device(
     memory, which is kept for the next load (`pinned.free_pinned`); the destinations have any content.
     """
     if not destinations or not all(map(_is_block, destinations)):
-        raise ConfigError("a load to GPUs needs contiguous bytes on GPUs")
+        raise ConfigError("a load to GPUs needs contiguous bytes on GPUs that begin at a multiple of 16")
     try:
         with translated(), torch.cuda.device(destinations[0].device):
             return carry_out(
@@ -94,7 +95,8 @@ def load_device(
 
 
 def _is_block(memory: torch.Tensor) -> bool:
-    return memory.is_cuda and memory.dtype == torch.uint8 and memory.dim() == 1 and memory.is_contiguous()
+    aligned = memory.data_ptr() % SOURCE_ALIGNMENT == 0  # kernels check raw chunks there
+    return memory.is_cuda and memory.dtype == torch.uint8 and memory.dim() == 1 and memory.is_contiguous() and aligned
 
 
 def carry_out(
@@ -170,15 +172,19 @@ def _fitted(plan: LoadPlan, pinned_bytes: int) -> LoadPlan:
 
 
 def _tapered(plan: LoadPlan, threads: int) -> LoadPlan:
-    """The plan with small extents at both ends, as many as there are readers."""
+    """The plan with small extents at both ends, as many as there are readers; in small ones altogether when it has too
+    few for that."""
     extents = plan.extents
-    ends = min(threads, len(extents) // 2)
-    rest = len(extents) - ends
-    return replace(plan, extents=(*_small(extents[:ends]), *extents[ends:rest], *_small(extents[rest:])))
+    if len(extents) < _PER_READER * threads:
+        size = max(_SMALL, plan.stored_bytes // (_PER_READER * threads))
+        return replace(plan, extents=tuple(_smaller(extents, size)))
+    rest = len(extents) - threads
+    ends = (_smaller(part, _SMALL) for part in (extents[:threads], extents[rest:]))
+    return replace(plan, extents=(*next(ends), *extents[threads:rest], *next(ends)))
 
 
-def _small(extents: Sequence[Extent]) -> Iterator[Extent]:
-    return chain.from_iterable(split(extent, _SMALL) for extent in extents)
+def _smaller(extents: Sequence[Extent], size: int) -> Iterator[Extent]:
+    return chain.from_iterable(split(extent, size) for extent in extents)
 
 
 def _held(packed: Packed, tier: DramTier | None, stack: contextlib.ExitStack) -> list[tuple[Source, ...] | None]:
