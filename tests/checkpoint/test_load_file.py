@@ -153,6 +153,17 @@ def test_a_load_that_is_cancelled_ends_and_lets_go(tmp_path: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("map")]
 
 
+def test_a_file_cut_short_within_its_last_step_is_an_error_too(tmp_path: Path) -> None:
+    """Its beginning is in memory, as the header's read leaves it."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(bytes(1_900_000))
+    with path.open("r+b") as file:
+        mapping = mapped_file.map_file(file.fileno(), path)
+        file.truncate(1 << 20)
+        with pytest.raises(DamagedError, match="can't be read at"):
+            mapped_file.populate(mapping, file.fileno(), path)
+
+
 @pytest.mark.parametrize("change", ["renamed", "written to", "removed"])
 def test_a_file_that_another_one_replaces_on_its_way_to_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
