@@ -33,6 +33,7 @@ from dormouse.checkpoint.writer import CHECKPOINT_KIND
 from dormouse.config import DataDir, default_data_dir
 from dormouse.errors import ConfigError, DamagedError, HostError, NotFoundError
 from dormouse.store.store import Manifest, Reader, Store
+from dormouse.transfer.crew import clear_frames
 from dormouse.transfer.load_host import load_host
 from dormouse.transfer.memory import anonymous
 from dormouse.transfer.plan import LoadPlan
@@ -231,7 +232,15 @@ def load_measured(
         with _noting_damage(reader, manifest):
             blocks, report = _run(plan, devices, store.key, tier, progress, cancelled)
     placed = zip(blocks, placement.tensors, strict=True)
-    found = [_cast(views(block, parts), dtype) for block, parts in placed]
+    try:
+        found = [_cast(views(block, parts), dtype) for block, parts in placed]
+    except torch.OutOfMemoryError as error:
+        clear_frames(error)
+        blocks.clear()
+        raise HostError(
+            f"the weights of {name} were loaded, and the GPU has no memory for them as {dtype} beside that",
+            remedy="Free some of its memory, load without dtype, or spread the model over several GPUs",
+        ) from None
     return Loaded(found, sum(placement.sizes), report)
 
 
