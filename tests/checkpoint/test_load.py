@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,24 @@ def test_floats_are_cast_and_nothing_else(home: DataDir, weights: dict[str, torc
     assert_same(dormouse.load("model", data_dir=home.root, dtype=torch.float32), expected)
     with pytest.raises(ConfigError, match=r"nothing can be cast to torch\.int8"):
         dormouse.load("model", data_dir=home.root, dtype=torch.int8)
+
+
+def test_what_a_cast_leaves_as_it_is_does_not_keep_the_rest_in_memory(home: DataDir) -> None:
+    found = dormouse.load("model", data_dir=home.root, tensors=["layer.*", "zeros", "mask"], dtype=torch.float32)
+    assert found["mask"].untyped_storage().nbytes() == 25
+
+
+def test_a_cast_that_finds_no_memory_leaves_nothing(home: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[weakref.ref[torch.Tensor]] = []
+
+    def to(tensor: torch.Tensor, _dtype: torch.dtype) -> torch.Tensor:
+        blocks.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    with pytest.raises(HostError, match=r"no memory for them as torch\.float32"):
+        dormouse.load("model", data_dir=home.root, dtype=torch.float32)
+    assert [block() for block in blocks] == [None]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

@@ -16,9 +16,10 @@ from safetensors.torch import load_file as reference
 from safetensors.torch import save_file
 
 import dormouse
-from dormouse.checkpoint import mapped_file
+from dormouse.checkpoint import load, mapped_file
 from dormouse.checkpoint.torch_tensors import DTYPES
 from dormouse.errors import ConfigError, DamagedError, DormouseError, NotFoundError, StoreError
+from dormouse.transfer.plan import LoadPlan
 
 from .test_safetensors_file import raw_file
 
@@ -150,6 +151,41 @@ def test_a_load_that_is_cancelled_ends_and_lets_go(tmp_path: Path) -> None:
     gc.collect()
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("map")]
+
+
+def test_a_file_cut_short_within_its_last_step_is_an_error_too(tmp_path: Path) -> None:
+    """Its beginning is in memory, as the header's read leaves it."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(bytes(1_900_000))
+    with path.open("r+b") as file:
+        mapping = mapped_file.map_file(file.fileno(), path)
+        file.truncate(1 << 20)
+        with pytest.raises(DamagedError, match="can't be read at"):
+            mapped_file.populate(mapping, file.fileno(), path)
+
+
+@pytest.mark.parametrize("change", ["renamed", "written to", "removed"])
+def test_a_file_that_another_one_replaces_on_its_way_to_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """The header would be of one file and the bytes of the other."""
+    path, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    save_file({"a": torch.zeros(1000)}, path)
+    save_file({"b": torch.ones(1000)}, other)
+    os.utime(path, (1, 1))
+
+    def run(plan: LoadPlan, *_others: object) -> tuple[list[torch.Tensor], None]:
+        if change == "written to":
+            path.write_bytes(other.read_bytes())
+        elif change == "removed":
+            path.unlink()
+        else:
+            other.rename(path)
+        return [torch.zeros(size, dtype=torch.uint8) for size in plan.sizes], None
+
+    monkeypatch.setattr(load, "_run", run)
+    with pytest.raises(DamagedError, match="changed while it was read"):
+        load.tensors_of_file(path, torch.device("cuda", 0), None, None, None)
 
 
 def test_a_file_cut_short_while_it_is_mapped_is_an_error_and_not_the_end(tmp_path: Path) -> None:

@@ -55,10 +55,14 @@ class FakeMark:
 
 
 class FakeGpu:
-    """`memory_limit`: bytes that may be allocated. `fail_at`: number of the copy that fails."""
+    """`memory_limit`: bytes that may be allocated. `fail_at`: number of the copy that fails; `dies`: after that nothing
+    works any more, as with CUDA."""
 
-    def __init__(self, *, late: bool = False, memory_limit: int = 1 << 40, fail_at: int = -1) -> None:
+    def __init__(
+        self, *, late: bool = False, memory_limit: int = 1 << 40, fail_at: int = -1, dies: bool = False
+    ) -> None:
         self.late = late
+        self.dies = dies
         self.left = memory_limit
         self.copies = 0
         self.fail_at = fail_at
@@ -107,6 +111,8 @@ class FakeGpu:
             job()
 
     def mark(self, stream: FakeStream) -> FakeMark:
+        if self.dies and self.copies >= self.fail_at:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return FakeMark(stream)
 
     def decoder(self) -> FakeDecoder:

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from tests.transfer.fake_gpu import FakeGpu, FakePinner
 from tests.transfer.load_tools import Stored, cut_by, mixed, plain_file, shards, stored, weights
 
-from dormouse.errors import BusyError, DamagedError, StoreError
+from dormouse.errors import BusyError, DamagedError, HostError, StoreError
 from dormouse.store.codec import Codec
 from dormouse.store.store import Store
 from dormouse.transfer import pinned
 from dormouse.transfer.dram import DramTier
 from dormouse.transfer.load_device import carry_out, load_device
-from dormouse.transfer.plan import LoadPlan
+from dormouse.transfer.plan import Copy, LoadPlan
 from dormouse.transfer.report import LoadReport
 from dormouse.transfer.slabs import Room, Slabs
 
@@ -102,6 +102,42 @@ def test_the_model_used_longest_ago_makes_room(store: Store, tier: DramTier) -> 
     assert loaded.tier_bytes < plans[1].stored_bytes
 
 
+def test_what_came_in_a_second_time_stays_when_the_first_goes(store: Store) -> None:
+    """An extent that was here in part is read as a whole. What of it was here is known by its new place from then on:
+    the old one is nobody's, and makes room."""
+    size = 48_000
+    plains = [(random.Random(at).randbytes(size), Codec.RAW) for at in range(6)]
+    chunks = stored(store, plains)
+    plan = chunks.plan(extent_bytes=2 * 49_152)
+    assert len(plan.extents) == 3
+    one = chunks.plan_of([[Copy(0, 0, 0, size)], *([] for _ in range(5))], [size])
+    with DramTier(7 * 49_152, False, slab_bytes=7 * 49_152) as tier:
+        tier.hold(one, chunks.key)  # 1 of 7
+        tier.hold(plan, chunks.key)  # 6 more: 7 of 7
+        other = stored(store, [(random.Random(9).randbytes(size), Codec.RAW)], "n")
+        tier.hold(other.plan(), other.key)  # the first one's old place is all that has to go
+        assert _read(load(plan, chunks, tier)[1]) == 0
+        assert _read(load(other.plan(), other, tier)[1]) == 0
+
+
+def test_a_hold_holds_all_it_says(store: Store) -> None:
+    """Also where there is only just room for the plan, and a part of it was here before."""
+    size = 48_000
+    chunks = stored(store, [(random.Random(at).randbytes(size), Codec.RAW) for at in range(6)])
+    plan = chunks.plan(extent_bytes=2 * 49_152)
+    one = chunks.plan_of([[Copy(0, 0, 0, size)], *([] for _ in range(5))], [size])
+    with DramTier(6 * 49_152, False, slab_bytes=6 * 49_152) as tier:
+        tier.hold(one, chunks.key)
+        assert tier.hold(plan, chunks.key, threads=1).stored_bytes == plan.stored_bytes
+        found, loaded = load(plan, chunks, tier)
+        assert found == [chunks.content]
+        assert _read(loaded) == 0
+
+
+def _read(report: LoadReport) -> int:
+    return report.direct_bytes + report.cached_bytes
+
+
 def test_what_is_in_use_makes_no_room(store: Store, tier: DramTier) -> None:
     first, second = model(store, 1, 2.5), model(store, 2, 2.5)
     plan = first.plan(extent_bytes=200_000)
@@ -166,8 +202,13 @@ def test_memory_damaged_in_the_tier_is_told_apart(store: Store, tier: DramTier) 
     with tier.borrow(plan.extents[:1]) as (runs,):
         assert runs is not None
         runs[0].memory[runs[0].offset] ^= 255
-    with pytest.raises(DamagedError, match="damaged in the DRAM tier, not on the disk"):
+    with pytest.raises(HostError, match="damaged in the DRAM tier, not on the disk"):
         load(plan, chunks, tier)
+    found, loaded = load(plan, chunks, tier)  # as the error's remedy says
+    assert found == [chunks.content]
+    assert _read(loaded) > 0
+    tier.hold(plan, chunks.key)
+    assert _read(load(plan, chunks, tier)[1]) == 0
 
 
 def test_many_threads_hold_and_load_at_once(store: Store, tier: DramTier) -> None:

@@ -28,6 +28,7 @@ from dormouse.transfer.load_device import carry_out, load_device
 from dormouse.transfer.plan import Copy, LoadPlan
 from dormouse.transfer.report import LoadReport
 
+DONE = "FakeStream.finish.<locals>.<lambda>"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -145,8 +146,15 @@ def test_what_is_damaged_only_on_the_device_is_told_apart(
 ) -> None:
     chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(3)])
     monkeypatch.setattr("tests.transfer.fake_gpu.FakeCheck._check", lambda _self, _task, _memory, word: word.fill_(1))
-    with pytest.raises(DamagedError, match="damaged on the GPU, not on the disk"):
+    with pytest.raises(HostError, match="damaged on the GPU, not on the disk"):
         loaded(chunks.plan(), [FakeGpu()], pinner, chunks.key)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_chunks_are_not_taken_unchecked_where_there_is_no_key(store: Store, pinner: FakePinner, kernels: bool) -> None:
+    chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(3)])
+    with pytest.raises(StoreError, match="can't be loaded without its key"):
+        loaded(chunks.plan(), [FakeGpu()], pinner, None, kernels=kernels)
 
 
 @pytest.mark.parametrize("fail_at", [1, 3, 12])
@@ -161,6 +169,29 @@ def test_a_device_that_fails_ends_all(store: Store, pinner: FakePinner, fail_at:
             chunks.key,
             pinned_bytes=400_000,
         )
+
+
+def test_what_a_dead_device_may_still_read_is_never_used_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what others were given is waited for."""
+    abandoned: list[pinned.PinnedMemory] = []
+    monkeypatch.setattr(pinned, "_abandoned", abandoned)
+    pinned.free_pinned()
+    pinner = FakePinner()
+    chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(12)])
+    copies, sizes = shards(chunks.plains, 2)
+    dead, alive = FakeGpu(late=True, fail_at=3, dies=True), FakeGpu(late=True)
+    with pytest.raises(HostError, match="GPU failed during the load: CUDA error: an illegal"), translated():
+        loaded(chunks.plan_of(copies, sizes, extent_bytes=80_000), [dead, alive], pinner, chunks.key)
+    assert [memory.address for memory in abandoned] == list(pinner.pinned)
+    assert pinned.idle_bytes() == 0
+    undone = [stream for stream in alive.streams if any(job.__qualname__ != DONE for job in stream.work)]
+    assert alive.streams and not undone
+    abandoned[0].close()
+
+
+def test_an_error_without_a_word_is_told_by_its_name() -> None:
+    with pytest.raises(HostError, match="failed during the load: RuntimeError"), translated():
+        raise RuntimeError
 
 
 @pytest.mark.parametrize("limit", [10, 100_000, 150_000])

@@ -33,6 +33,7 @@ from dormouse.checkpoint.writer import CHECKPOINT_KIND
 from dormouse.config import DataDir, default_data_dir
 from dormouse.errors import ConfigError, DamagedError, HostError, NotFoundError
 from dormouse.store.store import Manifest, Reader, Store
+from dormouse.transfer.crew import clear_frames
 from dormouse.transfer.load_host import load_host
 from dormouse.transfer.memory import anonymous
 from dormouse.transfer.plan import LoadPlan
@@ -81,6 +82,7 @@ def tensors_of_file(
 ) -> Tensors:
     """Those of the named tensors that are in a file; all for None."""
     with open_source(path) as file:
+        version = _version(os.fstat(file.fileno()))
         found = [each for name, each in header_of(file, path).items() if names is None or name in names]
         tensors = [Tensor(each.name, each.dtype, each.shape, each.offset, each.length) for each in found]
         for tensor in tensors:
@@ -89,7 +91,23 @@ def tensors_of_file(
             return _mapped(file.fileno(), path, tensors, progress, cancelled)
     placement = place(tensors, 1, {})
     blocks, _report = _run(load_plans.of_file(path, placement), [where], None, None, progress, cancelled)
+    # The bytes were read through a descriptor of their own: were they those that the header is of?
+    try:
+        unchanged = _version(path.stat()) == version
+    except OSError:
+        unchanged = False
+    if not unchanged:
+        raise _changed(path)
     return views(blocks[0], placement.tensors[0])
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    """What differs when a file was replaced or written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _changed(path: Path) -> DamagedError:
+    return DamagedError(f"{path} changed while it was read", remedy="Load it again")
 
 
 def _mapped(
@@ -101,7 +119,7 @@ def _mapped(
 ) -> Tensors:
     mapping = map_file(descriptor, path)
     if tensors and len(mapping) < tensors[-1].offset + tensors[-1].length:
-        raise DamagedError(f"{path} changed while it was read", remedy="Load it again")
+        raise _changed(path)
     populate(mapping, descriptor, path, progress=progress, cancelled=cancelled)
     return {tensor.name: typed(_bytes_of(mapping, tensor), tensor) for tensor in tensors}
 
@@ -214,7 +232,15 @@ def load_measured(
         with _noting_damage(reader, manifest):
             blocks, report = _run(plan, devices, store.key, tier, progress, cancelled)
     placed = zip(blocks, placement.tensors, strict=True)
-    found = [_cast(views(block, parts), dtype) for block, parts in placed]
+    try:
+        found = [_cast(views(block, parts), dtype) for block, parts in placed]
+    except torch.OutOfMemoryError as error:
+        clear_frames(error)
+        blocks.clear()
+        raise HostError(
+            f"the weights of {name} were loaded, and the GPU has no memory for them as {dtype} beside that",
+            remedy="Free some of its memory, load without dtype, or spread the model over several GPUs",
+        ) from None
     return Loaded(found, sum(placement.sizes), report)
 
 
@@ -342,6 +368,13 @@ def _gpu_block(size: int, device: torch.device) -> torch.Tensor:
 
 
 def _cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
+    """The tensors, of another type. A few that stay as they are would keep the whole block in memory, so they are
+    copied out of it."""
     if dtype is None:
         return tensors
-    return {name: tensor.to(dtype) if tensor.dtype in WIDE_FLOATS else tensor for name, tensor in tensors.items()}
+    staying = {name for name, tensor in tensors.items() if tensor.dtype == dtype or tensor.dtype not in WIDE_FLOATS}
+    few = sum(tensors[name].nbytes for name in staying) * 2 <= sum(tensor.nbytes for tensor in tensors.values())
+    return {
+        name: tensor.to(dtype) if name not in staying else tensor.clone() if few else tensor
+        for name, tensor in tensors.items()
+    }

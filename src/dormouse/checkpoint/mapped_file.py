@@ -8,7 +8,7 @@ busy: a cold file of 1.6 GB took 1.4 s until every byte had been looked at, wher
 safetensors library does, took 1.6 s. (Advice for huge pages made that 0.7 s at times, and 5 s on a virtual machine
 whose host had yet to find the memory behind them; so it is not given.) What is in memory already is left alone: its
 pages are mapped by the kernel, many at a time, when they are used, and that is faster than doing it ahead. A page that
-the disk can't give becomes an error here; later, it would end the process.
+the disk has to give and can't becomes an error here; later, it would end the process.
 """
 
 from __future__ import annotations
@@ -75,10 +75,15 @@ def populate(
 
 
 def _missing(descriptor: int, size: int) -> list[list[int]]:
-    """The steps of a file, in runs, that the disk has to be asked for, as their first byte tells."""
+    """The steps of a file, in runs, that the disk has to be asked for, as their first and last bytes tell: what is
+    there in part is mostly there from the beginning, as is the step with the file's header."""
     runs = (range(begin, min(begin + _RUN, size), _STEP) for begin in range(0, size, _RUN))
-    found = [[at for at in run if not _is_there(descriptor, at)] for run in runs]
+    found = [[at for at in run if not _has_ends(descriptor, at, min(at + _STEP, size))] for run in runs]
     return [run for run in found if run]
+
+
+def _has_ends(descriptor: int, begin: int, end: int) -> bool:
+    return _is_there(descriptor, begin) and _is_there(descriptor, end - 1)
 
 
 def _is_there(descriptor: int, offset: int) -> bool:

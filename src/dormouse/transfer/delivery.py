@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from dormouse.errors import DamagedError
+from dormouse.errors import HostError
 from dormouse.transfer.crew import Crew, given_up
 from dormouse.transfer.device_plan import Packed, Parcel
 from dormouse.transfer.gpus import Mark
@@ -47,7 +47,8 @@ class _Given(NamedTuple):
 
 
 class Delivery:
-    """One load of parcels. `lanes`: of each device, made when the load runs; `memory`: the ring's."""
+    """One load of parcels. `lanes`: of each device, made when the load runs; `memory`: the ring's; `forget`: told what
+    was held in memory and is damaged there."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class Delivery:
         memory: memoryview,
         files: SourceFiles,
         checker: Checker,
+        forget: Callable[[Extent], None],
     ) -> None:
         self._parcels = packed.parcels
         self._lanes = lanes
@@ -65,6 +67,7 @@ class Delivery:
         self._pinned = torch.frombuffer(memory, dtype=torch.uint8) if len(memory) else torch.empty(0)
         self._files = files
         self._checker = checker
+        self._forget = forget
         self._scratch = threading.local()
         self._arrivals: SimpleQueue[_Arrival | None] = SimpleQueue()
         self._given: SimpleQueue[_Given | None] = SimpleQueue()
@@ -79,7 +82,8 @@ class Delivery:
         cancelled: threading.Event | None,
     ) -> None:
         """Deliver all. `held`: for each parcel where it is in memory, None when it is to be read. `prepare`: makes the
-        lanes. Raises the first error, and DamagedError when a device found damage."""
+        lanes. Raises the first error; DamagedError when a device found damage that is in the file, HostError when it
+        is not."""
         reading = [number for number, found in enumerate(held) if found is None]
         readers = Crew(
             reading,
@@ -174,9 +178,12 @@ class Delivery:
 
     def _look_for_damage(self, held: Sequence[tuple[Source, ...] | None]) -> None:
         """All devices are through: did one of them find anything?"""
-        for lanes in self._lanes:
-            for number in lanes[0].kernels.damaged() if lanes else ():
-                self._name_damage(self._parcels[number], in_tier=held[number] is not None)
+        found = {number for lanes in self._lanes if lanes for number in lanes[0].kernels.damaged()}
+        for number in found:
+            if held[number] is not None:
+                self._forget(self._parcels[number].extent)
+        for number in sorted(found):
+            self._name_damage(self._parcels[number], in_tier=held[number] is not None)
 
     def _name_damage(self, parcel: Parcel, *, in_tier: bool) -> None:
         extent = parcel.extent
@@ -187,7 +194,7 @@ class Delivery:
             self._checker.check(piece, found)
             self._checker.decoded(piece, found)
         where = "in the DRAM tier" if in_tier else "on the GPU"
-        raise DamagedError(
+        raise HostError(  # and no DamagedError: what is stored is right
             f"bytes of {self._files[extent.file].path} from {extent.offset} on were damaged {where}, not on the disk",
             remedy="Load again; if it comes back, have the memory of this machine and of the GPU tested",
         )

@@ -65,10 +65,11 @@ class _Place(NamedTuple):
 
 @dataclass
 class _Run:
-    """What came in as one extent and goes as one. `users`: borrowers just now."""
+    """What came in as one extent and goes as one. `names`: of the chunks that are known to be here; `users`: borrowers
+    just now."""
 
     room: Room
-    names: list[_Name] = field(default_factory=list)
+    names: set[_Name] = field(default_factory=set)
     users: int = 0
 
 
@@ -108,7 +109,7 @@ class DramTier:
     def close(self) -> None:
         """Let go of everything. Raises BusyError while something is borrowed. Idempotent."""
         with self._holding, self._lock:
-            if any(run.users for run in self._runs.values()):
+            if self._in_use:
                 raise BusyError("the DRAM tier is in use by a load", retry_after=1.0, remedy="End the load first")
             self._closed = True
             self._runs.clear()
@@ -129,13 +130,53 @@ class DramTier:
         error stays.
         """
         wanted = [extent for extent in plan.extents if any(piece.chunk for piece in extent.pieces)]
-        with self._holding, contextlib.ExitStack() as stack:
-            rooms = [aligned(_room_for(extent)) for extent in wanted]
-            if sum(rooms) > self._slabs.most * self._slabs.slab_bytes or max(rooms, default=0) > self._slabs.slab_bytes:
-                raise StoreError(
-                    f"{plan.stored_bytes} bytes of chunks do not fit into the {self.budget_bytes} of the DRAM tier",
-                    remedy="Give the tier a larger budget",
-                )
+        rooms = [aligned(_room_for(extent)) for extent in wanted]
+        if sum(rooms) > self._slabs.most * self._slabs.slab_bytes or max(rooms, default=0) > self._slabs.slab_bytes:
+            raise self._too_large(plan)
+        with self._holding:
+            try:
+                return self._hold(plan, wanted, key, threads, cancelled)
+            except BusyError:
+                if self._in_use:
+                    raise
+            # Only this plan's own extents are left, and what is free between them is too small. They come in again,
+            # one after the other.
+            self._clear()
+            try:
+                return self._hold(plan, wanted, key, threads, cancelled)
+            except BusyError:
+                if self._in_use:
+                    raise
+                raise self._too_large(plan) from None
+
+    def _too_large(self, plan: LoadPlan) -> StoreError:
+        room = self._slabs.most * self._slabs.slab_bytes
+        return StoreError(
+            f"{plan.stored_bytes} bytes of chunks do not fit into the {self.budget_bytes} of the DRAM tier, which come"
+            f" to {room} in slabs of {self._slabs.slab_bytes}",
+            remedy="Give the tier a larger budget",
+        )
+
+    @property
+    def _in_use(self) -> bool:
+        with self._lock:
+            return any(run.users for run in self._runs.values())
+
+    def _clear(self) -> None:
+        """Let go of all that nobody uses."""
+        with self._lock:
+            for number in [number for number, run in self._runs.items() if run.users == 0]:
+                self._drop(number)
+
+    def _hold(
+        self,
+        plan: LoadPlan,
+        wanted: Sequence[Extent],
+        key: Key,
+        threads: int | None,
+        cancelled: threading.Event | None,
+    ) -> HoldReport:
+        with contextlib.ExitStack() as stack:
             found = stack.enter_context(self.borrow(wanted))  # lest they make room for the others
             missing = [extent for extent, runs in zip(wanted, found, strict=True) if runs is None]
             files = stack.enter_context(SourceFiles(plan.files, ours=plan.ours))
@@ -210,13 +251,20 @@ class DramTier:
         `release`."""
         with self._lock:
             number, self._next = self._next, self._next + 1
-            run = self._runs[number] = _Run(room, users=1)
+            self._runs[number] = _Run(room, users=1)
             for piece in extent.pieces:
-                if piece.chunk is not None and _name(piece) not in self._places:
+                if piece.chunk is not None:
                     at = offset + piece.offset - extent.offset
-                    self._places[_name(piece)] = _Place(number, room.slab, at)
-                    run.names.append(_name(piece))
+                    self._name_place(_name(piece), _Place(number, room.slab, at))
             return number
+
+    def _name_place(self, name: _Name, place: _Place) -> None:
+        """A chunk is known by its newest place: an older one makes room first."""
+        before = self._places.get(name)
+        if before is not None:
+            self._runs[before.run].names.discard(name)
+        self._places[name] = place
+        self._runs[place.run].names.add(name)
 
     def _evict(self) -> None:
         number = next((number for number, run in self._runs.items() if run.users == 0), None)
@@ -226,6 +274,17 @@ class DramTier:
                 retry_after=1.0,
                 remedy="Try again when a load has ended, or give the tier a larger budget",
             )
+        self._drop(number)
+
+    def forget(self, extent: Extent) -> None:
+        """Its chunks are not what they were when they came in: nobody finds them here any more."""
+        with self._lock:
+            for piece in extent.pieces:
+                place = self._places.pop(_name(piece), None) if piece.chunk else None
+                if place is not None:
+                    self._runs[place.run].names.discard(_name(piece))
+
+    def _drop(self, number: int) -> None:
         run = self._runs.pop(number)
         for name in run.names:
             del self._places[name]

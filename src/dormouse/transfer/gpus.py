@@ -128,14 +128,19 @@ def translated() -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         raise HostError(
-            f"the GPU has no memory for the load: {str(error).splitlines()[0]}",
+            f"the GPU has no memory for the load: {first_line(error)}",
             remedy="Free memory of the GPU, or load less onto it",
         ) from error
     except RuntimeError as error:
         raise HostError(
-            f"the GPU failed during the load: {str(error).splitlines()[0]}",
+            f"the GPU failed during the load: {first_line(error)}",
             remedy="See `dormouse doctor` and `nvidia-smi`; a process whose GPU has failed must be started anew",
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Torch's errors go on with advice for its developers."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @cache

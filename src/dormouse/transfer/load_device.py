@@ -68,9 +68,9 @@ def load_device(
     """Fill `destinations` (uint8, 1-D, contiguous, on GPUs, all zeros) as `plan` says; all is there on return.
 
     `progress` is called with done and total plain bytes, by one thread. Raises DamagedError that names file and chunk,
-    NotFoundError, HostError when a GPU or this machine lacks memory, ConfigError when `pinned_bytes` are too few,
-    StoreError when `cancelled` is set. Nothing is left under way or allocated then, but for the pinned memory, which is
-    kept for the next load (`pinned.free_pinned`); the destinations have any content.
+    NotFoundError, HostError when a GPU or this machine lacks memory or damages bytes, ConfigError when `pinned_bytes`
+    are too few, StoreError when `cancelled` is set. Nothing is left under way or allocated then, but for the pinned
+    memory, which is kept for the next load (`pinned.free_pinned`); the destinations have any content.
     """
     if not destinations or not all(map(_is_block, destinations)):
         raise ConfigError("a load to GPUs needs contiguous bytes on GPUs that begin at a multiple of 16")
@@ -130,7 +130,8 @@ def carry_out(
         ring = Ring(pinned_bytes, max((_room(packed.parcels[number]) for number in reading), default=1), len(reading))
         lanes: list[list[Lane]] = []
         with _slots(ring.size if reading else 0, pinner, lanes) as memory:
-            delivery = Delivery(packed, lanes, ring, memory, files, checker)
+            forget = _nothing_to_forget if tier is None else tier.forget
+            delivery = Delivery(packed, lanes, ring, memory, files, checker, forget)
             delivery.run(
                 held,
                 # while the first bytes are read
@@ -198,6 +199,10 @@ def _held(packed: Packed, tier: DramTier | None, stack: contextlib.ExitStack) ->
     return [None if parcel.host else next(sources) for parcel in packed.parcels]
 
 
+def _nothing_to_forget(_extent: Extent) -> None:
+    """There is no tier."""
+
+
 def _sources(runs: Sequence[HeldRun], tensors: Mapping[int, torch.Tensor]) -> tuple[Source, ...]:
     return tuple(Source(run.begin, run.end, tensors[id(run.memory)], run.offset) for run in runs)
 
@@ -231,10 +236,14 @@ def _slots(size: int, pinner: pinned.Pinner, lanes: Sequence[Sequence[Lane]]) ->
 
 
 def _drained(lanes: Sequence[Sequence[Lane]]) -> bool:
-    try:
-        for lane in chain.from_iterable(lanes):
-            lane.drain()
-    except HostError as error:
-        log.error("a GPU does not finish what it was given: %s", error)
-        return False
-    return True
+    """Whether all lanes have come to their ends. One whose GPU has failed does not keep the others from being waited
+    for: their memory goes next."""
+    drained = True
+    for lane in chain.from_iterable(lanes):
+        try:
+            with translated():  # a GPU that has failed does not even take a mark
+                lane.drain()
+        except HostError as error:
+            log.error("a GPU does not finish what it was given: %s", error)
+            drained = False
+    return drained

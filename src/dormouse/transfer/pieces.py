@@ -35,17 +35,19 @@ class Checker:
         if chunk is None:
             return
         if self._key is None:
-            raise StoreError("chunks of a store can't be loaded without its key", remedy="Give the store's key")
+            raise _no_key()
         if not same(chunk_mac(self._key, chunk.digest, piece.codec, piece.plain_length, stored), chunk.mac):
             raise self.damaged(piece, "its bytes do not match their signature")
 
     def check_plan(self, plan: LoadPlan) -> None:
-        """What can be told before anything is read: that what is said to be zeros was stored as such, and that raw
-        bytes are as many as they claim. Raises DamagedError."""
+        """What can be told before anything is read: that there is a key for what is signed, that what is said to be
+        zeros was stored as such, and that raw bytes are as many as they claim. Raises StoreError, DamagedError."""
         for piece in plan.zeros:
             self.check(piece, b"")
         for extent in plan.extents:
             for piece in extent.pieces:
+                if self._key is None and piece.chunk is not None:  # nobody may take what nobody can check
+                    raise _no_key()
                 if piece.codec == Codec.RAW and piece.stored_length != piece.plain_length:
                     raise self.damaged(piece, f"it has {piece.stored_length} raw bytes instead of {piece.plain_length}")
 
@@ -72,6 +74,10 @@ class Checker:
         if piece.chunk is None:
             return DamagedError(f"{path} is damaged at {piece.offset}: {why}", remedy="Fetch the file again")
         return DamagedError(f"chunk {piece.chunk.digest.hex()} in {path} is damaged: {why}", remedy=VERIFY_REMEDY)
+
+
+def _no_key() -> StoreError:
+    return StoreError("chunks of a store can't be loaded without its key", remedy="Give the store's key")
 
 
 def copy_bytes(source: Buffer, target: memoryview) -> None:
