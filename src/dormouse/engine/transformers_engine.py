@@ -229,6 +229,7 @@ class TransformersEngine:
 
     def _let_go(self, name: str) -> None:
         if (loaded := self._adapters.pop(name, None)) is not None:
+            self._chosen.clear()  # the requests of the last step, which refer to it
             self._batch.adapters.unbind(loaded.adapter)
             loaded.segment.close()
 
