@@ -185,7 +185,8 @@ class Node:
         ]
 
     async def wake(self, name: str) -> Start:
-        """Make the model ready; it then stays for its keep-alive."""
+        """Make the model ready; it then stays for its keep-alive. Raises NotFoundError, also for an adapter."""
+        self._runner(name)
         async with self.replica(name) as lease:
             return lease.start
 
