@@ -99,6 +99,11 @@ class Shelf:
         served = self._served[name] = Served(name, adapter, f"{name}#{next(self._numbers)}")
         return served
 
+    def is_shared(self, served: Served) -> bool:
+        """Whether the same imported adapter has another name, too."""
+        same = (other for other in self._served.values() if other.adapter.checkpoint == served.adapter.checkpoint)
+        return any(other is not served for other in same)
+
     def remove(self, served: Served) -> None:
         """Forget it."""
         if self._served.get(served.name) is served:
@@ -189,7 +194,6 @@ class Fitting:
         except DormouseError:
             if self._link.lost is None:  # else it has ended with the worker
                 raise
-        await self._host.drop_segment(self._worker, served.adapter.checkpoint)
         log.info("adapter %s of model %s is unloaded", served.name, served.adapter.base)
 
 

@@ -272,7 +272,7 @@ class Node:
     async def _retire(self, served: Served) -> None:
         await served.unused.wait()
         try:
-            await self._runners[served.adapter.base].drop_adapter(served)
+            await self._runners[served.adapter.base].drop_adapter(served, shared=self._shelf.is_shared(served))
         finally:
             self._shelf.remove(served)
             self._notify()
