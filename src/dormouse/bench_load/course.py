@@ -34,7 +34,7 @@ from dormouse.errors import ConfigError
 
 _CHILD = "dormouse.bench_load.child"
 _LIMIT_BYTES = 4 << 30
-_START_SECONDS, _LEAST_SECONDS = 120.0, 10.0
+_START_SECONDS, _LEAST_SECONDS, _LORA_SECONDS = 120.0, 60.0, 20.0
 _PREPARE_SHARE = 0.6
 _WARM = 0.99
 _PATIENCE, _GRACE = 6.0, 2.0
@@ -63,12 +63,16 @@ def measure(options: Options, hooks: Hooks) -> Result:
     return result
 
 
-def _measure_lora(options: Options, hooks: Hooks, budget: Budget) -> Result:
-    """The same course with an adapter."""
+def _measure_lora(options: Options, hooks: Hooks, budget: Budget) -> Result | str:
+    """The same course with an adapter, or why not."""
+    if budget.left < _LORA_SECONDS:
+        why = f"skipped: {max(0.0, budget.left):.0f} s of the budget left, at least {_LORA_SECONDS:.0f} s needed"
+        hooks.show(f"LoRA: {why}")
+        return why
     with _scratch(options.folder) as scratch:
         files = make(scratch, [lora.shapes(options.lora)], os.cpu_count() or 1)
         asked = replace(
-            options, files=files, methods=lora.LORA_METHODS, budget=max(0.0, budget.left), lora=0, codec=False,
+            options, files=files, methods=lora.LORA_METHODS, budget=budget.left, lora=0, codec=False,
             limits=False, output=None,
         )  # fmt: skip
         return measure(asked, hooks)
@@ -278,7 +282,8 @@ class _Run:
         }
         for name, take in measured.items():
             try:
-                limit: Limit | str = take()
+                attempts = self._options.repeats if name != "link" else 1
+                limit: Limit | str = limits.best(take() for _ in range(attempts))
             except (OSError, ChildError) as error:
                 limit = f"not measured: {error}"
             self._result.limits[name] = limit
