@@ -122,6 +122,7 @@ def test_an_adapter_does_not_take_the_place_of_its_own_base(data: DataDir, tmp_p
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
         ({"use_qalora": True}, "QA-LoRA"),
+        ({"arrow_config": {"top_k": 3}}, "a choice among adapters"),
         ({"rank_pattern": {"(a+)+$": 8}}, "regular expression"),
         ({"alpha_pattern": {".*": 8}}, "regular expression"),
         ({"r": 0}, "impossible r or lora_alpha"),
