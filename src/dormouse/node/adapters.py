@@ -111,9 +111,13 @@ class Shelf:
 
 
 class Fitting:
-    """The adapters of one worker, from its start to its end."""
+    """The adapters of one worker, from its start to its end. `copies`: it has a copy of each on its device, and gives
+    the segment back."""
 
-    def __init__(self, host: Host, worker: WorkerHandle, link: WorkerLink, observers: list[Observer]) -> None:
+    def __init__(
+        self, host: Host, worker: WorkerHandle, link: WorkerLink, observers: list[Observer], *, copies: bool
+    ) -> None:
+        self._copies = copies
         self._host = host
         self._worker = worker
         self._link = link
@@ -175,6 +179,8 @@ class Fitting:
                 await self._link.load_adapter(served.key, adapter, handle)
             finally:
                 handle.close()
+            if self._copies:  # else it would stand in the host's memory beside no budget
+                await self._host.drop_segment(self._worker, adapter.checkpoint, keep=True)
         except DormouseError as error:
             log.warning("adapter %s of model %s was not loaded: %s", served.name, adapter.base, error)
             for observer in self._observers:

@@ -428,7 +428,9 @@ class Runner:
         self._link = await WorkerLink.open(
             self.model.name, handle.control, fresh=fresh, on_lost=self._lost, segments=handle.segments
         )
-        self._fitting = Fitting(self._around.host, handle, self._link, self._around.observers)
+        self._fitting = Fitting(
+            self._around.host, handle, self._link, self._around.observers, copies=self._load.device != "cpu"
+        )
         return self._link
 
     def _lost(self, error: DormouseError) -> None:
