@@ -97,6 +97,16 @@ def test_the_base_is_found_by_its_source_or_name_or_is_given(data: DataDir, tmp_
         take(data, Path(source), name="other", base="tiny")
 
 
+def test_an_adapter_does_not_take_the_place_of_its_own_base(data: DataDir, tmp_path: Path) -> None:
+    folder = save_peft(tmp_path / "a", factors(SHAPES))
+    with pytest.raises(ConfigError, match="is an adapter of tiny, whose place it can't take"):
+        take(data, folder, name="tiny")
+    base = open_model(data.models, "tiny")
+    assert base.base is None and base.checkpoint is not None
+    with Store.open(data.store) as store:
+        assert store.manifest(base.checkpoint).refs
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -112,6 +122,7 @@ def test_the_base_is_found_by_its_source_or_name_or_is_given(data: DataDir, tmp_
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
         ({"use_qalora": True}, "QA-LoRA"),
+        ({"arrow_config": {"top_k": 3}}, "a choice among adapters"),
         ({"rank_pattern": {"(a+)+$": 8}}, "regular expression"),
         ({"alpha_pattern": {".*": 8}}, "regular expression"),
         ({"r": 0}, "impossible r or lora_alpha"),

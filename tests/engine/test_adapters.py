@@ -216,6 +216,16 @@ def test_an_adapter_in_use_is_not_unloaded(stage: Stage) -> None:
     assert stage.mapped() == 0
 
 
+def test_a_request_behind_an_unloading_fails_by_itself(stage: Stage) -> None:
+    stage.loaded("one")
+    frames = [UnloadAdapter(name="one"), Generate(id="late", prompt=PROMPT, sampling=GREEDY, adapter="one")]
+    stage.client.socket.sendall(b"".join(pack_frame(frame) for frame in frames))
+    seen = [stage.client.receive(), stage.client.receive()]
+    assert {type(message) for message in seen} == {AdapterUnloaded, Failed}
+    (after,) = stage.ask(None)
+    assert isinstance(after.end, Finished)
+
+
 def test_what_does_not_fit_is_told_by_name_and_harms_nobody(stage: Stage) -> None:
     (before,) = stage.ask(None)
     good = stage.adapter("one")

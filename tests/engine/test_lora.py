@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from pathlib import Path
 
 import pytest
@@ -173,6 +175,16 @@ def test_without_adapters_the_model_has_no_hooks(stage: Stage) -> None:
     stage.batch.adapters.unbind(two)
     assert not any(module._forward_hooks for module in stage.model.modules())
     assert torch.equal(stage.generate({"a": (prompt_of(40), None)}, 3)["a"], before)
+
+
+def test_an_adapter_that_was_unbound_takes_no_memory(stage: Stage) -> None:
+    adapter = stage.adapter(1)
+    stage.generate({"a": (prompt_of(5), adapter)}, 2)
+    gone = weakref.ref(adapter)
+    stage.batch.adapters.unbind(adapter)
+    del adapter
+    gc.collect()
+    assert gone() is None
 
 
 def test_an_adapter_that_does_not_fit_is_refused_by_module_and_shapes(stage: Stage) -> None:

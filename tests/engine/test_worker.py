@@ -6,6 +6,7 @@ import itertools
 import socket
 import stat
 import struct
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +15,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dormouse.checkpoint.tensors import CheckpointBody
 from dormouse.engine.frames import MAX_FRAME, Inbox, pack_frame
 from dormouse.engine.messages import (
     PROTOCOL_VERSION,
+    AdapterSegment,
     Cancel,
     ChatPrompt,
     Failed,
     Finished,
+    FromWorker,
     Generate,
     Load,
+    LoadAdapter,
     Ping,
     Pong,
     Prepare,
@@ -34,6 +39,7 @@ from dormouse.engine.messages import (
     ToWorker,
     WorkerError,
 )
+from dormouse.engine.worker import Worker
 from dormouse.errors import EngineError
 from dormouse.transfer.handles import SegmentInfo
 
@@ -232,6 +238,24 @@ def test_segments_without_their_descriptors_are_refused_and_strays_are_closed(tm
         with WorkerClient(tmp_path / "log") as other:
             other.load(null_model, "null")
             assert other.ask(PROMPT, Sampling(max_tokens=4)).text
+
+
+def test_an_adapters_segment_that_arrives_in_two_parts_keeps_off_the_next_ones(tmp_path: Path) -> None:
+    own, control = socket.socketpair()
+    with own, control, tempfile.TemporaryFile() as memory:
+        segment = pack_frame(AdapterSegment(segment=SegmentInfo(kind="memfd", size=1, pending=False)))
+        table = CheckpointBody(version=1, size=1, chunk_size=1, tensors=[])
+        first, second = (pack_frame(LoadAdapter(name=name, table=table, scalings={})) for name in ("a", "b"))
+        socket.send_fds(own, [segment[:10]], [memory.fileno()])
+        own.sendall(segment[10:] + first)
+        socket.send_fds(own, [segment], [memory.fileno()])
+        own.sendall(second)
+        own.shutdown(socket.SHUT_WR)
+        assert Worker(control).run() == 0
+        control.close()
+        inbox: Inbox[FromWorker] = Inbox(FromWorker)  # type: ignore[arg-type]
+        replies = list(inbox.feed(own.recv(1 << 16)))
+    assert [getattr(reply, "name", "") for reply in replies] == ["", "a", "b"], replies
 
 
 def test_shutdown_and_the_end_of_the_stream_end_the_process(tmp_path: Path, null_model: Path) -> None:

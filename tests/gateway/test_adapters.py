@@ -87,6 +87,8 @@ async def test_the_routes_are_closed_by_default(tmp_path: Path) -> None:
         ({"lora_name": "tail", "lora_path": "mouse-tail"}, 400, "adapter_loaded", "lora_name"),
         ({"lora_path": "mouse-tail"}, 400, "missing_required_parameter", "lora_name"),
         ({"lora_name": "", "lora_path": "mouse-tail"}, 400, "invalid_value", "lora_name"),
+        ({"lora_name": "x\n\ndata: {}", "lora_path": "mouse-tail"}, 400, "invalid_value", "lora_name"),
+        ({"lora_name": "x\n", "lora_path": "mouse-tail"}, 400, "invalid_value", "lora_name"),
         ({"lora_name": "x", "lora_path": "mouse-tail", "load_inplace": True}, 400, "invalid_value", "load_inplace"),
         ({"lora_name": "x", "lora_path": "mouse-tail", "base": 1}, 400, "unknown_parameter", "base"),
         ([], 400, "invalid_type", None),

@@ -217,6 +217,8 @@ async def test_the_owner_loads_and_unloads_adapters_without_opening_the_routes(t
     async with admin(tmp_path) as node:
         assert await ask(tmp_path, "POST", "adapters", "mouse-tail", "load") == {"adapters": {"mouse-tail": "mouse"}}
         assert [served.name for served in node.adapters()] == ["mouse-tail"]
+        with pytest.raises(NotFoundError, match="'mouse-tail' is not served here"):
+            await ask(tmp_path, "POST", "models", "mouse-tail", "wake")
         with pytest.raises(DormouseError, match="already been loaded"):
             await ask(tmp_path, "POST", "adapters", "mouse-tail", "load")
         assert await ask(tmp_path, "POST", "adapters", "mouse-tail", "unload") == {"adapters": {}}

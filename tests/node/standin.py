@@ -127,8 +127,8 @@ class StandInHost:
         finally:
             segment.close()
 
-    async def drop_segment(self, worker: WorkerHandle | None, checkpoint: str) -> None:
-        await self._enter(f"drop_segment {checkpoint}")
+    async def drop_segment(self, worker: WorkerHandle | None, checkpoint: str, *, keep: bool = False) -> None:
+        await self._enter(f"drop_segment {checkpoint}{', keep' if keep else ''}")
 
     async def stop_worker(self, worker: WorkerHandle) -> None:
         await self._enter("stop_worker")

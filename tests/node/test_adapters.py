@@ -187,6 +187,30 @@ async def test_unloading_one_whose_model_sleeps_or_that_no_worker_has(tmp_path: 
 
 
 @on_loop
+async def test_one_name_of_an_adapter_goes_without_the_segment_of_the_other(tmp_path: Path) -> None:
+    dropped = "drop_segment checkpoint of mouse-tail"
+    host = StandInHost()
+    async with run_node(configure(tmp_path), host) as node:
+        for name in ("tail", "brush"):
+            await node.load_adapter(name, "mouse-tail")
+            await ask(node, model=name)
+        await node.unload_adapter("tail")
+        assert dropped not in host.calls, "the other's may be filling, and is used"
+        assert (await ask(node, model="brush"))[0] == "<brush#2> a b"
+        await node.unload_adapter("brush")
+        assert host.calls.count(dropped) == 1
+
+
+@on_loop
+async def test_a_worker_on_a_gpu_gives_the_segment_back_once_it_has_its_copy(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(configure(tmp_path, {"mouse": ModelConfig(device="cuda:0")}), host) as node:
+        await node.load_adapter("tail", "mouse-tail")
+        assert (await ask(node, model="tail"))[0] == "<tail#1> a b"
+        assert host.calls[-1] == "drop_segment checkpoint of mouse-tail, keep"
+
+
+@on_loop
 async def test_adapters_of_the_configuration_are_served_from_the_start(tmp_path: Path) -> None:
     models = {"mouse": ModelConfig(adapters=("mouse-tail", "mouse-ear"))}
     async with run_node(configure(tmp_path, models), StandInHost()) as node:

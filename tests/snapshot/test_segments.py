@@ -314,6 +314,8 @@ def test_a_segment_to_keep_outlives_its_worker_and_a_worker_that_is_gone_gets_no
                     await service.take_segment(first, checkpoint)
                 second = await service.start_worker(log_path=tmp_path / "log")
                 assert await in_memory(service, second), "it was kept"
+                await service.drop_segment(second, checkpoint, keep=True)
+                assert await in_memory(service, second), "a worker with a copy of its own gives it back, to be kept"
                 await service.drop_segment(second, checkpoint)
                 assert not await in_memory(service, second), "who drops it does not want it kept"
                 with pytest.raises(WeightsError, match="no checkpoint nothing"):

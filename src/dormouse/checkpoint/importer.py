@@ -81,6 +81,11 @@ def import_read(
         _sweep_folders(folders.models)
         with _staging(folders.models) as folder:
             found = read(folder)
+            if found.base == name:
+                raise ConfigError(
+                    f"{found.source} is an adapter of {name}, whose place it can't take",
+                    remedy="Give it a name of its own with --name",
+                )
             with Store.open(folders.store) as store:
                 _import(found, folder, target, store, progress, coded=coded)
                 _tidy(store, folders.models)

@@ -58,6 +58,7 @@ class _Config(msgspec.Struct, frozen=True):
     trainable_token_indices: object = None
     alora_invocation_tokens: object = None
     use_qalora: bool = False
+    arrow_config: object = None
 
 
 class _Type(msgspec.Struct, frozen=True):
@@ -114,6 +115,7 @@ def _refuse(config: _Config, path: Path) -> None:
         "trained tokens (trainable_token_indices)": config.trainable_token_indices,
         "a place in the prompt where it begins (alora_invocation_tokens)": config.alora_invocation_tokens,
         "QA-LoRA (use_qalora)": config.use_qalora,
+        "a choice among adapters (arrow_config)": config.arrow_config is not None,
         f"a changed base (init_lora_weights: {config.init_lora_weights})": config.init_lora_weights
         not in _PLAIN_STARTS,
     }

@@ -73,6 +73,7 @@ class Loop(Generic[T]):
         try:
             while (commands := self._take()) is not None:
                 self._step_once(commands)
+                del commands  # what they refer to must not be held while the thread sleeps
         except Exception as error:
             log.exception("the engine's thread ends")
             with self._changed:

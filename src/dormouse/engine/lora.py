@@ -94,7 +94,9 @@ class Adapters:
             self._hooks[module][1].add(adapter)
 
     def unbind(self, adapter: Adapter) -> None:
-        """Take it away, and the hooks that nobody needs any more. Idempotent."""
+        """Take it away, and the hooks that nobody needs any more. Nothing here refers to it then: a GPU's copy is freed
+        with the caller's last reference. Idempotent."""
+        self._routes = [route for route in self._routes if route[0] is not adapter]
         for module in adapter.factors:
             hook, users = self._hooks.get(module, (None, set()))
             users.discard(adapter)

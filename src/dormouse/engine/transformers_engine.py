@@ -177,7 +177,7 @@ class TransformersEngine:
 
     def _adapter(self, name: str | None) -> _LoadedAdapter | None:
         if name is not None and name not in self._adapters:
-            raise EngineError(f"the adapter {name} is not loaded in this worker", remedy="Try again")
+            raise _not_loaded(name)
         return self._adapters[name] if name is not None else None
 
     def _fitted(self, spec: LoadAdapter, segment: Attached) -> _LoadedAdapter:
@@ -201,15 +201,22 @@ class TransformersEngine:
     def _take(self, command: _Command) -> None:
         match command:
             case _Request():
-                self._requests[command.generate.id] = command
-                adapter = command.adapter.adapter if command.adapter is not None else None
-                self._batch.add(command.generate.id, command.prompt, adapter)
+                self._begin(command)
             case Cancel() if command.id in self._requests:
                 self._end(self._requests[command.id], "cancel")
             case _Bind():
                 self._bind(command.loaded)
             case _Unbind():
                 self._unbind(command.name)
+
+    def _begin(self, request: _Request) -> None:
+        loaded = request.adapter
+        if loaded is not None and self._adapters.get(loaded.name) is not loaded:
+            # Unloaded since it was asked for: what it would compute with is unmapped.
+            self._emit(failed(request.generate.id, _not_loaded(loaded.name)))
+            return
+        self._requests[request.generate.id] = request
+        self._batch.add(request.generate.id, request.prompt, loaded.adapter if loaded is not None else None)
 
     def _bind(self, loaded: _LoadedAdapter) -> None:
         if loaded.name in self._adapters:
@@ -229,6 +236,7 @@ class TransformersEngine:
 
     def _let_go(self, name: str) -> None:
         if (loaded := self._adapters.pop(name, None)) is not None:
+            self._chosen.clear()  # the requests of the last step, which refer to it
             self._batch.adapters.unbind(loaded.adapter)
             loaded.segment.close()
 
@@ -292,6 +300,10 @@ class TransformersEngine:
             self._emit(
                 Failed(id=request_id, message=f"the engine failed: {error}", reason="engine_error", bad_request=False)
             )
+
+
+def _not_loaded(name: str) -> EngineError:
+    return EngineError(f"the adapter {name} is not loaded in this worker", remedy="Try again")
 
 
 def _import_parts(threads: int | None) -> None:

@@ -161,17 +161,23 @@ class Worker:
         self._arena.map(self._adopted(message.segments))
 
     def _adopted(self, segments: list[SegmentInfo]) -> list[SegmentHandle]:
-        received = iter([self._descriptors.popleft() for _ in range(len(self._descriptors))])
+        received = self._received()
         try:
             return adopt(segments, received)
         finally:
             for left_over in received:
                 os.close(left_over)
 
+    def _received(self) -> Iterator[int]:
+        while self._descriptors:
+            yield self._descriptors.popleft()
+
     def _take_adapter_segment(self, message: AdapterSegment) -> None:
         if self._adapter_segment is not None:
             self._adapter_segment.close()
-        (self._adapter_segment,) = self._adopted([message.segment])
+            self._adapter_segment = None
+        # Only its own: a frame that arrives in two parts may bring the descriptor of the next adapter's along.
+        (self._adapter_segment,) = adopt([message.segment], self._received())
 
     def _of_adapter(self, message: LoadAdapter | UnloadAdapter) -> None:
         """An adapter's fault is told under its name: other requests run."""

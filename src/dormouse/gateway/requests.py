@@ -57,6 +57,9 @@ NEUTRAL_COMPLETION: Mapping[str, tuple[object, ...]] = {
 }
 
 _Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_AdapterName = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"\A[^\s\x00-\x1f\x7f-\x9f]+\Z")]
+"""It is shown in logs and in the comment lines of streams, so it is one word."""
+
 _Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
@@ -93,7 +96,7 @@ class _CompletionRequest(_Common, forbid_unknown_fields=True, frozen=True, kw_on
 class LoadAdapterRequest(Struct, forbid_unknown_fields=True, frozen=True):
     """The body of /v1/load_lora_adapter: `lora_path` is the name of an imported adapter."""
 
-    lora_name: Annotated[str, Meta(min_length=1, max_length=256)]
+    lora_name: _AdapterName
     lora_path: Annotated[str, Meta(min_length=1, max_length=4096)]
     load_inplace: Literal[False] = False
 

@@ -99,6 +99,11 @@ class Shelf:
         served = self._served[name] = Served(name, adapter, f"{name}#{next(self._numbers)}")
         return served
 
+    def is_shared(self, served: Served) -> bool:
+        """Whether the same imported adapter has another name, too."""
+        same = (other for other in self._served.values() if other.adapter.checkpoint == served.adapter.checkpoint)
+        return any(other is not served for other in same)
+
     def remove(self, served: Served) -> None:
         """Forget it."""
         if self._served.get(served.name) is served:
@@ -106,9 +111,13 @@ class Shelf:
 
 
 class Fitting:
-    """The adapters of one worker, from its start to its end."""
+    """The adapters of one worker, from its start to its end. `copies`: it has a copy of each on its device, and gives
+    the segment back."""
 
-    def __init__(self, host: Host, worker: WorkerHandle, link: WorkerLink, observers: list[Observer]) -> None:
+    def __init__(
+        self, host: Host, worker: WorkerHandle, link: WorkerLink, observers: list[Observer], *, copies: bool
+    ) -> None:
+        self._copies = copies
         self._host = host
         self._worker = worker
         self._link = link
@@ -170,6 +179,8 @@ class Fitting:
                 await self._link.load_adapter(served.key, adapter, handle)
             finally:
                 handle.close()
+            if self._copies:  # else it would stand in the host's memory beside no budget
+                await self._host.drop_segment(self._worker, adapter.checkpoint, keep=True)
         except DormouseError as error:
             log.warning("adapter %s of model %s was not loaded: %s", served.name, adapter.base, error)
             for observer in self._observers:
@@ -189,7 +200,6 @@ class Fitting:
         except DormouseError:
             if self._link.lost is None:  # else it has ended with the worker
                 raise
-        await self._host.drop_segment(self._worker, served.adapter.checkpoint)
         log.info("adapter %s of model %s is unloaded", served.name, served.adapter.base)
 
 

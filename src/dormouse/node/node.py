@@ -185,7 +185,8 @@ class Node:
         ]
 
     async def wake(self, name: str) -> Start:
-        """Make the model ready; it then stays for its keep-alive."""
+        """Make the model ready; it then stays for its keep-alive. Raises NotFoundError, also for an adapter."""
+        self._runner(name)
         async with self.replica(name) as lease:
             return lease.start
 
@@ -271,7 +272,7 @@ class Node:
     async def _retire(self, served: Served) -> None:
         await served.unused.wait()
         try:
-            await self._runners[served.adapter.base].drop_adapter(served)
+            await self._runners[served.adapter.base].drop_adapter(served, shared=self._shelf.is_shared(served))
         finally:
             self._shelf.remove(served)
             self._notify()

@@ -200,12 +200,13 @@ class Runner:
             raise EngineError(f"the worker of {self.model.name} has gone", remedy="Try again")
         await self._fitting.need(served)
 
-    async def drop_adapter(self, served: Served) -> None:
-        """Let go of an adapter that no request uses, and of its segment. A worker that is being parked or has been gets
-        no message: it has none left when it goes on."""
+    async def drop_adapter(self, served: Served, *, shared: bool) -> None:
+        """Let go of an adapter that no request uses, and of its segment unless that is `shared`: one of the other name
+        may be filling. A worker that is being parked or has been gets no message: it has none left when it goes on."""
         if self._fitting is not None and self.replica.state is State.READY:
             await self._fitting.drop(served)
-        await self._around.host.drop_segment(self._handle, served.adapter.checkpoint)
+        if not shared:
+            await self._around.host.drop_segment(self._handle, served.adapter.checkpoint)
 
     def press(self, *, capture: bool = False) -> None:
         """Sleep as soon as no request runs; `capture`: and make a new snapshot."""
@@ -427,7 +428,9 @@ class Runner:
         self._link = await WorkerLink.open(
             self.model.name, handle.control, fresh=fresh, on_lost=self._lost, segments=handle.segments
         )
-        self._fitting = Fitting(self._around.host, handle, self._link, self._around.observers)
+        self._fitting = Fitting(
+            self._around.host, handle, self._link, self._around.observers, copies=self._load.device != "cpu"
+        )
         return self._link
 
     def _lost(self, error: DormouseError) -> None:

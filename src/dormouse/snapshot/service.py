@@ -119,13 +119,16 @@ class HostService:
         assert isinstance(reply, messages.SegmentTaken)
         return adopt([reply.segment], iter(descriptors))[0]
 
-    async def drop_segment(self, worker: WorkerHandle | None, checkpoint: str) -> None:
-        """An adapter's segment is not this worker's any more, and need not be kept. Idempotent."""
+    async def drop_segment(self, worker: WorkerHandle | None, checkpoint: str, *, keep: bool = False) -> None:
+        """An adapter's segment is not this worker's any more, and need not be kept, unless told to `keep` it within the
+        budget for that. Idempotent."""
         process = self._process
         if process is None or process.ended is not None:
             return
         cell_id = worker.cell_id if worker is not None else None
-        await process.ask(messages.DropSegment(call=process.new_call(), cell_id=cell_id, checkpoint=checkpoint))
+        await process.ask(
+            messages.DropSegment(call=process.new_call(), cell_id=cell_id, checkpoint=checkpoint, keep=keep)
+        )
 
     async def stop_worker(self, worker: WorkerHandle) -> None:
         """Kill the cell with all in it and wait until its memory is free. Idempotent."""

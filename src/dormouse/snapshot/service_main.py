@@ -175,7 +175,8 @@ class Service:
             case messages.DropSegment():
                 if request.cell_id is not None:
                     self._segments.release(request.cell_id, request.checkpoint)
-                self._segments.forget(request.checkpoint)
+                if not request.keep:
+                    self._segments.forget(request.checkpoint)
                 return messages.SegmentDropped(call=request.call), []
 
     def _take_segment(self, request: messages.TakeSegment) -> Answer:

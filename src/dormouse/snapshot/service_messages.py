@@ -58,10 +58,12 @@ class TakeSegment(_Message, frozen=True, tag="take_segment"):
 
 
 class DropSegment(_Message, frozen=True, tag="drop_segment"):
-    """An adapter's segment is not needed any more: by the worker of this cell (None: of none), nor to be kept."""
+    """An adapter's segment is not needed any more: by the worker of this cell (None: of none), nor to be kept for the
+    next one, unless `keep`."""
 
     cell_id: str | None
     checkpoint: str
+    keep: bool = False
 
 
 class Started(_Message, frozen=True, tag="started"):
