@@ -49,11 +49,16 @@ def pinner() -> Iterator[FakePinner]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    """No test leaves a thread or a descriptor."""
-    before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test leaves a thread or a descriptor; but CUDA opens descriptors as it likes."""
+    cuda = request.node.get_closest_marker("gpu") is not None
+    before = threading.active_count(), 0 if cuda else _descriptors()
     yield
-    assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before
+    assert (threading.active_count(), 0 if cuda else _descriptors()) == before
+
+
+def _descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def loaded(

@@ -31,7 +31,7 @@ from dormouse.transfer import pinned
 from dormouse.transfer.budget import default_threads
 from dormouse.transfer.crew import clear_frames
 from dormouse.transfer.delivery import Delivery
-from dormouse.transfer.device_plan import Packed, Parcel, pack
+from dormouse.transfer.device_plan import SOURCE_ALIGNMENT, Packed, Parcel, pack
 from dormouse.transfer.gpus import Cuda, Gpu, have_kernels, translated
 from dormouse.transfer.lane import Kernels, Lane, Source
 from dormouse.transfer.pieces import Checker
@@ -72,7 +72,7 @@ def load_device(
     kept for the next load (`pinned.free_pinned`); the destinations have any content.
     """
     if not destinations or not all(map(_is_block, destinations)):
-        raise ConfigError("a load to GPUs needs contiguous bytes on GPUs")
+        raise ConfigError("a load to GPUs needs contiguous bytes on GPUs that begin at a multiple of 16")
     try:
         with translated(), torch.cuda.device(destinations[0].device):
             return carry_out(
@@ -94,7 +94,8 @@ def load_device(
 
 
 def _is_block(memory: torch.Tensor) -> bool:
-    return memory.is_cuda and memory.dtype == torch.uint8 and memory.dim() == 1 and memory.is_contiguous()
+    aligned = memory.data_ptr() % SOURCE_ALIGNMENT == 0  # kernels check raw chunks there
+    return memory.is_cuda and memory.dtype == torch.uint8 and memory.dim() == 1 and memory.is_contiguous() and aligned
 
 
 def carry_out(

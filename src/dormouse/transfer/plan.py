@@ -135,10 +135,15 @@ def stored_pieces(
                 remedy=VERIFY_REMEDY,
             )
         copies.setdefault(chunk, []).extend(wanted)
-    files: dict[Path, int] = {}
+    numbers: dict[int, int] = {}
+    files: list[Path] = []
+    for chunk in copies:
+        if chunk.pack not in numbers:
+            numbers[chunk.pack] = len(files)
+            files.append(pack(chunk))
     pieces = [
         Piece(
-            files.setdefault(pack(chunk), len(files)),
+            numbers[chunk.pack],
             chunk.offset,
             chunk.stored_length,
             chunk.plain_length,
@@ -148,7 +153,7 @@ def stored_pieces(
         )
         for chunk, wanted in copies.items()
     ]
-    return list(files), pieces
+    return files, pieces
 
 
 def plan(
