@@ -26,7 +26,7 @@ from dormouse.checkpoint.mapped_file import map_file, populate
 from dormouse.checkpoint.models import ImportedModel, open_model
 from dormouse.checkpoint.pool import note_damage
 from dormouse.checkpoint.safetensors_file import header_of, open_source
-from dormouse.checkpoint.shards import Shard, cuts, place, select
+from dormouse.checkpoint.shards import Placement, Shard, cuts, place, select
 from dormouse.checkpoint.tensors import Tensor, decode_body
 from dormouse.checkpoint.torch_tensors import WIDE_FLOATS, find_device, torch_type, typed, views
 from dormouse.checkpoint.writer import CHECKPOINT_KIND
@@ -201,20 +201,36 @@ def load_measured(
     if not devices:
         raise ConfigError("there is no device to load to", remedy="Give at least one")
     checkpoint = checkpoint_of(open_model(data_dir.models, name))
-    with Store.open(data_dir.store) as store, store.reader() as reader:
-        manifest = _manifest(store, checkpoint, name)
-        what = f"the checkpoint of {name}"
-        body = decode_body(manifest.body, what)
-        chosen = select(body.tensors, tensors, what)
-        for tensor in chosen:
-            torch_type(tensor)
-        placement = place(chosen, len(devices), cuts(chosen, shard, what))
-        plan = load_plans.of_checkpoint(body, manifest.refs, placement, reader, what)
+    with contextlib.ExitStack() as stack:
+
+        def planned(store: Store) -> tuple[Store, Reader, Manifest, Placement, LoadPlan]:
+            reader = stack.enter_context(stack.enter_context(store).reader())
+            manifest = _manifest(store, checkpoint, name)
+            return store, reader, manifest, *_planned(manifest, reader, len(devices), tensors, shard)
+
+        try:
+            store, reader, manifest, placement, plan = planned(Store.open_to_read(data_dir.store))
+        except DamagedError:  # perhaps the index is, which a full opening builds anew
+            stack.close()
+            store, reader, manifest, placement, plan = planned(Store.open(data_dir.store))
         with _noting_damage(reader, manifest):
             blocks, report = _run(plan, devices, store.key, tier, progress, cancelled)
     placed = zip(blocks, placement.tensors, strict=True)
     found = [_cast(views(block, parts), dtype) for block, parts in placed]
     return Loaded(found, sum(placement.sizes), report)
+
+
+def _planned(
+    manifest: Manifest, reader: Reader, devices: int, tensors: Iterable[str] | None, shard: Shard | None
+) -> tuple[Placement, LoadPlan]:
+    """What of a checkpoint goes where, and the plan for it."""
+    what = f"the checkpoint of {manifest.name}"
+    body = decode_body(manifest.body, what)
+    chosen = select(body.tensors, tensors, what)
+    for tensor in chosen:
+        torch_type(tensor)
+    placement = place(chosen, devices, cuts(chosen, shard, what))
+    return placement, load_plans.of_checkpoint(body, manifest.refs, placement, reader, what)
 
 
 def measured(

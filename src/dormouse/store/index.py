@@ -113,7 +113,7 @@ class Index:
         if not self._path.exists():
             return "it is missing"
         try:
-            ((version,),) = self._query("PRAGMA user_version")
+            version = self._version()
             if version != VERSION:
                 return f"it is of format version {version}, not {VERSION}"
             if self._query(_LIST_SCHEMA) != _expected_schema():
@@ -128,6 +128,14 @@ class Index:
         except StoreError as error:
             return str(error.__cause__ or error.message)
         return None if verdicts == [("ok",)] else f"{verdicts[0][0]}"
+
+    def is_current(self) -> bool:
+        """Whether it is of our format, as far as its header tells."""
+        return self._version() == VERSION
+
+    def _version(self) -> object:
+        ((version,),) = self._query("PRAGMA user_version")
+        return version
 
     def create(self, note: str) -> None:
         """Throw the database away and make an empty one that remembers why."""
@@ -162,7 +170,7 @@ class Index:
                 rows = connection.execute(
                     f"SELECT {_COLUMNS} FROM chunks WHERE pack IS NOT NULL AND digest IN ({marks})", batch
                 )
-                found.update((row[0], StoredChunk(*row)) for row in rows)
+                found.update((row[0], StoredChunk._make(row)) for row in rows)
         return found
 
     def packs(self) -> set[int]:

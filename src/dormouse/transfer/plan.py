@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,12 +39,14 @@ class Copy(NamedTuple):
 
     def fits(self, plain_length: int, sizes: Sequence[int]) -> bool:
         """Whether it stays within a piece of `plain_length` and the destinations."""
-        last = self.rows - 1
+        device, source, target, row_bytes, rows, source_pitch, target_pitch = self
         return (
-            0 <= self.device < len(sizes)
-            and min(self.source, self.target, self.row_bytes, last, self.source_pitch, self.target_pitch) >= 0
-            and self.source + last * self.source_pitch + self.row_bytes <= plain_length
-            and self.target + last * self.target_pitch + self.row_bytes <= sizes[self.device]
+            0 <= device < len(sizes)
+            and source >= 0 <= target
+            and row_bytes >= 0 < rows
+            and source_pitch >= 0 <= target_pitch
+            and source + (rows - 1) * source_pitch + row_bytes <= plain_length
+            and target + (rows - 1) * target_pitch + row_bytes <= sizes[device]
         )
 
 
@@ -113,8 +116,9 @@ class LoadPlan:
             raise StoreError(f"a load needs memory of {self.sizes} bytes and was given {tuple(sizes)}")
         for extent in self.extents:
             for piece in extent.pieces:
-                if not all(copy.fits(piece.plain_length, self.sizes) for copy in piece.copies):
-                    raise StoreError(f"a copy out of {self.files[piece.file]} at {piece.offset} leaves its memory")
+                for copy in piece.copies:
+                    if not copy.fits(piece.plain_length, self.sizes):
+                        raise StoreError(f"a copy out of {self.files[piece.file]} at {piece.offset} leaves its memory")
 
     @property
     def plain_bytes(self) -> int:
@@ -160,25 +164,33 @@ def plan(
     files: Sequence[Path], pieces: Iterable[Piece], sizes: Sequence[int], *, extent_bytes: int = EXTENT_BYTES
 ) -> LoadPlan:
     """Join neighbours into extents, in file order. A coded piece longer than `extent_bytes` is an extent of its own."""
-    given = list(pieces)
-    zeros = tuple(piece for piece in given if piece.codec == Codec.ZERO)
-    read = [part for piece in given if piece.codec != Codec.ZERO for part in _cut(piece, extent_bytes)]
-    return LoadPlan(tuple(files), tuple(join(read, extent_bytes)), tuple(sizes), zeros)
+    zeros: list[Piece] = []
+    read: list[Piece] = []
+    for piece in pieces:
+        if piece.codec == Codec.ZERO:
+            zeros.append(piece)
+        else:
+            read += _cut(piece, extent_bytes)
+    return LoadPlan(tuple(files), tuple(join(read, extent_bytes)), tuple(sizes), tuple(zeros))
 
 
 def join(pieces: Iterable[Piece], extent_bytes: int, plain_bytes: int | None = None) -> Iterator[Extent]:
     """Extents of at most `extent_bytes`, whose pieces decode to at most `plain_bytes`; a piece that is longer stands
     alone."""
     run: list[Piece] = []
-    plain = 0
-    for piece in sorted(pieces, key=lambda piece: (piece.file, piece.offset)):
+    number = begin = end = plain = 0
+    for piece in sorted(pieces, key=attrgetter("file", "offset")):
+        near = piece.file == number and end <= piece.offset <= aligned(end) + ALIGNMENT
         plain += piece.plain_length
-        if run and not (_fits(run, piece, extent_bytes) and (plain_bytes is None or plain <= plain_bytes)):
-            yield _extent(run)
-            run, plain = [], piece.plain_length
+        if run and not (near and piece.end - begin <= extent_bytes and (plain_bytes is None or plain <= plain_bytes)):
+            yield Extent(number, begin, end - begin, tuple(run))
+            run = []
+        if not run:
+            number, begin, plain = piece.file, piece.offset, piece.plain_length
+        end = piece.end
         run.append(piece)
     if run:
-        yield _extent(run)
+        yield Extent(number, begin, end - begin, tuple(run))
 
 
 def split(extent: Extent, extent_bytes: int) -> Iterator[Extent]:
@@ -186,35 +198,32 @@ def split(extent: Extent, extent_bytes: int) -> Iterator[Extent]:
     return join((part for piece in extent.pieces for part in _cut(piece, extent_bytes)), extent_bytes)
 
 
-def _fits(run: Sequence[Piece], piece: Piece, extent_bytes: int) -> bool:
-    first, last = run[0], run[-1]
-    near = piece.file == last.file and last.end <= piece.offset <= aligned(last.end) + ALIGNMENT
-    return near and piece.end - first.offset <= extent_bytes
-
-
-def _extent(run: Sequence[Piece]) -> Extent:
-    first, last = run[0], run[-1]
-    return Extent(first.file, first.offset, last.end - first.offset, tuple(run))
-
-
-def _cut(piece: Piece, extent_bytes: int) -> Iterator[Piece]:
+def _cut(piece: Piece, extent_bytes: int) -> Sequence[Piece]:
     """The piece; or, if nothing keeps its bytes together, its parts between multiples of `extent_bytes` in the file, so
     that all extents but a file's first and last begin and end at such. What goes nowhere is left out."""
     if piece.chunk is not None or piece.codec != Codec.RAW:
-        yield piece
-        return
+        return (piece,)
+    parts = []
     begin = piece.offset
     while begin < piece.end:
         end = min(piece.end, (begin // extent_bytes + 1) * extent_bytes)
         copies = tuple(clipped(piece.copies, begin - piece.offset, end - piece.offset))
         if copies:
-            yield piece._replace(offset=begin, stored_length=end - begin, plain_length=end - begin, copies=copies)
+            parts.append(
+                piece._replace(offset=begin, stored_length=end - begin, plain_length=end - begin, copies=copies)
+            )
         begin = end
+    return parts
 
 
 def clipped(copies: Iterable[Copy], begin: int, end: int) -> Iterator[Copy]:
     """What of `copies` lies between `begin` and `end` of the plain bytes, counted from `begin`."""
     for copy in copies:
+        if copy.rows == 1:  # as most are
+            part = _part(copy, 0, 0, begin, end)
+            if part.row_bytes > 0:
+                yield part
+            continue
         pitch = copy.source_pitch or copy.row_bytes
         first = max(0, -(-(begin - copy.source - copy.row_bytes + 1) // pitch))  # the first row that ends after `begin`
         until = min(copy.rows, -(-(end - copy.source) // pitch))  # the first row that begins at `end` or after
