@@ -283,7 +283,7 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LoadPlan]]:
     pinned.free_pinned()
     monkeypatch.setattr(load_device, "load_device", on_fakes)
     monkeypatch.setattr(module, "find_device", torch.device)
-    monkeypatch.setattr(module, "_gpu_block", lambda size, _device: torch.zeros(size, dtype=torch.uint8))
+    monkeypatch.setattr(module, "_gpu_block", lambda size, _device: torch.full((size,), 0xAB, dtype=torch.uint8))
     yield plans
     pinned.free_pinned()
 

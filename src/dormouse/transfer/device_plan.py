@@ -63,11 +63,12 @@ class Part(NamedTuple):
 
 class Parcel(NamedTuple):
     """What comes at once: the bytes of an extent as they are, or, if `host`, the plain bytes of its pieces one after
-    the other. `starts` tells where each piece begins. `held`: the bytes are in memory, where they were checked."""
+    the other. `starts` tells where each piece begins. `held`: the number of the extent in the plan it belongs to, if
+    the bytes are in memory, where they were checked."""
 
     extent: Extent
     host: bool
-    held: bool
+    held: int | None
     starts: tuple[int, ...]
     length: int
     plain_bytes: int
@@ -107,16 +108,17 @@ def pack(plan: LoadPlan, *, kernels: bool, plain_bytes: int = EXTENT_BYTES, held
     tables = tuple(Tables() for _ in plan.sizes)
     parcels: list[Parcel] = []
     for number, whole in enumerate(plan.extents):
-        simple = _simple(whole, tables, held=number < held) if kernels else None
+        where = number if number < held else None
+        simple = _simple(whole, tables, where) if kernels else None
         if simple is not None:
             parcels.append(simple)
             continue
         for extent, host in _sorted_out(whole, plain_bytes, kernels=kernels):
-            parcels.append(_parcel(extent, tables, host=host, held=number < held and not host))
+            parcels.append(_parcel(extent, tables, None if host else where, host=host))
     return Packed(tuple(parcels), tables)
 
 
-def _simple(extent: Extent, tables: Sequence[Tables], *, held: bool) -> Parcel | None:
+def _simple(extent: Extent, tables: Sequence[Tables], held: int | None) -> Parcel | None:
     """The parcel of an extent as most are: of coded chunks for one device, each of which goes there as it is. None for
     any other. What follows would make the same of it, in several times the time."""
     device = extent.pieces[0].copies[0].device
@@ -129,7 +131,7 @@ def _simple(extent: Extent, tables: Sequence[Tables], *, held: bool) -> Parcel |
     checks, decodes = len(own.checks), len(own.decodes)
     for piece, at in zip(extent.pieces, starts, strict=True):
         own.decodes.append((piece.codec, at, piece.stored_length, piece.copies[0].target, piece.plain_length))
-        if piece.chunk is not None and not held:
+        if piece.chunk is not None and held is None:
             own.add_check(piece, piece.chunk, at)
     staged = tuple(_merged((at, at + piece.stored_length) for at, piece in zip(starts, extent.pieces, strict=True)))
     own.staging_bytes = max(own.staging_bytes, extent.length)
@@ -191,12 +193,12 @@ def _on(piece: Piece, device: int) -> tuple[Copy, ...]:
     return tuple(copy for copy in copies if copy.device == device)
 
 
-def _parcel(extent: Extent, tables: Sequence[Tables], *, host: bool, held: bool) -> Parcel:
+def _parcel(extent: Extent, tables: Sequence[Tables], held: int | None, *, host: bool) -> Parcel:
     starts = tuple(_host_starts(extent) if host else (piece.offset - extent.offset for piece in extent.pieces))
     last = extent.pieces[-1]
     length = starts[-1] + (last.plain_length if host else last.stored_length)
     devices = sorted({copy.device for piece in extent.pieces for copy in piece.copies})
-    signed = not (host or held)
+    signed = not host and held is None
     parts = tuple(
         _PartMaker(device, tables[device], host=host, signed=signed).part(extent.pieces, starts) for device in devices
     )

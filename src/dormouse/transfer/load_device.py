@@ -1,6 +1,6 @@
 """Load a plan into the memory of GPUs.
 
-    parcels in plan order -> readers (threads): read into a slot of pinned memory
+    parcels in plan order -> readers (threads): read into a slot of pinned memory, made when it is first needed
                           -> this thread: link, check, decode, on one of a few lanes of each device that needs it
                           -> finisher (a thread): when a slot's bytes have crossed the link, it is free again
 
@@ -18,7 +18,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -43,12 +43,14 @@ from dormouse.transfer.source_files import SourceFiles, room_for
 
 if TYPE_CHECKING:
     from dormouse.store.key import Key
-    from dormouse.transfer.dram import DramTier, HeldRun
+    from dormouse.transfer.dram import DramTier
 
 log = logging.getLogger(__name__)
 
 PINNED_BYTES = 512 << 20
-_SMALL = 4 << 20
+_SMALL = 8 << 20
+_HELD = 64 << 20
+"""What comes out of the tier is asked for so much at once: it needs no slot, and asking is what costs the CPU most."""
 LANES = 4
 """Per device: one whose bytes cross the link, one that checks and decodes, and some between."""
 
@@ -64,7 +66,8 @@ def load_device(
     cancelled: threading.Event | None = None,
     tier: DramTier | None = None,
 ) -> LoadReport:
-    """Fill `destinations` (uint8, 1-D, contiguous, on GPUs, all zeros) as `plan` says; all is there on return.
+    """Fill `destinations` (uint8, 1-D, contiguous, on GPUs, zeros in the plan's gaps) as it says; when this returns, all
+    is there.
 
     `progress` is called with done and total plain bytes, by one thread. Raises DamagedError that names file and chunk,
     NotFoundError, HostError when a GPU or this machine lacks memory, ConfigError when `pinned_bytes` are too few,
@@ -79,7 +82,7 @@ def load_device(
                 plan,
                 destinations,
                 [Cuda(each.device) for each in destinations],
-                pinned.CudaPinner(),
+                pinned.CudaPinner(destinations[0].device),
                 kernels=have_kernels(),
                 key=key,
                 pinned_bytes=pinned_bytes,
@@ -119,19 +122,21 @@ def carry_out(
     checker.check_plan(plan)
     threads = threads or default_threads()
     plan = _fitted(plan, pinned_bytes)
-    if tier is None:
-        plan = _tapered(plan, threads)
-    packed = pack(plan, kernels=kernels, plain_bytes=_limit(pinned_bytes))
+    stored_bytes = plan.stored_bytes
     with contextlib.ExitStack() as stack:
+        held, rest = _held(plan, tier, stack)
+        plan = replace(plan, extents=(*(extent for extent, _sources in held), *_tapered(rest, threads)))
+        packed = pack(plan, kernels=kernels, plain_bytes=_limit(pinned_bytes), held=len(held))
+        sources = [None if each.held is None else _counted(*held[each.held], each) for each in packed.parcels]
         files = stack.enter_context(SourceFiles(plan.files, ours=plan.ours))
-        held = _held(packed, tier, stack)
-        reading = [number for number, found in enumerate(held) if found is None]
-        ring = Ring(pinned_bytes, max((_room(packed.parcels[number]) for number in reading), default=1), len(reading))
+        rooms = [_room(parcel) for parcel in packed.parcels if parcel.held is None]
+        slot_bytes = _slot_bytes(max(rooms, default=1), pinned_bytes)
+        ring = Ring(pinned_bytes, slot_bytes, len(rooms), lambda size: pinned.borrow(size, pinner))
         lanes: list[list[Lane]] = []
-        with _slots(ring.size if reading else 0, pinner, lanes) as memory:
-            delivery = Delivery(packed, lanes, ring, memory, files, checker)
+        with _kept(ring, lanes):
+            delivery = Delivery(packed, lanes, ring, files, checker)
             delivery.run(
-                held,
+                sources,
                 # while the first bytes are read
                 lambda: _add_lanes(lanes, packed, gpus, destinations, key),
                 threads=threads,
@@ -141,11 +146,16 @@ def carry_out(
         return LoadReport(
             time.perf_counter() - started,
             plan.plain_bytes,
-            plan.stored_bytes,
+            stored_bytes,
             files.direct_bytes,
             files.cached_bytes,
-            sum(parcel.extent.length for parcel, found in zip(packed.parcels, held, strict=True) if found is not None),
-            ring.peak * ring.slot_bytes,
+            sum(
+                piece.stored_length
+                for parcel in packed.parcels
+                if parcel.held is not None
+                for piece in parcel.extent.pieces
+            ),
+            ring.peak_bytes,
             "device" if kernels else "host",
         )
 
@@ -160,6 +170,12 @@ def _limit(pinned_bytes: int) -> int:
     return max(ALIGNMENT, min(EXTENT_BYTES, pinned_bytes // 4 // ALIGNMENT * ALIGNMENT))
 
 
+def _slot_bytes(largest: int, pinned_bytes: int) -> int:
+    """As much as the largest parcel needs; of all loads the same if that is nearly so, to use slots again."""
+    usual = _limit(pinned_bytes) + ALIGNMENT
+    return usual if largest <= usual < 2 * largest else largest
+
+
 def _fitted(plan: LoadPlan, pinned_bytes: int) -> LoadPlan:
     """The plan, in smaller extents if there is little pinned memory."""
     limit = _limit(pinned_bytes)
@@ -169,32 +185,65 @@ def _fitted(plan: LoadPlan, pinned_bytes: int) -> LoadPlan:
     return make_plan(plan.files, pieces, plan.sizes, extent_bytes=limit)
 
 
-def _tapered(plan: LoadPlan, threads: int) -> LoadPlan:
-    """The plan with small extents at both ends, as many as there are readers."""
-    extents = plan.extents
-    ends = min(threads, len(extents) // 2)
+def _tapered(extents: Sequence[Extent], threads: int) -> tuple[Extent, ...]:
+    """Small extents at both ends, so that every reader has some."""
+    ends = min(-(-threads // 4), len(extents) // 2)
     rest = len(extents) - ends
-    return replace(plan, extents=(*_small(extents[:ends]), *extents[ends:rest], *_small(extents[rest:])))
+    return (*_small(extents[:ends]), *extents[ends:rest], *_small(extents[rest:]))
 
 
 def _small(extents: Sequence[Extent]) -> Iterator[Extent]:
     return chain.from_iterable(split(extent, _SMALL) for extent in extents)
 
 
-def _held(packed: Packed, tier: DramTier | None, stack: contextlib.ExitStack) -> list[tuple[Source, ...] | None]:
-    """For each parcel, where in the tier its bytes are; None for one that has to be read. They stay there until `stack`
-    is closed."""
+_Held = tuple[Extent, tuple[Source, ...]]
+"""An extent, and where in the tier its bytes are, counted from its beginning."""
+
+
+def _held(plan: LoadPlan, tier: DramTier | None, stack: contextlib.ExitStack) -> tuple[list[_Held], list[Extent]]:
+    """What the tier holds, in larger extents, and what has to be read. It stays there until `stack` is closed."""
     if tier is None:
-        return [None] * len(packed.parcels)
-    found = stack.enter_context(tier.borrow([parcel.extent for parcel in packed.parcels if not parcel.host]))
-    slabs = {id(run.memory): run.memory for runs in found for run in runs or ()}
+        return [], list(plan.extents)
+    found = list(zip(plan.extents, stack.enter_context(tier.borrow(plan.extents)), strict=True))
+    slabs = {id(run.memory): run.memory for _extent, runs in found for run in runs or ()}
     tensors = {number: torch.frombuffer(memory, dtype=torch.uint8) for number, memory in slabs.items()}
-    sources = (None if runs is None else _sources(runs, tensors) for runs in found)
-    return [None if parcel.host else next(sources) for parcel in packed.parcels]
+    held = [
+        (extent, tuple(Source(run.begin, run.end, tensors[id(run.memory)], run.offset) for run in runs))
+        for extent, runs in found
+        if runs is not None
+    ]
+    return list(_gathered(held)), [extent for extent, runs in found if runs is None]
 
 
-def _sources(runs: Sequence[HeldRun], tensors: Mapping[int, torch.Tensor]) -> tuple[Source, ...]:
-    return tuple(Source(run.begin, run.end, tensors[id(run.memory)], run.offset) for run in runs)
+def _gathered(held: Iterable[_Held]) -> Iterator[_Held]:
+    """The same, several of a file as one."""
+    group: list[_Held] = []
+    for extent, sources in held:
+        if group:
+            first = group[0][0]
+            if extent.file != first.file or extent.offset + extent.length - first.offset > _HELD:
+                yield _as_one(group)
+                group = []
+        group.append((extent, sources))
+    if group:
+        yield _as_one(group)
+
+
+def _as_one(group: Sequence[_Held]) -> _Held:
+    first, last = group[0][0], group[-1][0]
+    sources = (_shifted(source, extent.offset - first.offset) for extent, found in group for source in found)
+    pieces = tuple(chain.from_iterable(extent.pieces for extent, _sources in group))
+    return Extent(first.file, first.offset, last.offset + last.length - first.offset, pieces), tuple(sources)
+
+
+def _counted(extent: Extent, sources: tuple[Source, ...], parcel: Parcel) -> tuple[Source, ...]:
+    """Sources of an extent, counted from the beginning of a parcel that is a part of it."""
+    shift = extent.offset - parcel.extent.offset
+    return tuple(_shifted(source, shift) for source in sources) if shift else sources
+
+
+def _shifted(source: Source, by: int) -> Source:
+    return source._replace(begin=source.begin + by, end=source.end + by)
 
 
 def _add_lanes(
@@ -214,15 +263,14 @@ def _add_lanes(
 
 
 @contextlib.contextmanager
-def _slots(size: int, pinner: pinned.Pinner, lanes: Sequence[Sequence[Lane]]) -> Iterator[memoryview]:
-    """Pinned memory for all slots. At the end no device uses it, nor anything else of the load, any more."""
-    memory = pinned.borrow(size, pinner) if size else None
+def _kept(ring: Ring, lanes: Sequence[Sequence[Lane]]) -> Iterator[None]:
+    """Keep the slots for the next load. At the end no device uses them, nor anything else of the load, any more."""
     try:
-        yield memoryview(b"") if memory is None else memory.view
+        yield
     finally:
-        drained = _drained(lanes)
-        if memory is not None:
-            (pinned.give_back if drained else pinned.abandon)(memory)
+        leave = pinned.give_back if _drained(lanes) else pinned.abandon
+        for slot in ring.made:
+            leave(slot)
 
 
 def _drained(lanes: Sequence[Sequence[Lane]]) -> bool:

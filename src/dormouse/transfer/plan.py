@@ -3,9 +3,10 @@
     pieces (chunks of a checkpoint, runs of a plain file) -> plan() -> extents of many pieces -> load_host | load_device
 
 A piece is coded as a whole and decoded as a whole; its plain bytes, or parts of them, go to one or more places in the
-destinations (one block of memory per device), which are all zeros before: so chunks of zeros are not read, and only
-their signatures are checked. Pieces that lie side by side in a file are read at once, as one extent of at most
-`extent_bytes`. Plain bytes without a signature may be cut anywhere: a long run of them becomes several pieces.
+destinations (one block of memory per device), which are zeros before where nothing goes (`LoadPlan.gaps`): so chunks of
+zeros are not read, and only their signatures are checked. Pieces that lie side by side in a file are read at once, as
+one extent of at most `extent_bytes`. Plain bytes without a signature may be cut anywhere: a long run of them becomes
+several pieces.
 """
 
 from __future__ import annotations
@@ -119,6 +120,23 @@ class LoadPlan:
                 for copy in piece.copies:
                     if not copy.fits(piece.plain_length, self.sizes):
                         raise StoreError(f"a copy out of {self.files[piece.file]} at {piece.offset} leaves its memory")
+
+    def gaps(self, device: int) -> list[tuple[int, int]]:
+        """Begins and ends of what of a destination may be left as it was: nothing is written there, or only rows with
+        room between them."""
+        written = sorted(
+            (copy.target, copy.target + copy.row_bytes)
+            for extent in self.extents
+            for piece in extent.pieces
+            for copy in piece.copies
+            if copy.device == device and copy.rows == 1
+        )
+        gaps, end = [], 0
+        for low, high in (*written, (self.sizes[device], self.sizes[device])):
+            if low > end:
+                gaps.append((end, low))
+            end = max(end, high)
+        return gaps
 
     @property
     def plain_bytes(self) -> int:
