@@ -66,7 +66,7 @@ def load_device(
     cancelled: threading.Event | None = None,
     tier: DramTier | None = None,
 ) -> LoadReport:
-    """Fill `destinations` (uint8, 1-D, contiguous, on GPUs, zeros in the plan's gaps) as it says; when this returns, all
+    """Fill `destinations` (uint8, 1-D, contiguous, on GPUs, zeros in the plan's gaps) as it says; on return, all
     is there.
 
     `progress` is called with done and total plain bytes, by one thread. Raises DamagedError that names file and chunk,
