@@ -96,10 +96,11 @@ def test_a_loader_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_rows_that_do_not_fit_into_the_budget_say_so(tmp_path: Path) -> None:
-    result = run(tmp_path, known.RIGHT, known.ABSENT, budget=0.5, conditions=("warm", "cold"))
+    result = run(tmp_path, known.RIGHT, known.ABSENT, budget=0.5, conditions=("warm", "cold"), lora=SIZE)
     rows = [row for row in result.rows if row.method == "right"]
     assert [row.outcome for row in rows] == ["skipped", "skipped"]
     assert all("of the budget left" in row.note for row in rows)
+    assert "of the budget left" in str(result.lora)
     assert row_of(result, "absent").outcome == "missing"
 
 

@@ -203,7 +203,7 @@ def test_damage_is_named_and_leaves_nothing(tmp_path: Path, weights: dict[str, t
     data = bytearray(pack.read_bytes())
     data[len(data) // 2] ^= 4
     pack.write_bytes(data)
-    gc.collect()  # what other tests have left is not counted
+    gc.collect()  # mappings of other tests' tensors
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(DamagedError, match=r"the weights of model can't be read: chunk .* is damaged") as caught:
         dormouse.load("model", data_dir=home.root)
@@ -314,6 +314,8 @@ def test_a_safetensors_file_on_a_gpu(
     assert_same(found, reference(path))
     assert all(tensor.data_ptr() % 64 == 0 for tensor in found.values() if tensor.numel())
     assert fake_gpus[0].plain_bytes <= path.stat().st_size
+    save_file({"none": torch.zeros(0, 3)}, path)
+    assert_same(dormouse.load_file(path, device="cuda:0"), reference(path))
 
 
 def test_a_model_on_a_gpu_has_its_parameters_there(

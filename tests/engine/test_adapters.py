@@ -167,11 +167,11 @@ def test_it_is_loaded_between_the_tokens_of_others(stage: Stage) -> None:
     stage.client.send(Generate(id="long", prompt=PROMPT, sampling=long))
     assert isinstance(stage.client.receive(), Delta)
     stage.load("one")
-    seen = []
-    while not isinstance(seen[-1:] and seen[-1], AdapterLoaded):
+    seen = [stage.client.receive()]
+    while not isinstance(seen[-1], AdapterLoaded):
         seen.append(stage.client.receive())
     stage.client.send(Generate(id="short", prompt=PROMPT, sampling=GREEDY, adapter="one"))
-    ends = 0
+    ends = sum(isinstance(message, Finished) for message in seen)
     while ends < 2:
         ends += isinstance(stage.client.receive(), Finished)
     assert all(isinstance(message, Delta | AdapterLoaded | Finished) for message in seen)

@@ -110,6 +110,23 @@ def test_neighbours_of_other_adapters_do_not_change_a_bit(stage: Stage) -> None:
         assert torch.equal(stage.generate({name: request}, 4)[name], together[name]), name
 
 
+def test_an_adapter_of_infinite_numbers_spoils_its_own_answers_only(stage: Stage) -> None:
+    tensors, scalings = factors(1)
+    tensors[f"{MODULES[0]}.lora_A"].fill_(float("nan"))
+    bad = stage.batch.adapters.fit(tensors, scalings)
+    stage.batch.adapters.bind(bad)
+    good = stage.adapter(2)
+    company: dict[str, tuple[list[int], Adapter | None]] = {"70": (prompt_of(70), None), "33": (prompt_of(33), good)}
+    alone = stage.generate(company, 3)
+    stage.batch.drop_cache()
+    together = stage.generate({"40": (prompt_of(40), bad)} | company, 3)
+    assert bool(together["40"].isnan().all())
+    assert all(torch.equal(together[name], alone[name]) for name in company)
+    stage.batch.drop_cache()
+    again = stage.generate(company, 3)
+    assert all(torch.equal(again[name], alone[name]) for name in company), "nothing of it is left in the cache"
+
+
 def test_prefixes_are_shared_within_an_adapter_and_with_nobody_else(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

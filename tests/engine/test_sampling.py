@@ -82,3 +82,9 @@ def test_values_out_of_range_are_named(wrong: dict[str, object], param: str) -> 
     with pytest.raises(RequestError, match=f"^{param} is") as caught:
         check_sampling(Sampling(**{"max_tokens": 1, **wrong}))  # type: ignore[arg-type]
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("sampling", [Sampling(4, 0.0), Sampling(4), Sampling(4, top_p=0.9), Sampling(4, 1.0, 0.9, 3)])
+def test_logits_that_are_no_numbers_harm_nobody_else_in_the_batch(value: float, sampling: Sampling) -> None:
+    assert 0 <= choose(torch.full((8,), value), sampling, 0.5) < 8

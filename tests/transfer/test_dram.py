@@ -87,7 +87,7 @@ def test_plans_that_cut_a_model_differently_find_its_chunks(store: Store, tier: 
 def test_what_is_held_in_part_is_read_in_part(
     store: Store, tier: DramTier, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr("dormouse.transfer.load_device._HELD", at_once)
+    monkeypatch.setattr("dormouse.transfer.tier_held._AT_ONCE", at_once)
     chunks = stored(store, mixed(7, 40))
     plan = chunks.plan(extent_bytes=100_000)
     half = LoadPlan(plan.files, plan.extents[::2], plan.sizes)

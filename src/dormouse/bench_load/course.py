@@ -34,7 +34,7 @@ from dormouse.errors import ConfigError
 
 _CHILD = "dormouse.bench_load.child"
 _LIMIT_BYTES = 4 << 30
-_START_SECONDS = 120.0
+_START_SECONDS, _LEAST_SECONDS, _LORA_SECONDS = 120.0, 60.0, 20.0
 _PREPARE_SHARE = 0.6
 _WARM = 0.99
 _PATIENCE, _GRACE = 6.0, 2.0
@@ -63,12 +63,16 @@ def measure(options: Options, hooks: Hooks) -> Result:
     return result
 
 
-def _measure_lora(options: Options, hooks: Hooks, budget: Budget) -> Result:
-    """The same course with an adapter."""
+def _measure_lora(options: Options, hooks: Hooks, budget: Budget) -> Result | str:
+    """The same course with an adapter, or why not."""
+    if budget.left < _LORA_SECONDS:
+        why = f"skipped: {max(0.0, budget.left):.0f} s of the budget left, at least {_LORA_SECONDS:.0f} s needed"
+        hooks.show(f"LoRA: {why}")
+        return why
     with _scratch(options.folder) as scratch:
         files = make(scratch, [lora.shapes(options.lora)], os.cpu_count() or 1)
         asked = replace(
-            options, files=files, methods=lora.LORA_METHODS, budget=max(0.0, budget.left), lora=0, codec=False,
+            options, files=files, methods=lora.LORA_METHODS, budget=budget.left, lora=0, codec=False,
             limits=False, output=None,
         )  # fmt: skip
         return measure(asked, hooks)
@@ -180,9 +184,10 @@ class _Run:
             if row.key in self._unheard:
                 self._unheard.remove(row.key)
                 with self._told_in(row):
-                    row.version = self._children[row.key].hear("version", _START_SECONDS)
+                    row.version = self._children[row.key].hear("version", self._patience())
                 if row.outcome in ("missing", "failed"):
                     self._children.pop(row.key).close()
+                    self._hooks.show(line(row))
 
     @contextlib.contextmanager
     def _told_in(self, row: Row) -> Iterator[None]:
@@ -196,12 +201,13 @@ class _Run:
 
     def _repeat(self, row: Row) -> None:
         """Measure a row once more, unless its child could not even prepare."""
-        if (child := self._children.pop(row.key, None)) is not None:
-            attempt = Row(row.method, row.condition, row.how, row.ours, version=row.version)
-            with contextlib.closing(child):
-                self._fill(attempt, self._methods[row.method], child)
-            row.take(attempt)
-        self._hooks.show(line(row))
+        if (child := self._children.pop(row.key, None)) is None:
+            return
+        attempt = Row(row.method, row.condition, row.how, row.ours, version=row.version)
+        with contextlib.closing(child):
+            self._fill(attempt, self._methods[row.method], child)
+        row.take(attempt)
+        self._hooks.show(line(attempt))
         self.save()
 
     def _fill(self, row: Row, method: Method, child: Child) -> None:
@@ -221,7 +227,7 @@ class _Run:
     def _load(self, row: Row, method: Method, child: Child, seconds: float) -> None:
         """The conversation with the child, as in child.py."""
         child.tell(msgspec.json.encode(self._job(method, row.condition)))
-        child.hear("ready", max(1.0, min(self._budget.left, _START_SECONDS)))
+        child.hear("ready", self._patience())
         row.resident_before = self._set_cache(method, row.condition)
         child.tell(b"")
         loaded = msgspec.convert(child.hear("loaded", seconds, watch=True), Loaded)
@@ -276,7 +282,8 @@ class _Run:
         }
         for name, take in measured.items():
             try:
-                limit: Limit | str = take()
+                attempts = self._options.repeats if name != "link" else 1
+                limit: Limit | str = limits.best(take() for _ in range(attempts))
             except (OSError, ChildError) as error:
                 limit = f"not measured: {error}"
             self._result.limits[name] = limit
@@ -295,11 +302,15 @@ class _Run:
                 self._hooks.show(told)
             self.save()
 
+    def _patience(self) -> float:
+        """Seconds to wait for what is no load."""
+        return max(_LEAST_SECONDS, min(self._budget.left, _START_SECONDS))
+
     def _ask(self, name: str) -> object:
         """What a helper tells."""
         if (child := self._helpers.pop(name, None)) is None:
             raise ChildError(f"there is none to {self._options.device}")
         with contextlib.closing(child):
             child.tell(b"")
-            answer: object = child.hear(name, max(1.0, min(self._budget.left, _START_SECONDS)))
+            answer: object = child.hear(name, self._patience())
             return answer

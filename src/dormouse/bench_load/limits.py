@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +39,15 @@ def told(limit: Limit) -> str:
     return f"{limit.bytes_per_second / 1e9:.2f} GB/s ({limit.how})"
 
 
+def best(attempts: Iterable[Limit]) -> Limit:
+    """The fastest."""
+    return max(attempts, key=lambda limit: limit.bytes_per_second)
+
+
 def disk(files: Sequence[Path], most: int, drop: Callable[[], None]) -> Limit:
     """O_DIRECT reads of the files, cold, by several numbers of threads; the best. Raises OSError where the file system
     has no O_DIRECT."""
-    return max(
-        (_disk(files, most, threads, drop) for threads in _DISK_THREADS), key=lambda limit: limit.bytes_per_second
-    )
+    return best(_disk(files, most, threads, drop) for threads in _DISK_THREADS)
 
 
 def _disk(files: Sequence[Path], most: int, threads: int, drop: Callable[[], None]) -> Limit:
@@ -55,13 +58,12 @@ def _disk(files: Sequence[Path], most: int, threads: int, drop: Callable[[], Non
 
 def host_copy(files: Sequence[Path], most: int, threads: int) -> Limit:
     """From the page cache into memory, which each thread uses again and again."""
-    best: Limit | None = None
-    for _ in range(2):
+
+    def once() -> Limit:
         seconds, count = _read_all(files, most, threads, 0)
-        limit = Limit(count / seconds, seconds, count, f"page cache to memory, {threads} threads of {BLOCK >> 20} MiB")
-        best = limit if best is None or limit.bytes_per_second > best.bytes_per_second else best
-    assert best is not None
-    return best
+        return Limit(count / seconds, seconds, count, f"page cache to memory, {threads} threads of {BLOCK >> 20} MiB")
+
+    return best(once() for _ in range(2))
 
 
 def _read_all(files: Sequence[Path], most: int, threads: int, flags: int) -> tuple[float, int]:
@@ -95,14 +97,15 @@ def link(torch: Any, device: str) -> Limit:
     """Pinned host memory to the device, the best of several copies."""
     source = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(LINK_BYTES, dtype=torch.uint8, device=device)
-    best = float("inf")
+    seconds = []
     for _ in range(LINK_REPEATS):
         torch.cuda.synchronize(device)
         start = time.perf_counter()
         target.copy_(source, non_blocking=True)
         torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return Limit(LINK_BYTES / best, best, LINK_BYTES, f"pinned memory to the device, best of {LINK_REPEATS}")
+        seconds.append(time.perf_counter() - start)
+    fastest = min(seconds)
+    return Limit(LINK_BYTES / fastest, fastest, LINK_BYTES, f"pinned memory to the device, best of {LINK_REPEATS}")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dormouse.bench_load.method import Job, Method, MissingError, Tensors, version_of
 from dormouse.bench_load.weights import read_reference
+from dormouse.checkpoint.tensors import CHUNK_SIZE
 
 _HERE = __name__
 
@@ -23,17 +24,23 @@ def prepare_ours(device: str) -> str:
 
 
 def before_load(job: Job) -> None:
-    """On a GPU, have the kernels compiled or taken from Triton's cache, as those of peers come compiled: by loading the
-    smallest tensor. Pinned memory is given back, for making it belongs to a load."""
+    """On a GPU, have the kernels compiled or taken from Triton's cache, as those of peers come compiled: by loading one
+    tensor that has whole chunks and parts of others. Pinned memory is given back, for making it belongs to a load."""
     if not job.device.startswith("cuda"):
         return
+    import torch
+
     import dormouse
     from dormouse.transfer.pinned import free_pinned
 
-    reference = read_reference(Path(job.reference))
-    least = min(reference, key=lambda name: math.prod(reference[name].shape))
-    dormouse.load(job.model, device=job.device, data_dir=job.data_dir, tensors=[least])
+    sizes = {name: math.prod(each.shape) for name, each in read_reference(Path(job.reference)).items()}
+    long_enough = [name for name, values in sizes.items() if values >= 2 * CHUNK_SIZE] or [
+        max(sizes, key=sizes.__getitem__)
+    ]
+    chosen = min(long_enough, key=sizes.__getitem__)
+    dormouse.load(job.model, device=job.device, data_dir=job.data_dir, tensors=[chosen])
     free_pinned()
+    torch.cuda.empty_cache()
 
 
 def _load_file(job: Job, _prepared: Any) -> Tensors:

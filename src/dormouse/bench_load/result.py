@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
@@ -91,7 +92,7 @@ class Result:
     rows: list[Row] = field(default_factory=list)
     limits: dict[str, Limit | str] = field(default_factory=dict)
     codec: list[CodecFigures] | str = field(default_factory=list)
-    lora: Result | None = None
+    lora: Result | str | None = None
     complete: bool = False
 
     def as_json(self) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _limit_cells(name: str, limit: Limit | str) -> tuple[str, ...]:
     if isinstance(limit, str):
-        return (f"limit: {name}", "", "not measured", "", "", "", "", "")
+        return (f"limit: {name}", "", "none", "", "", "", "", "")
     rate = f"{limit.bytes_per_second / GIGA:.2f}"
     return (f"limit: {name}", "", _seconds(limit.seconds), "", rate, "", "", "")
 
@@ -193,13 +194,13 @@ def codec_line(figures: list[CodecFigures] | str) -> list[str]:
 
 def table(result: Result) -> Group:
     """For the terminal: the rows, then what the machine itself can do, then what there is to say about them."""
-    made = Table()
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         left = column in COLUMNS[:2]
         made.add_column(column, justify="left" if left else "right", no_wrap=True)
     for cells in _all_cells(result):
         made.add_row(*(escape(cell) for cell in cells))
-    adapter = [table(result.lora)] if result.lora is not None else []
+    adapter = [table(result.lora)] if isinstance(result.lora, Result) else []
     return Group(_title(result), made, *map(escape, remarks(result)), *adapter)
 
 
@@ -207,7 +208,7 @@ def markdown(result: Result) -> str:
     """The same for documentation."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * 2}{'---:|' * (len(COLUMNS) - 2)}"]
     lines += [f"| {' | '.join(cells)} |" for cells in _all_cells(result)]
-    adapter = ["", markdown(result.lora)] if result.lora is not None else []
+    adapter = ["", markdown(result.lora)] if isinstance(result.lora, Result) else []
     return "\n".join([*lines, "", *(f"* {remark}" for remark in remarks(result)), *adapter])
 
 
@@ -221,6 +222,7 @@ def remarks(result: Result) -> list[str]:
         *([f"on the disk: plain {result.plain_bytes / GIGA:.2f} GB, {', '.join(stored)}"] if stored else []),
         *(f"{name}: {how}" for name, how in ways.items()),
         *(f"{row.method}, {row.condition}: {_remark(row)}" for row in result.rows if row.outcome != "ok"),
+        *([f"LoRA: {result.lora}"] if isinstance(result.lora, str) else []),
         *codec_line(result.codec),
         *(f"limit: {name}: {limit if isinstance(limit, str) else limit.how}" for name, limit in result.limits.items()),
     ]

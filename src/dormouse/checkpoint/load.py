@@ -34,6 +34,7 @@ from dormouse.config import DataDir, default_data_dir
 from dormouse.errors import ConfigError, DamagedError, HostError, NotFoundError
 from dormouse.store.store import Manifest, Reader, Store
 from dormouse.transfer.load_host import load_host
+from dormouse.transfer.memory import anonymous
 from dormouse.transfer.plan import LoadPlan
 from dormouse.transfer.report import LoadReport, Progress
 
@@ -320,7 +321,7 @@ def _to_host(
     needed, free = sum(plan.sizes), host_memory.available()
     if needed > free:
         raise HostError(f"{needed} bytes of weights don't fit into the {free} that are free", remedy="Free some memory")
-    maps = [mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for size in plan.sizes]
+    maps = [anonymous(max(size, 1)) for size in plan.sizes]
     destinations = [memoryview(memory)[:size] for memory, size in zip(maps, plan.sizes, strict=True)]
     report = load_host(plan, destinations, key=key, progress=progress, cancelled=cancelled)
     return [torch.frombuffer(memory, dtype=torch.uint8) for memory in maps], report

@@ -22,6 +22,8 @@ _ALSO_IN_A_WORKER = (
     "checkpoint/models.py",
     "checkpoint/tensors.py",
     "checkpoint/null_source.py",
+    "checkpoint/torch_tensors.py",
+    "checkpoint/transformers_binding.py",
     "transfer/handles.py",
 )
 

@@ -65,7 +65,7 @@ def choose(logits: Tensor, sampling: Sampling, draw: float) -> int:
     cumulative = probabilities.cumsum(-1)
     if sampling.top_p < 1 and ids is not None:
         kept = int((cumulative - probabilities < sampling.top_p * cumulative[-1]).sum())
-        cumulative = cumulative[:kept]
+        cumulative = cumulative[: max(kept, 1)]  # logits that are no numbers keep none
     below = int((cumulative <= draw * cumulative[-1]).sum())
     index = min(below, cumulative.numel() - 1)
     return index if ids is None else int(ids[index])

@@ -9,7 +9,6 @@ the lanes waits for it before their memory goes.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -23,6 +22,7 @@ from dormouse.transfer.crew import Crew, given_up
 from dormouse.transfer.device_plan import Packed, Parcel
 from dormouse.transfer.gpus import Mark
 from dormouse.transfer.lane import Lane, Source
+from dormouse.transfer.memory import anonymous
 from dormouse.transfer.pieces import Checker
 from dormouse.transfer.pinned import PinnedMemory
 from dormouse.transfer.plan import Extent
@@ -140,9 +140,7 @@ class Delivery:
         """This thread's own, which begins at a page."""
         memory: memoryview | None = getattr(self._scratch, "memory", None)
         if memory is None or len(memory) < length:
-            memory = self._scratch.memory = memoryview(
-                mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            )
+            memory = self._scratch.memory = memoryview(anonymous(length))
         return memory
 
     # What the caller's thread does

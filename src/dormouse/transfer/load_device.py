@@ -40,6 +40,7 @@ from dormouse.transfer.plan import plan as make_plan
 from dormouse.transfer.report import LoadReport, Progress
 from dormouse.transfer.ring import Ring
 from dormouse.transfer.source_files import SourceFiles, room_for
+from dormouse.transfer.tier_held import tier_held
 
 if TYPE_CHECKING:
     from dormouse.store.key import Key
@@ -49,8 +50,7 @@ log = logging.getLogger(__name__)
 
 PINNED_BYTES = 512 << 20
 _SMALL = 8 << 20
-_HELD = 64 << 20
-"""What comes out of the tier is asked for so much at once: it needs no slot, and asking is what costs the CPU most."""
+_PER_READER = 4
 LANES = 4
 """Per device: one whose bytes cross the link, one that checks and decodes, and some between."""
 
@@ -124,10 +124,10 @@ def carry_out(
     plan = _fitted(plan, pinned_bytes)
     stored_bytes = plan.stored_bytes
     with contextlib.ExitStack() as stack:
-        held, rest = _held(plan, tier, stack)
-        plan = replace(plan, extents=(*(extent for extent, _sources in held), *_tapered(rest, threads)))
+        held, rest = tier_held(plan.extents, tier, stack)
+        plan = replace(plan, extents=(*(each.extent for each in held), *_tapered(rest, threads)))
         packed = pack(plan, kernels=kernels, plain_bytes=_limit(pinned_bytes), held=len(held))
-        sources = [None if each.held is None else _counted(*held[each.held], each) for each in packed.parcels]
+        sources = [None if each.held is None else held[each.held].for_parcel(each) for each in packed.parcels]
         files = stack.enter_context(SourceFiles(plan.files, ours=plan.ours))
         rooms = [_room(parcel) for parcel in packed.parcels if parcel.held is None]
         slot_bytes = _slot_bytes(max(rooms, default=1), pinned_bytes)
@@ -186,64 +186,17 @@ def _fitted(plan: LoadPlan, pinned_bytes: int) -> LoadPlan:
 
 
 def _tapered(extents: Sequence[Extent], threads: int) -> tuple[Extent, ...]:
-    """Small extents at both ends, so that every reader has some."""
-    ends = min(-(-threads // 4), len(extents) // 2)
+    """Some small extents at both ends, for every reader one; small ones altogether when there are few."""
+    if len(extents) < _PER_READER * threads:
+        size = max(_SMALL, sum(extent.length for extent in extents) // (_PER_READER * threads))
+        return tuple(_smaller(extents, size))
+    ends = -(-threads // 4)
     rest = len(extents) - ends
-    return (*_small(extents[:ends]), *extents[ends:rest], *_small(extents[rest:]))
+    return (*_smaller(extents[:ends], _SMALL), *extents[ends:rest], *_smaller(extents[rest:], _SMALL))
 
 
-def _small(extents: Sequence[Extent]) -> Iterator[Extent]:
-    return chain.from_iterable(split(extent, _SMALL) for extent in extents)
-
-
-_Held = tuple[Extent, tuple[Source, ...]]
-"""An extent, and where in the tier its bytes are, counted from its beginning."""
-
-
-def _held(plan: LoadPlan, tier: DramTier | None, stack: contextlib.ExitStack) -> tuple[list[_Held], list[Extent]]:
-    """What the tier holds, in larger extents, and what has to be read. It stays there until `stack` is closed."""
-    if tier is None:
-        return [], list(plan.extents)
-    found = list(zip(plan.extents, stack.enter_context(tier.borrow(plan.extents)), strict=True))
-    slabs = {id(run.memory): run.memory for _extent, runs in found for run in runs or ()}
-    tensors = {number: torch.frombuffer(memory, dtype=torch.uint8) for number, memory in slabs.items()}
-    held = [
-        (extent, tuple(Source(run.begin, run.end, tensors[id(run.memory)], run.offset) for run in runs))
-        for extent, runs in found
-        if runs is not None
-    ]
-    return list(_gathered(held)), [extent for extent, runs in found if runs is None]
-
-
-def _gathered(held: Iterable[_Held]) -> Iterator[_Held]:
-    """The same, several of a file as one."""
-    group: list[_Held] = []
-    for extent, sources in held:
-        if group:
-            first = group[0][0]
-            if extent.file != first.file or extent.offset + extent.length - first.offset > _HELD:
-                yield _as_one(group)
-                group = []
-        group.append((extent, sources))
-    if group:
-        yield _as_one(group)
-
-
-def _as_one(group: Sequence[_Held]) -> _Held:
-    first, last = group[0][0], group[-1][0]
-    sources = (_shifted(source, extent.offset - first.offset) for extent, found in group for source in found)
-    pieces = tuple(chain.from_iterable(extent.pieces for extent, _sources in group))
-    return Extent(first.file, first.offset, last.offset + last.length - first.offset, pieces), tuple(sources)
-
-
-def _counted(extent: Extent, sources: tuple[Source, ...], parcel: Parcel) -> tuple[Source, ...]:
-    """Sources of an extent, counted from the beginning of a parcel that is a part of it."""
-    shift = extent.offset - parcel.extent.offset
-    return tuple(_shifted(source, shift) for source in sources) if shift else sources
-
-
-def _shifted(source: Source, by: int) -> Source:
-    return source._replace(begin=source.begin + by, end=source.end + by)
+def _smaller(extents: Sequence[Extent], size: int) -> Iterator[Extent]:
+    return chain.from_iterable(split(extent, size) for extent in extents)
 
 
 def _add_lanes(

@@ -10,7 +10,6 @@ holds one buffer and, for a piece that is not decoded in place, its plain bytes.
 
 from __future__ import annotations
 
-import mmap
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from dormouse.store.key import Key
 from dormouse.store.pack import ALIGNMENT
 from dormouse.transfer.budget import default_threads
 from dormouse.transfer.crew import Crew
-from dormouse.transfer.memory import keep_freed_memory
+from dormouse.transfer.memory import anonymous, keep_freed_memory
 from dormouse.transfer.pieces import Checker, place
 from dormouse.transfer.plan import Copy, Extent, LoadPlan, Piece, join
 from dormouse.transfer.report import LoadReport, Progress
@@ -31,6 +30,7 @@ from dormouse.transfer.source_files import SourceFile, SourceFiles, room_for
 READ_BYTES = 4 << 20
 """What is read at once into a thread's buffer; a longer chunk alone."""
 
+_WAITING = 2  # threads beyond the CPUs: some are always waiting for the disk
 _WORTH_A_READ = 256 << 10  # raw bytes of fewer go through the buffer, with their neighbours
 
 
@@ -69,7 +69,7 @@ def load_host(
     with SourceFiles(plan.files, ours=plan.ours) as files:
         load = _HostLoad(plan, destinations, files, checker, progress)
         with Crew(
-            plan.extents, load.extent, threads=threads or default_threads() + 1, name="load", cancelled=cancelled
+            plan.extents, load.extent, threads=threads or default_threads() + _WAITING, name="load", cancelled=cancelled
         ) as crew:
             crew.wait()
         return LoadReport(
@@ -149,7 +149,7 @@ class _HostLoad:
         buffer: memoryview | None = getattr(self._buffers, "buffer", None)
         if buffer is None or len(buffer) < length:
             size = max(length, READ_BYTES + ALIGNMENT)
-            buffer = self._buffers.buffer = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            buffer = self._buffers.buffer = memoryview(anonymous(size))
         return buffer
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dormouse.errors import HostError
 from dormouse.transfer.budget import default_threads
+from dormouse.transfer.memory import anonymous
 
 if TYPE_CHECKING:
     import torch
@@ -81,15 +82,11 @@ class PinnedMemory:
         self.size = size
         self._pinner = pinner
         try:
-            self._map: mmap.mmap | None = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map: mmap.mmap | None = anonymous(size)
         except OSError as error:
             raise _no_memory(size, error) from error
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        try:
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as error:
-            log.info("no huge pages for pinned memory: %s", error)
         try:
             _touch(self.address, size)
             if pinner is not None:
