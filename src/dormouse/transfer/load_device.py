@@ -18,7 +18,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ from dormouse.transfer.crew import clear_frames
 from dormouse.transfer.delivery import Delivery
 from dormouse.transfer.device_plan import SOURCE_ALIGNMENT, Packed, Parcel, pack
 from dormouse.transfer.gpus import Cuda, Gpu, have_kernels, translated
-from dormouse.transfer.lane import Kernels, Lane, Source
+from dormouse.transfer.lane import Kernels, Lane
 from dormouse.transfer.pieces import Checker
 from dormouse.transfer.plan import EXTENT_BYTES, Extent, LoadPlan, split
 from dormouse.transfer.plan import plan as make_plan

@@ -22,8 +22,9 @@ from dormouse.store.codec import Codec
 from dormouse.store.files import VERIFY_REMEDY
 from dormouse.store.pack import ALIGNMENT, StoredChunk, aligned, makes_sense
 
-EXTENT_BYTES = 32 << 20
-"""One read, one copy to the device, one launch of the decoder: large enough that Python's share is small."""
+EXTENT_BYTES = 33 << 20
+"""One read, one copy to the device, one launch of the decoder: large enough that Python's share is small. Six chunks of
+8 MiB of bfloat16 fit in, coded, or four that are not."""
 
 
 class Copy(NamedTuple):
