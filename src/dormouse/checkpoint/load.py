@@ -232,7 +232,7 @@ def _planned(
     for tensor in chosen:
         torch_type(tensor)
     placement = place(chosen, devices, cuts(chosen, shard, what))
-    return placement, load_plans.of_checkpoint(body, manifest.refs, placement, reader, what)
+    return placement, load_plans.of_checkpoint(body, manifest, placement, reader, what)
 
 
 def measured(

@@ -151,6 +151,10 @@ def by_chunk(copies: Sequence[Copy], size: int, chunk_size: int) -> Iterator[tup
     active: list[tuple[int, Copy]] = []
     for number in range(-(-size // chunk_size)):
         begin, end = number * chunk_size, min((number + 1) * chunk_size, size)
+        if len(active) == 1 and not waiting and active[0][1].rows == 1 and active[0][0] >= end:
+            copy = active[0][1]  # the rest of a checkpoint that is loaded whole
+            yield number, (Copy(copy.device, 0, copy.target + begin - copy.source, end - begin),)
+            continue
         active = [each for each in active if each[0] > begin]
         while waiting and waiting[-1][1].source < end:
             active.append(waiting.pop())

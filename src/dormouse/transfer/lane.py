@@ -58,8 +58,8 @@ class Kernels:
 
     def damaged(self) -> list[int]:
         """The parcels in which the device found damage. Only when all lanes are through."""
-        words = self._statuses[::_STATUS_PITCH].cpu()
-        return [int(number) for number in words.nonzero().flatten().tolist()]
+        words = self._statuses[::_STATUS_PITCH].cpu().numpy()
+        return [int(number) for number in words.nonzero()[0]]
 
     def check(self, span: tuple[int, int], memory: torch.Tensor, status: torch.Tensor) -> None:
         """Check rows of the table, whose sources count from the start of `memory`."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dormouse.errors import DamagedError, StoreError
+from dormouse.store.chunk import Digest
 from dormouse.store.codec import Codec
 from dormouse.store.files import VERIFY_REMEDY
 from dormouse.store.pack import ALIGNMENT, StoredChunk, aligned, makes_sense
@@ -150,33 +151,24 @@ def stored_pieces(
 ) -> tuple[list[Path], list[Piece]]:
     """Files and pieces for `plan`: one piece per chunk, however often it is needed. `pack` tells a chunk's pack. Raises
     DamagedError for a chunk that no writer can have made."""
-    copies: dict[StoredChunk, list[Copy]] = {}
+    chunks: dict[Digest, tuple[StoredChunk, list[Copy]]] = {}
     for chunk, wanted in placed:
         if not makes_sense(chunk):
             raise DamagedError(
                 f"chunk {chunk.digest.hex()} in {pack(chunk)} is damaged: its row of the index makes no sense",
                 remedy=VERIFY_REMEDY,
             )
-        copies.setdefault(chunk, []).extend(wanted)
-    numbers: dict[int, int] = {}
-    files: list[Path] = []
-    for chunk in copies:
-        if chunk.pack not in numbers:
-            numbers[chunk.pack] = len(files)
-            files.append(pack(chunk))
-    pieces = [
-        Piece(
-            numbers[chunk.pack],
-            chunk.offset,
-            chunk.stored_length,
-            chunk.plain_length,
-            chunk.codec,
-            chunk,
-            tuple(wanted),
-        )
-        for chunk, wanted in copies.items()
-    ]
-    return files, pieces
+        chunks.setdefault(chunk.digest, (chunk, []))[1].extend(wanted)
+    packs: dict[int, Path] = {}
+    for chunk, _copies in chunks.values():
+        if chunk.pack not in packs:
+            packs[chunk.pack] = pack(chunk)
+    numbers = {pack: number for number, pack in enumerate(packs)}
+    pieces = []
+    for chunk, copies in chunks.values():
+        _digest, _mac, number, offset, stored_length, plain_length, codec = chunk
+        pieces.append(Piece(numbers[number], offset, stored_length, plain_length, codec, chunk, tuple(copies)))
+    return list(packs.values()), pieces
 
 
 def plan(
