@@ -28,6 +28,7 @@ from dormouse.checkpoint.torch_tensors import DTYPES, NAMES
 from dormouse.checkpoint.writer import write_tensors
 from dormouse.config import DataDir
 from dormouse.errors import ConfigError, DamagedError, HostError, NotFoundError, StoreError
+from dormouse.store.index import Index
 from dormouse.store.store import Store
 from dormouse.transfer import load_device, pinned
 from dormouse.transfer.plan import LoadPlan
@@ -267,6 +268,23 @@ def test_the_verb_tells_figures(home: DataDir) -> None:
     assert 0 <= result["plain_bytes"] - 16 * 600 * 1000 * 2 < 16 * 256
     assert 0 < result["direct_bytes"] + result["cached_bytes"] <= result["stored_bytes"]
     assert "Loaded model: 26 tensors" in CliRunner().invoke(cli.cli, arguments).output
+
+
+def test_an_index_that_proves_to_be_damaged_is_built_anew(
+    home: DataDir, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was opened to be read, which does not look at all of it."""
+    original = Index.locate
+    failures = [DamagedError("the index failed: database disk image is malformed")]
+
+    def locate(index: Index, *arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return original(index, *arguments)
+
+    monkeypatch.setattr(Index, "locate", locate)
+    assert_same(dormouse.load("model", data_dir=home.root), weights)
+    assert not failures
 
 
 @pytest.fixture

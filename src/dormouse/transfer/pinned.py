@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
-_PART = 64 << 20
+_PART = 32 << 20
 
 
 class Pinner(Protocol):
@@ -116,8 +116,8 @@ def _touch(address: int, size: int) -> None:
     def touch(at: int) -> int:
         return _populate(address + at, min(_PART, size - at))
 
-    if len(parts) == 1:
-        _touched(size, [touch(0)])
+    if len(parts) <= 2:  # a slot, which is made by one of many readers
+        _touched(size, map(touch, parts))
         return
     with ThreadPoolExecutor(max(1, min(default_threads(), len(parts))), thread_name_prefix="touch") as pool:
         _touched(size, pool.map(touch, parts))
