@@ -29,6 +29,7 @@ from dormouse.checkpoint.torch_tensors import DTYPES, NAMES
 from dormouse.checkpoint.writer import write_tensors
 from dormouse.config import DataDir
 from dormouse.errors import ConfigError, DamagedError, HostError, NotFoundError, StoreError
+from dormouse.store.index import Index
 from dormouse.store.store import Store
 from dormouse.transfer import load_device, pinned
 from dormouse.transfer.plan import LoadPlan
@@ -288,6 +289,23 @@ def test_the_verb_tells_figures(home: DataDir) -> None:
     assert "Loaded model: 26 tensors" in CliRunner().invoke(cli.cli, arguments).output
 
 
+def test_an_index_that_proves_to_be_damaged_is_built_anew(
+    home: DataDir, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was opened to be read, which does not look at all of it."""
+    original = Index.locate
+    failures = [DamagedError("the index failed: database disk image is malformed")]
+
+    def locate(index: Index, *arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return original(index, *arguments)
+
+    monkeypatch.setattr(Index, "locate", locate)
+    assert_same(dormouse.load("model", data_dir=home.root), weights)
+    assert not failures
+
+
 @pytest.fixture
 def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LoadPlan]]:
     """GPUs made of CPU tensors, which do all as late as they may. The plans they were given."""
@@ -302,7 +320,7 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LoadPlan]]:
     pinned.free_pinned()
     monkeypatch.setattr(load_device, "load_device", on_fakes)
     monkeypatch.setattr(module, "find_device", torch.device)
-    monkeypatch.setattr(module, "_gpu_block", lambda size, _device: torch.zeros(size, dtype=torch.uint8))
+    monkeypatch.setattr(module, "_gpu_block", lambda size, _device: torch.full((size,), 0xAB, dtype=torch.uint8))
     yield plans
     pinned.free_pinned()
 

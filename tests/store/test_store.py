@@ -44,6 +44,43 @@ def test_what_is_committed_comes_back_also_after_reopening(tmp_path: Path) -> No
             assert store.verify().ok
 
 
+def test_a_store_opened_to_read_has_all_and_mends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plains = [text(1, 100_000), noise(2, 5000)]
+    with Store.open(tmp_path / "store") as store:
+        refs = commit(store, "a", plains)
+    (tmp_path / "store" / "packs" / "left.tmp").write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setattr("dormouse.store.store.reconcile", None)
+        with Store.open_to_read(tmp_path / "store") as store, store.reader() as reader:
+            assert store.manifest("a").refs == refs
+            assert [bytes(reader.plain(chunk)) for chunk in reader.locate(refs)] == plains
+            assert reader.locate(refs, manifest_id="a") == reader.locate(refs, manifest_id="b") == reader.locate(refs)
+    assert (tmp_path / "store" / "packs" / "left.tmp").exists()
+
+
+@pytest.mark.parametrize("harm", ["index gone", "index of zeros", "manifest gone", "pack gone", "nothing there"])
+def test_a_store_that_needs_mending_is_opened_in_full_to_read(tmp_path: Path, harm: str) -> None:
+    root = tmp_path / "store"
+    if harm != "nothing there":
+        with Store.open(root) as store:
+            refs = commit(store, "a", [text(1, 100_000)])
+            commit(store, "b", [text(2, 100_000)])
+    if harm == "index gone":
+        (root / "index.sqlite").unlink()
+    elif harm == "index of zeros":
+        (root / "index.sqlite").write_bytes(bytes(40_000))
+    elif harm == "manifest gone":
+        (root / "manifests" / "b.manifest").unlink()
+    elif harm == "pack gone":
+        (root / "packs" / "00000002.pack").unlink()
+    with Store.open_to_read(root) as store:
+        if harm == "nothing there":
+            assert store.manifests() == []
+        else:
+            assert bytes(store.read(refs[0])) == text(1, 100_000)
+            assert {row.id for row in store.manifests()} == {"a"} | ({"b"} if harm != "manifest gone" else set())
+
+
 def test_leaving_without_commit_leaves_no_trace(store: Store, tmp_path: Path) -> None:
     with store.begin() as transaction:
         transaction.put(noise(1, 10_000))

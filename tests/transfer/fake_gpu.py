@@ -69,11 +69,14 @@ class FakeGpu:
         self.streams: list[FakeStream] = []
         self.current: FakeStream | None = None
 
-    def memory(self, size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-        self.left -= size * dtype.itemsize
+    def memory(self, size: int) -> torch.Tensor:
+        self.left -= size
         if self.left < 0:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return torch.zeros(size, dtype=dtype)
+        return torch.full((size,), 0xAB, dtype=torch.uint8)
+
+    def words(self, count: int) -> torch.Tensor:
+        return self.memory(count * 4).zero_().view(torch.int32)
 
     def stream(self) -> FakeStream:
         self.streams.append(FakeStream())

@@ -120,9 +120,19 @@ def test_plain_files_of_any_shape(
 
 def test_pinned_memory_is_kept_for_the_next_load(store: Store, pinner: FakePinner) -> None:
     chunks = stored(store, mixed(3, 20))
+    before: set[int] = set()
     for _ in range(3):
-        loaded(chunks.plan(), [FakeGpu()], pinner, chunks.key)
-        assert len(pinner.pinned) == 1
+        loaded(chunks.plan(), [FakeGpu()], pinner, chunks.key, pinned_bytes=1 << 20)
+        assert before <= set(pinner.pinned)
+        assert 0 < sum(pinner.pinned.values()) <= 1 << 20
+        before = set(pinner.pinned)
+
+
+def test_no_more_slots_are_pinned_than_are_under_way(store: Store, pinner: FakePinner) -> None:
+    chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(12)])
+    _found, report = loaded(chunks.plan(extent_bytes=80_000), [FakeGpu()], pinner, chunks.key, threads=1)
+    assert report.peak_pinned_bytes == sum(pinner.pinned.values())
+    assert len(pinner.pinned) <= 12
 
 
 def test_too_little_pinned_memory_says_so(store: Store, pinner: FakePinner) -> None:

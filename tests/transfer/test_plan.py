@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,6 +74,23 @@ def test_every_byte_goes_where_it_was_said_to_go(said: list[Piece], extent_bytes
         assert 0 < extent.length <= extent_bytes and extent.offset >= end
         end = extent.offset + extent.length
         assert extent.pieces[0].offset == extent.offset and extent.pieces[-1].end == end
+
+
+@given(said=pieces())
+def test_gaps_are_what_nothing_may_be_written_to(said: list[Piece]) -> None:
+    made = plan([Path("f")], said, [SPACE])
+    space = np.full(SPACE, 0xAB, np.uint8)
+    end = -1
+    for low, high in made.gaps(0):
+        assert end < low < high
+        space[low:high], end = 0, high
+    for piece in said:
+        for copy in piece.copies:
+            for row in range(copy.rows):
+                at = copy.source + row * copy.source_pitch + piece.offset
+                target = copy.target + row * copy.target_pitch
+                space[target : target + copy.row_bytes] = list(FILE[at : at + copy.row_bytes])
+    assert space.tobytes() == naive(said)
 
 
 @given(lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=8), extent_bytes=st.integers(1, 6000))

@@ -76,7 +76,7 @@ def filled_tier(job: Job) -> Any:
     with Store.open(data_dir.store) as store, store.reader() as reader:
         manifest = store.manifest(checkpoint)
         body = decode_body(manifest.body, job.model)
-        plan = of_checkpoint(body, manifest.refs, place(body.tensors, 1, {}), reader, job.model)
+        plan = of_checkpoint(body, manifest, place(body.tensors, 1, {}), reader, job.model)
         tier = DramTier(plan.stored_bytes * 6 // 5 + SLAB_BYTES, pin=True)
         tier.hold(plan, store.key)
     return tier

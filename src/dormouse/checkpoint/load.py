@@ -26,7 +26,7 @@ from dormouse.checkpoint.mapped_file import map_file, populate
 from dormouse.checkpoint.models import ImportedModel, open_model
 from dormouse.checkpoint.pool import note_damage
 from dormouse.checkpoint.safetensors_file import header_of, open_source
-from dormouse.checkpoint.shards import Shard, cuts, place, select
+from dormouse.checkpoint.shards import Placement, Shard, cuts, place, select
 from dormouse.checkpoint.tensors import Tensor, decode_body
 from dormouse.checkpoint.torch_tensors import WIDE_FLOATS, find_device, torch_type, typed, views
 from dormouse.checkpoint.writer import CHECKPOINT_KIND
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from dormouse.store.key import Key
     from dormouse.transfer.dram import DramTier
 
+_FEW = 64  # more gaps take longer to fill one by one
 Device = str | int | torch.device
 Tensors = dict[str, torch.Tensor]
 
@@ -220,15 +221,18 @@ def load_measured(
     if not devices:
         raise ConfigError("there is no device to load to", remedy="Give at least one")
     checkpoint = checkpoint_of(open_model(data_dir.models, name))
-    with Store.open(data_dir.store) as store, store.reader() as reader:
-        manifest = _manifest(store, checkpoint, name)
-        what = f"the checkpoint of {name}"
-        body = decode_body(manifest.body, what)
-        chosen = select(body.tensors, tensors, what)
-        for tensor in chosen:
-            torch_type(tensor)
-        placement = place(chosen, len(devices), cuts(chosen, shard, what))
-        plan = load_plans.of_checkpoint(body, manifest.refs, placement, reader, what)
+    with contextlib.ExitStack() as stack:
+
+        def planned(store: Store) -> tuple[Store, Reader, Manifest, Placement, LoadPlan]:
+            reader = stack.enter_context(stack.enter_context(store).reader())
+            manifest = _manifest(store, checkpoint, name)
+            return store, reader, manifest, *_planned(manifest, reader, len(devices), tensors, shard)
+
+        try:
+            store, reader, manifest, placement, plan = planned(Store.open_to_read(data_dir.store))
+        except DamagedError:  # perhaps the index is, which a full opening builds anew
+            stack.close()
+            store, reader, manifest, placement, plan = planned(Store.open(data_dir.store))
         with _noting_damage(reader, manifest):
             blocks, report = _run(plan, devices, store.key, tier, progress, cancelled)
     placed = zip(blocks, placement.tensors, strict=True)
@@ -242,6 +246,19 @@ def load_measured(
             remedy="Free some of its memory, load without dtype, or spread the model over several GPUs",
         ) from None
     return Loaded(found, sum(placement.sizes), report)
+
+
+def _planned(
+    manifest: Manifest, reader: Reader, devices: int, tensors: Iterable[str] | None, shard: Shard | None
+) -> tuple[Placement, LoadPlan]:
+    """What of a checkpoint goes where, and the plan for it."""
+    what = f"the checkpoint of {manifest.name}"
+    body = decode_body(manifest.body, what)
+    chosen = select(body.tensors, tensors, what)
+    for tensor in chosen:
+        torch_type(tensor)
+    placement = place(chosen, devices, cuts(chosen, shard, what))
+    return placement, load_plans.of_checkpoint(body, manifest, placement, reader, what)
 
 
 def measured(
@@ -348,8 +365,8 @@ def _to_gpus(
 
     blocks: list[torch.Tensor] = []
     try:
-        for size, device in zip(plan.sizes, devices, strict=True):
-            blocks.append(_gpu_block(size, device))
+        for number, device in enumerate(devices):
+            blocks.append(_block(plan, number, device))
         report = load_device(plan, blocks, key=key, progress=progress, cancelled=cancelled, tier=tier)
     except torch.OutOfMemoryError as error:
         blocks.clear()
@@ -363,8 +380,18 @@ def _to_gpus(
     return blocks, report
 
 
+def _block(plan: LoadPlan, number: int, device: torch.device) -> torch.Tensor:
+    """New memory for a plan, zeros where that writes nothing. Zeros everywhere would hold up the first bytes by
+    milliseconds."""
+    block = _gpu_block(plan.sizes[number], device)
+    gaps = plan.gaps(number)
+    for begin, end in gaps if len(gaps) <= _FEW else [(0, len(block))]:
+        block[begin:end].zero_()
+    return block
+
+
 def _gpu_block(size: int, device: torch.device) -> torch.Tensor:
-    return torch.zeros(size, dtype=torch.uint8, device=device)
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def _cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:

@@ -6,16 +6,15 @@ Placement --of_file--> pieces of plain bytes, as long as they follow each other
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from dormouse.checkpoint.shards import Placement, by_chunk
 from dormouse.checkpoint.tensors import CheckpointBody
 from dormouse.errors import DamagedError
-from dormouse.store.chunk import Digest
 from dormouse.store.codec import Codec
 from dormouse.store.pack import StoredChunk
-from dormouse.store.store import Reader
+from dormouse.store.store import Manifest, Reader
 from dormouse.transfer.plan import Copy, LoadPlan, Piece, plan, stored_pieces
 
 
@@ -29,22 +28,23 @@ def of_file(path: Path, placement: Placement) -> LoadPlan:
 
 
 def of_checkpoint(
-    body: CheckpointBody, refs: Sequence[Digest], placement: Placement, reader: Reader, what: str
+    body: CheckpointBody, manifest: Manifest, placement: Placement, reader: Reader, what: str
 ) -> LoadPlan:
     """The plan for tensors of a checkpoint, whose offsets count from the beginning of its segment. Only chunks that are
     needed are looked for. Raises DamagedError when the checkpoint's table and its chunks don't fit each other."""
-    files, pieces = stored_pieces(_placed(body, refs, placement, reader, what), reader.pack)
+    files, pieces = stored_pieces(_placed(body, manifest, placement, reader, what), reader.pack)
     return plan(files, pieces, placement.sizes)
 
 
 def _placed(
-    body: CheckpointBody, refs: Sequence[Digest], placement: Placement, reader: Reader, what: str
+    body: CheckpointBody, manifest: Manifest, placement: Placement, reader: Reader, what: str
 ) -> Iterator[tuple[StoredChunk, tuple[Copy, ...]]]:
     count = -(-body.size // body.chunk_size)
-    if len(refs) != count:
-        raise _misfit(what, f"it has {len(refs)} chunks where {body.size} bytes need {count}")
+    if len(manifest.refs) != count:
+        raise _misfit(what, f"it has {len(manifest.refs)} chunks where {body.size} bytes need {count}")
     needed = list(by_chunk(placement.copies, body.size, body.chunk_size))
-    chunks = reader.locate([refs[number] for number, _copies in needed])
+    most = manifest.id if 2 * len(needed) > count else None
+    chunks = reader.locate([manifest.refs[number] for number, _copies in needed], manifest_id=most)
     for chunk, (number, copies) in zip(chunks, needed, strict=True):
         length = min(body.chunk_size, body.size - number * body.chunk_size)
         if chunk.plain_length != length:

@@ -147,14 +147,18 @@ def _simple(copy: Copy) -> Copy:
 def by_chunk(copies: Sequence[Copy], size: int, chunk_size: int) -> Iterator[tuple[int, tuple[Copy, ...]]]:
     """What of each chunk is needed: the number of each that is, with the copies of its plain bytes. `copies` are in the
     order of their source offsets, in a source of `size` bytes."""
-    waiting = list(reversed(copies))
-    active: list[Copy] = []
+    waiting = [(_end(copy), copy) for copy in reversed(copies)]
+    active: list[tuple[int, Copy]] = []
     for number in range(-(-size // chunk_size)):
         begin, end = number * chunk_size, min((number + 1) * chunk_size, size)
-        active = [copy for copy in active if _end(copy) > begin]
-        while waiting and waiting[-1].source < end:
+        if len(active) == 1 and not waiting and active[0][1].rows == 1 and active[0][0] >= end:
+            copy = active[0][1]  # the rest of a checkpoint that is loaded whole
+            yield number, (Copy(copy.device, 0, copy.target + begin - copy.source, end - begin),)
+            continue
+        active = [each for each in active if each[0] > begin]
+        while waiting and waiting[-1][1].source < end:
             active.append(waiting.pop())
-        if parts := tuple(clipped(active, begin, end)):
+        if parts := tuple(clipped([copy for _until, copy in active], begin, end)):
             yield number, parts
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dormouse.errors import ConfigError, NotFoundError
+from dormouse.errors import ConfigError, DamagedError, NotFoundError
 from dormouse.node import canary
 from dormouse.snapshot.capture import PROCESS_KIND, SNAPSHOT_KIND, TEMPLATE_KIND
 from dormouse.snapshot.images import decode_body
 from dormouse.store.store import ManifestRow, Store
+
+Answer = TypeVar("Answer")
 
 KINDS = (SNAPSHOT_KIND, TEMPLATE_KIND, PROCESS_KIND)
 """The manifests that are snapshots; a store holds others, too."""
@@ -27,14 +29,14 @@ class StoreCatalog:
 
     def latest(self, name: str, *, kind: str = SNAPSHOT_KIND) -> str | None:
         """The id of the newest one that is not quarantined."""
-        with Store.open(self._path) as store:
-            rows = [row for row in store.manifests(kind=kind, name=name) if row.marks.quarantine is None]
+        rows = self._asked(lambda store: store.manifests(kind=kind, name=name))
+        rows = [row for row in rows if row.marks.quarantine is None]
         return max(rows, key=lambda row: row.created).id if rows else None
 
     def canary(self, snapshot_id: str) -> str | None:
         """The answer of the canary that was stored with it (canary.py)."""
-        with Store.open(self._path) as store:
-            return decode_body(store.manifest(snapshot_id).body, snapshot_id).key.get(canary.FIELD)
+        manifest = self._asked(lambda store: store.manifest(snapshot_id))
+        return decode_body(manifest.body, snapshot_id).key.get(canary.FIELD)
 
     def drop_older(self, name: str, snapshot_id: str, *, kind: str = SNAPSHOT_KIND) -> None:
         """Remove those that are older than this one, but not those that are pinned, and free what only they used."""
@@ -72,6 +74,15 @@ class StoreCatalog:
         """All of them as JSON-ready rows, oldest first."""
         with Store.open(self._path) as store:
             return snapshot_rows(store)
+
+    def _asked(self, question: Callable[[Store], Answer]) -> Answer:
+        """What a store answers that is opened to read; in full, if the index proves to be damaged."""
+        try:
+            with Store.open_to_read(self._path) as store:
+                return question(store)
+        except DamagedError:
+            with Store.open(self._path) as store:
+                return question(store)
 
     @contextlib.contextmanager
     def _row(self, snapshot_id: str) -> Iterator[tuple[Store, ManifestRow]]:

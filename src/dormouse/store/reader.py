@@ -35,10 +35,11 @@ class Reader:
         self._lock = threading.Lock()
         self._local = threading.local()
 
-    def locate(self, digests: Iterable[Digest]) -> list[StoredChunk]:
-        """Where the chunks are, in the order asked for. Raises DamagedError for one that is in no pack."""
+    def locate(self, digests: Iterable[Digest], *, manifest_id: str | None = None) -> list[StoredChunk]:
+        """Where the chunks are, in the order asked for; faster when `manifest_id` names a manifest that most are of.
+        Raises DamagedError for one that is in no pack."""
         wanted = list(digests)
-        found = self._index.locate(wanted)
+        found = self._index.locate(wanted, manifest_id)
         try:
             return [found[digest] for digest in wanted]
         except KeyError as error:

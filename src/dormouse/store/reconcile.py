@@ -8,7 +8,7 @@ import logging
 import os
 import sqlite3
 
-from dormouse.errors import DamagedError, UntrustedError
+from dormouse.errors import DamagedError, StoreError, UntrustedError
 from dormouse.store.files import sync_folder, system_errors, try_lock
 from dormouse.store.index import add_manifest, add_pack, drop_manifest
 from dormouse.store.layout import Layout
@@ -30,6 +30,18 @@ def reconcile(layout: Layout) -> None:
     with layout.index.change() as connection:
         _compare_packs(layout, connection)
         _compare_manifests(layout, connection)
+
+
+def in_line(layout: Layout) -> bool:
+    """Whether the index can be asked, and knows all packs and manifests by name and no others. Changes nothing; needs
+    no lock, because a reader needs no more than an answer that was right at some moment."""
+    try:
+        with system_errors(layout.root, "listing"):
+            packs, manifests = set(layout.pack_numbers()), layout.manifest_ids()
+        index = layout.index
+        return index.is_current() and index.packs() == packs and index.manifest_ids() == manifests
+    except StoreError:  # whatever it is, a full opening mends it or tells of it
+        return False
 
 
 def _start_over(layout: Layout, problem: str) -> None:

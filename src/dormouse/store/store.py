@@ -26,7 +26,7 @@ from dormouse.store.manifest import Manifest
 from dormouse.store.marks import Marks, drop_marks, read_marks, write_marks
 from dormouse.store.pack import StoredChunk
 from dormouse.store.reader import Reader
-from dormouse.store.reconcile import reconcile
+from dormouse.store.reconcile import in_line, reconcile
 from dormouse.store.transaction import Transaction
 from dormouse.store.verify import Damage, Progress, VerifyReport
 
@@ -68,6 +68,19 @@ class Store:
             layout.index.close()
             raise
         return cls(layout)
+
+    @classmethod
+    def open_to_read(cls, path: Path, *, key_file: Path | None = None) -> Self:
+        """Open a store to read chunks and manifests and nothing else, in a fraction of the time: what there is on the
+        disk is not made durable or cleaned up, and the index is used if it knows all packs and manifests. Else this is
+        `open`. All that is read is checked as ever; but an index that is damaged within shows only when it is asked
+        (DamagedError), and `open` builds it anew.
+        """
+        layout = open_layout(path, key_file or path.parent / "key", lambda _step: None)
+        if in_line(layout):
+            return cls(layout)
+        layout.index.close()
+        return cls.open(path, key_file=key_file)
 
     def close(self) -> None:
         """Close the index; open readers and transactions must be closed before. Idempotent."""

@@ -19,6 +19,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -79,24 +81,27 @@ class SignatureCheck:
         """Upload what is known of `rows` (int64 [n, 2]: source, a multiple of 16, and stored length), their identities
         (uint8 [n, 37], or all as bytes; store/pack.py, identity) and signatures (uint8 [n, 16], or all as bytes).
         Arrays and lists will do as well as tensors. Waits for the device."""
-        rows = _tensor(rows, torch.int64).reshape(-1, 2)
+        rows = _array(rows, np.int64).reshape(-1, 2)
         source, length = rows[:, 0], rows[:, 1]
         _check_rows(source, length)
-        shifted = _shifted(_bytes(identities, len(rows), IDENTITY_SIZE), length)
         leaves = (length + (IDENTITY_SIZE + _LEAF - 1)) // _LEAF
         groups = (leaves + (_GROUP - 1)) // _GROUP
         leaves_before, groups_before = _before(leaves), _before(groups)
-        table = torch.stack((source // _ALIGNMENT, length, leaves_before[:-1], groups_before[:-1]), dim=1)
-        of_group = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), groups)
         return SignedTasks(
-            table=table.contiguous().to(self._device),
-            groups=of_group.to(self._device),
-            identities=shifted.to(self._device),
-            macs=_bytes(macs, len(rows), MAC_SIZE).view(torch.int32).to(self._device),
+            table=self._upload(
+                np.stack((source // _ALIGNMENT, length, leaves_before[:-1], groups_before[:-1]), axis=1)
+            ),
+            groups=self._upload(np.repeat(np.arange(len(rows), dtype=np.int32), groups)),
+            identities=self._upload(_shifted(_bytes(identities, len(rows), IDENTITY_SIZE), length)),
+            macs=self._upload(_bytes(macs, len(rows), MAC_SIZE).view(np.int32)),
             leaves_before=leaves_before.tolist(),
             groups_before=groups_before.tolist(),
             ends=(source + length).tolist(),
         )
+
+    def _upload(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        # numpy up to here: torch would start, and keep spinning, a thread on every CPU for tables of this size
+        return torch.from_numpy(array).to(self._device)
 
     def check(self, tasks: SignedTasks, first: int, count: int, staging: torch.Tensor, status: torch.Tensor) -> None:
         """Check `count` tasks from `first` on, whose sources are offsets into `staging` (uint8), on the current stream:
@@ -127,10 +132,10 @@ class SignatureCheck:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
 
-def _check_rows(source: torch.Tensor, length: torch.Tensor) -> None:
-    if bool(((source < 0) | (source % _ALIGNMENT != 0)).any()):
+def _check_rows(source: npt.NDArray[np.int64], length: npt.NDArray[np.int64]) -> None:
+    if ((source < 0) | (source % _ALIGNMENT != 0)).any():
         raise ValueError(f"a source is no multiple of {_ALIGNMENT}")
-    if bool(((length < 0) | (length > _LARGEST)).any()):
+    if ((length < 0) | (length > _LARGEST)).any():
         raise ValueError(f"a stored length is not within 0 .. {_LARGEST}")
 
 
@@ -148,29 +153,27 @@ def _check_call(tasks: SignedTasks, first: int, end: int, staging: torch.Tensor,
         raise ValueError(f"staging is on {staging.device}, status on {status.device}, not on {tasks.table.device}")
 
 
-def _bytes(values: Any, count: int, size: int) -> torch.Tensor:
-    if isinstance(values, bytes):
-        values = torch.frombuffer(bytearray(values), dtype=torch.uint8) if values else []
-    return _tensor(values, torch.uint8).reshape(count, size).contiguous()
+def _bytes(values: Any, count: int, size: int) -> npt.NDArray[np.uint8]:
+    flat = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else _array(values, np.uint8)
+    return np.array(flat.reshape(count, size))  # a copy: torch warns of sharing what must not be written
 
 
-def _tensor(values: Any, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor as it is, of others a copy: torch warns of sharing arrays that must not be written."""
-    return values.to(dtype) if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
+def _array(values: Any, kind: type[Any]) -> npt.NDArray[Any]:
+    return np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values, kind)
 
 
-def _before(counts: torch.Tensor) -> torch.Tensor:
+def _before(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """For each the sum of those before it, and at last the sum of all."""
-    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
 
 
-def _shifted(identities: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+def _shifted(identities: npt.NDArray[np.uint8], length: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
     """The identities as words, beginning at the byte of a word where the stored bytes end; zeros around them."""
-    shifted = torch.zeros((len(length), IDENTITY_WORDS.value * 4), dtype=torch.uint8)
+    shifted = np.zeros((len(length), IDENTITY_WORDS.value * 4), np.uint8)
     for begin in range(4):
         mine = length % 4 == begin
         shifted[mine, begin : begin + IDENTITY_SIZE] = identities[mine]
-    return shifted.view(torch.int32)
+    return shifted.view(np.int32)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from dormouse.transfer.gpus import Mark
 from dormouse.transfer.lane import Lane, Source
 from dormouse.transfer.memory import anonymous
 from dormouse.transfer.pieces import Checker
+from dormouse.transfer.pinned import PinnedMemory
 from dormouse.transfer.plan import Extent
 from dormouse.transfer.report import Progress
 from dormouse.transfer.ring import Ring
@@ -34,7 +35,7 @@ class _Arrival(NamedTuple):
     """A parcel that has been read: its bytes begin `lead` bytes into its slot."""
 
     number: int
-    slot: int
+    slot: PinnedMemory
     lead: int
 
 
@@ -42,20 +43,19 @@ class _Given(NamedTuple):
     """A parcel whose devices have been asked."""
 
     number: int
-    slot: int | None
+    slot: PinnedMemory | None
     marks: list[Mark]
 
 
 class Delivery:
-    """One load of parcels. `lanes`: of each device, made when the load runs; `memory`: the ring's; `forget`: told what
-    was held in memory and is damaged there."""
+    """One load of parcels. `lanes`: of each device, made when the load runs; `forget`: told what was held in memory and
+    is damaged there."""
 
     def __init__(
         self,
         packed: Packed,
         lanes: Sequence[Sequence[Lane]],
         ring: Ring,
-        memory: memoryview,
         files: SourceFiles,
         checker: Checker,
         forget: Callable[[Extent], None],
@@ -63,8 +63,6 @@ class Delivery:
         self._parcels = packed.parcels
         self._lanes = lanes
         self._ring = ring
-        self._memory = memory
-        self._pinned = torch.frombuffer(memory, dtype=torch.uint8) if len(memory) else torch.empty(0)
         self._files = files
         self._checker = checker
         self._forget = forget
@@ -121,13 +119,11 @@ class Delivery:
         if slot is None:
             return
         parcel, extent = self._parcels[number], self._parcels[number].extent
-        first = slot * self._ring.slot_bytes
-        room = self._memory[first : first + self._ring.slot_bytes]
         if parcel.host:
-            self._read_decoded(parcel, room)
+            self._read_decoded(parcel, slot.view)
             lead = 0
         else:
-            lead = address_of(self._read_extent(extent, room)) - address_of(room)
+            lead = address_of(self._read_extent(extent, slot.view)) - slot.address
         self._arrivals.put(_Arrival(number, slot, lead))
 
     def _read_extent(self, extent: Extent, room: memoryview) -> memoryview:
@@ -158,22 +154,22 @@ class Delivery:
             if sources is not None:
                 if cancelled is not None and cancelled.is_set():
                     raise given_up()
-                self._issue(number, None, sources, check=False)  # it was checked when it came into the tier
+                self._issue(number, None, sources)
 
     def _issue_read(self, count: int) -> None:
         for _ in range(count):
             arrival = self._arrivals.get()
             if arrival is None:
                 return
-            begin = arrival.slot * self._ring.slot_bytes + arrival.lead
-            source = Source(0, self._parcels[arrival.number].length, self._pinned, begin)
-            self._issue(arrival.number, arrival.slot, (source,), check=True)
+            memory = torch.frombuffer(arrival.slot.view, dtype=torch.uint8)
+            source = Source(0, self._parcels[arrival.number].length, memory, arrival.lead)
+            self._issue(arrival.number, arrival.slot, (source,))
 
-    def _issue(self, number: int, slot: int | None, sources: tuple[Source, ...], *, check: bool) -> None:
+    def _issue(self, number: int, slot: PinnedMemory | None, sources: tuple[Source, ...]) -> None:
         marks = []
         for part in self._parcels[number].parts:
             lanes = self._lanes[part.device]
-            marks.append(lanes[number % len(lanes)].issue(number, part, sources, check=check))
+            marks.append(lanes[number % len(lanes)].issue(number, part, sources))
         self._given.put(_Given(number, slot, marks))
 
     def _look_for_damage(self, held: Sequence[tuple[Source, ...] | None]) -> None:

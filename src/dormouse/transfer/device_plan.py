@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dormouse.store.codec import FLOATS, Codec
-from dormouse.store.pack import identity
+from dormouse.store.pack import StoredChunk, identity
 from dormouse.transfer.plan import EXTENT_BYTES, Copy, Extent, LoadPlan, Piece, join, whole_copy
 
 SOURCE_ALIGNMENT = 16
@@ -62,11 +62,13 @@ class Part(NamedTuple):
 
 
 class Parcel(NamedTuple):
-    """What comes in one slot: the bytes of an extent as they are, or, if `host`, the plain bytes of its pieces one
-    after the other. `starts` tells where each piece begins."""
+    """What comes at once: the bytes of an extent as they are, or, if `host`, the plain bytes of its pieces one after
+    the other. `starts` tells where each piece begins. `held`: the number of the extent in the plan it belongs to, if
+    the bytes are in memory, where they were checked."""
 
     extent: Extent
     host: bool
+    held: int | None
     starts: tuple[int, ...]
     length: int
     plain_bytes: int
@@ -85,6 +87,12 @@ class Tables:
     staging_bytes: int = 0
     scratch_bytes: int = 0
 
+    def add_check(self, piece: Piece, chunk: StoredChunk, source: int) -> None:
+        """One more row of what is checked."""
+        self.checks.append((source, piece.stored_length))
+        self.identities.append(identity(chunk.digest, piece.codec, piece.plain_length))
+        self.macs.append(chunk.mac)
+
 
 class Packed(NamedTuple):
     """A plan, ready for its devices."""
@@ -93,16 +101,52 @@ class Packed(NamedTuple):
     tables: tuple[Tables, ...]
 
 
-def pack(plan: LoadPlan, *, kernels: bool, plain_bytes: int = EXTENT_BYTES) -> Packed:
+def pack(plan: LoadPlan, *, kernels: bool, plain_bytes: int = EXTENT_BYTES, held: int = 0) -> Packed:
     """`kernels`: whether the devices check and decode; else the host does. `plain_bytes`: the most that a parcel comes
-    to where room is needed for them, unless one piece comes to more."""
+    to where room is needed for them, unless one piece comes to more. The first `held` extents are in memory as they
+    are stored, and were checked there."""
     tables = tuple(Tables() for _ in plan.sizes)
-    parcels = (
-        _parcel(extent, host, tables)
-        for whole in plan.extents
-        for extent, host in _sorted_out(whole, plain_bytes, kernels=kernels)
-    )
+    parcels: list[Parcel] = []
+    for number, whole in enumerate(plan.extents):
+        where = number if number < held else None
+        simple = _simple(whole, tables, where) if kernels else None
+        if simple is not None:
+            parcels.append(simple)
+            continue
+        for extent, host in _sorted_out(whole, plain_bytes, kernels=kernels):
+            parcels.append(_parcel(extent, tables, None if host else where, host=host))
     return Packed(tuple(parcels), tables)
+
+
+def _simple(extent: Extent, tables: Sequence[Tables], held: int | None) -> Parcel | None:
+    """The parcel of an extent as most are: of coded chunks for one device, each of which goes there as it is. None for
+    any other. What follows would make the same of it, in several times the time."""
+    device = extent.pieces[0].copies[0].device
+    starts = tuple(piece.offset - extent.offset for piece in extent.pieces)
+    for piece, at in zip(extent.pieces, starts, strict=True):
+        copy = whole_copy(piece.plain_length, piece.copies)
+        if copy is None or copy.device != device or at % SOURCE_ALIGNMENT or piece.codec not in FLOATS:
+            return None
+    own = tables[device]
+    checks, decodes = len(own.checks), len(own.decodes)
+    for piece, at in zip(extent.pieces, starts, strict=True):
+        own.decodes.append((piece.codec, at, piece.stored_length, piece.copies[0].target, piece.plain_length))
+        if piece.chunk is not None and held is None:
+            own.add_check(piece, piece.chunk, at)
+    staged = tuple(_merged((at, at + piece.stored_length) for at, piece in zip(starts, extent.pieces, strict=True)))
+    own.staging_bytes = max(own.staging_bytes, extent.length)
+    part = Part(
+        device,
+        (),
+        staged,
+        Span(checks, len(own.checks) - checks),
+        Span(len(own.checks), 0),
+        Span(decodes, len(starts)),
+        Span(len(own.decodes), 0),
+        (),
+    )
+    plain_bytes = sum([piece.plain_length for piece in extent.pieces])
+    return Parcel(extent, False, held, starts, extent.length, plain_bytes, (part,))
 
 
 def _sorted_out(extent: Extent, plain_bytes: int, *, kernels: bool) -> Iterator[tuple[Extent, bool]]:
@@ -149,13 +193,16 @@ def _on(piece: Piece, device: int) -> tuple[Copy, ...]:
     return tuple(copy for copy in copies if copy.device == device)
 
 
-def _parcel(extent: Extent, host: bool, tables: Sequence[Tables]) -> Parcel:
+def _parcel(extent: Extent, tables: Sequence[Tables], held: int | None, *, host: bool) -> Parcel:
     starts = tuple(_host_starts(extent) if host else (piece.offset - extent.offset for piece in extent.pieces))
     last = extent.pieces[-1]
     length = starts[-1] + (last.plain_length if host else last.stored_length)
     devices = sorted({copy.device for piece in extent.pieces for copy in piece.copies})
-    parts = tuple(_PartMaker(device, tables[device]).part(extent.pieces, starts, host) for device in devices)
-    return Parcel(extent, host, starts, length, sum(piece.plain_length for piece in extent.pieces), parts)
+    signed = not host and held is None
+    parts = tuple(
+        _PartMaker(device, tables[device], host=host, signed=signed).part(extent.pieces, starts) for device in devices
+    )
+    return Parcel(extent, host, held, starts, length, sum(piece.plain_length for piece in extent.pieces), parts)
 
 
 def _host_starts(extent: Extent) -> Iterator[int]:
@@ -166,9 +213,11 @@ def _host_starts(extent: Extent) -> Iterator[int]:
 
 
 class _PartMaker:
-    """Collects what one device does with one parcel."""
+    """Collects what one device does with one parcel. `signed`: it checks the chunks."""
 
-    def __init__(self, device: int, tables: Tables) -> None:
+    def __init__(self, device: int, tables: Tables, *, host: bool, signed: bool) -> None:
+        self._host = host
+        self._signed = signed
         self._device = device
         self._tables = tables
         self._direct: list[Direct] = []
@@ -180,11 +229,11 @@ class _PartMaker:
         self._copies: list[Placed] = []
         self._scratch = 0
 
-    def part(self, pieces: Iterable[Piece], starts: Iterable[int], host: bool) -> Part:
+    def part(self, pieces: Iterable[Piece], starts: Iterable[int]) -> Part:
         for piece, at in zip(pieces, starts, strict=True):
             copies = _on(piece, self._device)
-            if copies and (host or piece.codec == Codec.RAW):
-                self._add_plain(piece, at, copies, signed=piece.chunk is not None and not host)
+            if copies and (self._host or piece.codec == Codec.RAW):
+                self._add_plain(piece, at, copies, signed=piece.chunk is not None and self._signed)
             elif copies:
                 self._add_coded(piece, at, copies)
         staged = tuple(_merged(self._staged))
@@ -229,10 +278,8 @@ class _PartMaker:
     def _add_checks(self, found: Iterable[tuple[Piece, int]]) -> Span:
         tables, first = self._tables, len(self._tables.checks)
         for piece, source in found:
-            if piece.chunk is not None:
-                tables.checks.append((source, piece.stored_length))
-                tables.identities.append(identity(piece.chunk.digest, piece.codec, piece.plain_length))
-                tables.macs.append(piece.chunk.mac)
+            if piece.chunk is not None and self._signed:
+                tables.add_check(piece, piece.chunk, source)
         return Span(first, len(tables.checks) - first)
 
     def _add_decodes(self, found: Iterable[tuple[Piece, int, int]]) -> Span:

@@ -25,7 +25,7 @@ from dormouse.transfer.budget import default_threads
 from dormouse.transfer.crew import Crew
 from dormouse.transfer.pieces import Checker
 from dormouse.transfer.pinned import CudaPinner, Pinner
-from dormouse.transfer.plan import Extent, LoadPlan, Piece
+from dormouse.transfer.plan import EXTENT_BYTES, Extent, LoadPlan, Piece
 from dormouse.transfer.slabs import Room, Slabs
 from dormouse.transfer.source_files import SourceFiles, room_for
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SLAB_BYTES = 256 << 20
+SLAB_BYTES = 8 * EXTENT_BYTES
 
 _Name = tuple[Digest, int, int]  # a chunk in one of its codings: digest, codec, stored length
 

@@ -58,8 +58,11 @@ class Check(Protocol):
 class Gpu(Protocol):
     """One device of a load. Everything is called by one thread, but `Mark.wait`."""
 
-    def memory(self, size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-        """New memory of zeros."""
+    def memory(self, size: int) -> torch.Tensor:
+        """New bytes, of any content."""
+
+    def words(self, count: int) -> torch.Tensor:
+        """New words of 32 bits, all zero."""
 
     def stream(self) -> Any:
         """A new one; it begins after all that the caller has asked of the device so far."""
@@ -92,8 +95,11 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def memory(self, size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-        return torch.zeros(size, dtype=dtype, device=self._device)
+    def memory(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def words(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=self._device)
 
     def stream(self) -> torch.cuda.Stream:
         stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]

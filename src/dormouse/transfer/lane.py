@@ -38,7 +38,7 @@ class Kernels:
     def __init__(self, gpu: Gpu, tables: Tables, key: Key | None, parcels: int) -> None:
         import numpy as np
 
-        self._statuses = gpu.memory(parcels * _STATUS_PITCH, torch.int32)
+        self._statuses = gpu.words(parcels * _STATUS_PITCH)
         self._check: Check | None = None
         self._decoder: Decoder | None = None
         if tables.checks and key is not None:
@@ -58,8 +58,8 @@ class Kernels:
 
     def damaged(self) -> list[int]:
         """The parcels in which the device found damage. Only when all lanes are through."""
-        words = self._statuses[::_STATUS_PITCH].cpu()
-        return [int(number) for number in words.nonzero().flatten().tolist()]
+        words = self._statuses[::_STATUS_PITCH].cpu().numpy()
+        return [int(number) for number in words.nonzero()[0]]
 
     def check(self, span: tuple[int, int], memory: torch.Tensor, status: torch.Tensor) -> None:
         """Check rows of the table, whose sources count from the start of `memory`."""
@@ -83,7 +83,7 @@ class Lane:
         self._scratch = gpu.memory(_rounded(tables.scratch_bytes))
         self._stream: Any = gpu.stream()
 
-    def issue(self, number: int, part: Part, sources: Sequence[Source], *, check: bool) -> Mark:
+    def issue(self, number: int, part: Part, sources: Sequence[Source]) -> Mark:
         """Ask the device for its part of parcel `number`. Nothing is waited for; the sources are in use until the mark
         is reached, and all is done when the lane is drained."""
         status = self.kernels.status(number)
@@ -93,9 +93,8 @@ class Lane:
             for run in part.direct:
                 _send(sources, run.source, run.source + run.length, self._destination, run.target)
             arrived = self._gpu.mark(self._stream)
-            if check:
-                self.kernels.check(part.checks, self._staging, status)
-                self.kernels.check(part.placed_checks, self._destination, status)
+            self.kernels.check(part.checks, self._staging, status)
+            self.kernels.check(part.placed_checks, self._destination, status)
             self.kernels.decode(part.decodes, self._staging, self._destination, status)
             self.kernels.decode(part.unpacks, self._staging, self._scratch, status)
             for placed in part.copies:

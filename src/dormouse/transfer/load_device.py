@@ -1,6 +1,6 @@
 """Load a plan into the memory of GPUs.
 
-    parcels in plan order -> readers (threads): read into a slot of pinned memory
+    parcels in plan order -> readers (threads): read into a slot of pinned memory, made when it is first needed
                           -> this thread: link, check, decode, on one of a few lanes of each device that needs it
                           -> finisher (a thread): when a slot's bytes have crossed the link, it is free again
 
@@ -18,7 +18,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -33,22 +33,23 @@ from dormouse.transfer.crew import clear_frames
 from dormouse.transfer.delivery import Delivery
 from dormouse.transfer.device_plan import SOURCE_ALIGNMENT, Packed, Parcel, pack
 from dormouse.transfer.gpus import Cuda, Gpu, have_kernels, translated
-from dormouse.transfer.lane import Kernels, Lane, Source
+from dormouse.transfer.lane import Kernels, Lane
 from dormouse.transfer.pieces import Checker
 from dormouse.transfer.plan import EXTENT_BYTES, Extent, LoadPlan, split
 from dormouse.transfer.plan import plan as make_plan
 from dormouse.transfer.report import LoadReport, Progress
 from dormouse.transfer.ring import Ring
 from dormouse.transfer.source_files import SourceFiles, room_for
+from dormouse.transfer.tier_held import tier_held
 
 if TYPE_CHECKING:
     from dormouse.store.key import Key
-    from dormouse.transfer.dram import DramTier, HeldRun
+    from dormouse.transfer.dram import DramTier
 
 log = logging.getLogger(__name__)
 
 PINNED_BYTES = 512 << 20
-_SMALL = 4 << 20
+_SMALL = 8 << 20
 _PER_READER = 4
 LANES = 4
 """Per device: one whose bytes cross the link, one that checks and decodes, and some between."""
@@ -65,7 +66,8 @@ def load_device(
     cancelled: threading.Event | None = None,
     tier: DramTier | None = None,
 ) -> LoadReport:
-    """Fill `destinations` (uint8, 1-D, contiguous, on GPUs, all zeros) as `plan` says; all is there on return.
+    """Fill `destinations` (uint8, 1-D, contiguous, on GPUs, zeros in the plan's gaps) as it says; on return, all
+    is there.
 
     `progress` is called with done and total plain bytes, by one thread. Raises DamagedError that names file and chunk,
     NotFoundError, HostError when a GPU or this machine lacks memory or damages bytes, ConfigError when `pinned_bytes`
@@ -80,7 +82,7 @@ def load_device(
                 plan,
                 destinations,
                 [Cuda(each.device) for each in destinations],
-                pinned.CudaPinner(),
+                pinned.CudaPinner(destinations[0].device),
                 kernels=have_kernels(),
                 key=key,
                 pinned_bytes=pinned_bytes,
@@ -120,20 +122,22 @@ def carry_out(
     checker.check_plan(plan)
     threads = threads or default_threads()
     plan = _fitted(plan, pinned_bytes)
-    if tier is None:
-        plan = _tapered(plan, threads)
-    packed = pack(plan, kernels=kernels, plain_bytes=_limit(pinned_bytes))
+    stored_bytes = plan.stored_bytes
     with contextlib.ExitStack() as stack:
+        held, rest = tier_held(plan.extents, tier, stack)
+        plan = replace(plan, extents=(*(each.extent for each in held), *_tapered(rest, threads)))
+        packed = pack(plan, kernels=kernels, plain_bytes=_limit(pinned_bytes), held=len(held))
+        sources = [None if each.held is None else held[each.held].for_parcel(each) for each in packed.parcels]
         files = stack.enter_context(SourceFiles(plan.files, ours=plan.ours))
-        held = _held(packed, tier, stack)
-        reading = [number for number, found in enumerate(held) if found is None]
-        ring = Ring(pinned_bytes, max((_room(packed.parcels[number]) for number in reading), default=1), len(reading))
+        rooms = [_room(parcel) for parcel in packed.parcels if parcel.held is None]
+        slot_bytes = _slot_bytes(max(rooms, default=1), pinned_bytes)
+        ring = Ring(pinned_bytes, slot_bytes, len(rooms), lambda size: pinned.borrow(size, pinner))
         lanes: list[list[Lane]] = []
-        with _slots(ring.size if reading else 0, pinner, lanes) as memory:
-            forget = _nothing_to_forget if tier is None else tier.forget
-            delivery = Delivery(packed, lanes, ring, memory, files, checker, forget)
+        forget = _nothing_to_forget if tier is None else tier.forget
+        with _kept(ring, lanes):
+            delivery = Delivery(packed, lanes, ring, files, checker, forget)
             delivery.run(
-                held,
+                sources,
                 # while the first bytes are read
                 lambda: _add_lanes(lanes, packed, gpus, destinations, key),
                 threads=threads,
@@ -143,11 +147,16 @@ def carry_out(
         return LoadReport(
             time.perf_counter() - started,
             plan.plain_bytes,
-            plan.stored_bytes,
+            stored_bytes,
             files.direct_bytes,
             files.cached_bytes,
-            sum(parcel.extent.length for parcel, found in zip(packed.parcels, held, strict=True) if found is not None),
-            ring.peak * ring.slot_bytes,
+            sum(
+                piece.stored_length
+                for parcel in packed.parcels
+                if parcel.held is not None
+                for piece in parcel.extent.pieces
+            ),
+            ring.peak_bytes,
             "device" if kernels else "host",
         )
 
@@ -162,6 +171,12 @@ def _limit(pinned_bytes: int) -> int:
     return max(ALIGNMENT, min(EXTENT_BYTES, pinned_bytes // 4 // ALIGNMENT * ALIGNMENT))
 
 
+def _slot_bytes(largest: int, pinned_bytes: int) -> int:
+    """As much as the largest parcel needs; of all loads the same if that is nearly so, to use slots again."""
+    usual = _limit(pinned_bytes) + ALIGNMENT
+    return usual if largest <= usual < 2 * largest else largest
+
+
 def _fitted(plan: LoadPlan, pinned_bytes: int) -> LoadPlan:
     """The plan, in smaller extents if there is little pinned memory."""
     limit = _limit(pinned_bytes)
@@ -171,40 +186,22 @@ def _fitted(plan: LoadPlan, pinned_bytes: int) -> LoadPlan:
     return make_plan(plan.files, pieces, plan.sizes, extent_bytes=limit)
 
 
-def _tapered(plan: LoadPlan, threads: int) -> LoadPlan:
-    """The plan with small extents at both ends, as many as there are readers; in small ones altogether when it has too
-    few for that."""
-    extents = plan.extents
+def _tapered(extents: Sequence[Extent], threads: int) -> tuple[Extent, ...]:
+    """Some small extents at both ends, for every reader one; small ones altogether when there are few."""
     if len(extents) < _PER_READER * threads:
-        size = max(_SMALL, plan.stored_bytes // (_PER_READER * threads))
-        return replace(plan, extents=tuple(_smaller(extents, size)))
-    rest = len(extents) - threads
-    ends = (_smaller(part, _SMALL) for part in (extents[:threads], extents[rest:]))
-    return replace(plan, extents=(*next(ends), *extents[threads:rest], *next(ends)))
+        size = max(_SMALL, sum(extent.length for extent in extents) // (_PER_READER * threads))
+        return tuple(_smaller(extents, size))
+    ends = -(-threads // 4)
+    rest = len(extents) - ends
+    return (*_smaller(extents[:ends], _SMALL), *extents[ends:rest], *_smaller(extents[rest:], _SMALL))
 
 
 def _smaller(extents: Sequence[Extent], size: int) -> Iterator[Extent]:
     return chain.from_iterable(split(extent, size) for extent in extents)
 
 
-def _held(packed: Packed, tier: DramTier | None, stack: contextlib.ExitStack) -> list[tuple[Source, ...] | None]:
-    """For each parcel, where in the tier its bytes are; None for one that has to be read. They stay there until `stack`
-    is closed."""
-    if tier is None:
-        return [None] * len(packed.parcels)
-    found = stack.enter_context(tier.borrow([parcel.extent for parcel in packed.parcels if not parcel.host]))
-    slabs = {id(run.memory): run.memory for runs in found for run in runs or ()}
-    tensors = {number: torch.frombuffer(memory, dtype=torch.uint8) for number, memory in slabs.items()}
-    sources = (None if runs is None else _sources(runs, tensors) for runs in found)
-    return [None if parcel.host else next(sources) for parcel in packed.parcels]
-
-
 def _nothing_to_forget(_extent: Extent) -> None:
     """There is no tier."""
-
-
-def _sources(runs: Sequence[HeldRun], tensors: Mapping[int, torch.Tensor]) -> tuple[Source, ...]:
-    return tuple(Source(run.begin, run.end, tensors[id(run.memory)], run.offset) for run in runs)
 
 
 def _add_lanes(
@@ -224,15 +221,14 @@ def _add_lanes(
 
 
 @contextlib.contextmanager
-def _slots(size: int, pinner: pinned.Pinner, lanes: Sequence[Sequence[Lane]]) -> Iterator[memoryview]:
-    """Pinned memory for all slots. At the end no device uses it, nor anything else of the load, any more."""
-    memory = pinned.borrow(size, pinner) if size else None
+def _kept(ring: Ring, lanes: Sequence[Sequence[Lane]]) -> Iterator[None]:
+    """Keep the slots for the next load. At the end no device uses them, nor anything else of the load, any more."""
     try:
-        yield memoryview(b"") if memory is None else memory.view
+        yield
     finally:
-        drained = _drained(lanes)
-        if memory is not None:
-            (pinned.give_back if drained else pinned.abandon)(memory)
+        leave = pinned.give_back if _drained(lanes) else pinned.abandon
+        for slot in ring.made:
+            leave(slot)
 
 
 def _drained(lanes: Sequence[Sequence[Lane]]) -> bool:

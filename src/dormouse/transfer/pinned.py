@@ -3,25 +3,31 @@
     borrow(size) -> PinnedMemory (made, or kept from an earlier load) -> give_back | free_pinned
 
 Making it is what takes long (a third of a second per fresh GiB), so blocks are kept for later loads until `free_pinned`
-or the end of the process. Huge pages and threads that touch the memory before it is pinned take most of that time away.
+or the end of the process. Huge pages and touching the memory before it is pinned, by several threads if it is large,
+take most of that time away.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import errno
 import logging
 import mmap
 import os
 import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dormouse.errors import HostError
 from dormouse.transfer.budget import default_threads
 from dormouse.transfer.memory import anonymous
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -40,20 +46,27 @@ class Pinner(Protocol):
 
 
 class CudaPinner:
-    """The CUDA runtime, as torch has loaded it."""
+    """The CUDA runtime, as torch has loaded it. What is pinned is so for all GPUs; but pinning uses a `device`, by
+    default that of the thread, and takes memory of one that was not in use yet."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
 
     def pin(self, address: int, size: int) -> None:
         portable = 1
-        _check(_cudart().cudaHostRegister(address, size, portable), f"pinning {size} bytes of memory")
+        with self._cudart() as cudart:
+            _check(cudart.cudaHostRegister(address, size, portable), f"pinning {size} bytes of memory")
 
     def unpin(self, address: int) -> None:
-        _check(_cudart().cudaHostUnregister(address), "unpinning memory")
+        with self._cudart() as cudart:
+            _check(cudart.cudaHostUnregister(address), "unpinning memory")
 
+    @contextlib.contextmanager
+    def _cudart(self) -> Iterator[Any]:
+        import torch
 
-def _cudart() -> Any:
-    import torch
-
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device) if self._device is not None else contextlib.nullcontext():
+            yield torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _check(result: Any, doing: str) -> None:
@@ -97,15 +110,26 @@ class PinnedMemory:
 
 
 def _touch(address: int, size: int) -> None:
-    """Have the kernel give all of the memory, by several threads at once."""
+    """Have the kernel give all of the memory, by several threads at once if it is much."""
     parts = range(0, size, _PART)
+
+    def touch(at: int) -> int:
+        return _populate(address + at, min(_PART, size - at))
+
+    if len(parts) <= 2:  # a slot, which is made by one of many readers
+        _touched(size, map(touch, parts))
+        return
     with ThreadPoolExecutor(max(1, min(default_threads(), len(parts))), thread_name_prefix="touch") as pool:
-        for code in pool.map(lambda at: _populate(address + at, min(_PART, size - at)), parts):
-            if code in (errno.ENOMEM, errno.EFAULT):
-                raise _no_memory(size, OSError(code, os.strerror(code)))
-            if code:  # an older kernel: the memory comes when it is used
-                log.info("memory can't be touched in advance: %s", os.strerror(code))
-                return
+        _touched(size, pool.map(touch, parts))
+
+
+def _touched(size: int, codes: Iterable[int]) -> None:
+    for code in codes:
+        if code in (errno.ENOMEM, errno.EFAULT):
+            raise _no_memory(size, OSError(code, os.strerror(code)))
+        if code:  # an older kernel: the memory comes when it is used
+            log.info("memory can't be touched in advance: %s", os.strerror(code))
+            return
 
 
 def _populate(address: int, size: int) -> int:

@@ -3,25 +3,29 @@
     pieces (chunks of a checkpoint, runs of a plain file) -> plan() -> extents of many pieces -> load_host | load_device
 
 A piece is coded as a whole and decoded as a whole; its plain bytes, or parts of them, go to one or more places in the
-destinations (one block of memory per device), which are all zeros before: so chunks of zeros are not read, and only
-their signatures are checked. Pieces that lie side by side in a file are read at once, as one extent of at most
-`extent_bytes`. Plain bytes without a signature may be cut anywhere: a long run of them becomes several pieces.
+destinations (one block of memory per device), which are zeros before where nothing goes (`LoadPlan.gaps`): so chunks of
+zeros are not read, and only their signatures are checked. Pieces that lie side by side in a file are read at once, as
+one extent of at most `extent_bytes`. Plain bytes without a signature may be cut anywhere: a long run of them becomes
+several pieces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from dormouse.errors import DamagedError, StoreError
+from dormouse.store.chunk import Digest
 from dormouse.store.codec import Codec
 from dormouse.store.files import VERIFY_REMEDY
 from dormouse.store.pack import ALIGNMENT, StoredChunk, aligned, makes_sense
 
-EXTENT_BYTES = 32 << 20
-"""One read, one copy to the device, one launch of the decoder: large enough that Python's share is small."""
+EXTENT_BYTES = 33 << 20
+"""One read, one copy to the device, one launch of the decoder: large enough that Python's share is small. Six chunks of
+8 MiB of bfloat16 fit in, coded, or four that are not."""
 
 
 class Copy(NamedTuple):
@@ -38,12 +42,14 @@ class Copy(NamedTuple):
 
     def fits(self, plain_length: int, sizes: Sequence[int]) -> bool:
         """Whether it stays within a piece of `plain_length` and the destinations."""
-        last = self.rows - 1
+        device, source, target, row_bytes, rows, source_pitch, target_pitch = self
         return (
-            0 <= self.device < len(sizes)
-            and min(self.source, self.target, self.row_bytes, last, self.source_pitch, self.target_pitch) >= 0
-            and self.source + last * self.source_pitch + self.row_bytes <= plain_length
-            and self.target + last * self.target_pitch + self.row_bytes <= sizes[self.device]
+            0 <= device < len(sizes)
+            and source >= 0 <= target
+            and row_bytes >= 0 < rows
+            and source_pitch >= 0 <= target_pitch
+            and source + (rows - 1) * source_pitch + row_bytes <= plain_length
+            and target + (rows - 1) * target_pitch + row_bytes <= sizes[device]
         )
 
 
@@ -113,8 +119,26 @@ class LoadPlan:
             raise StoreError(f"a load needs memory of {self.sizes} bytes and was given {tuple(sizes)}")
         for extent in self.extents:
             for piece in extent.pieces:
-                if not all(copy.fits(piece.plain_length, self.sizes) for copy in piece.copies):
-                    raise StoreError(f"a copy out of {self.files[piece.file]} at {piece.offset} leaves its memory")
+                for copy in piece.copies:
+                    if not copy.fits(piece.plain_length, self.sizes):
+                        raise StoreError(f"a copy out of {self.files[piece.file]} at {piece.offset} leaves its memory")
+
+    def gaps(self, device: int) -> list[tuple[int, int]]:
+        """Begins and ends of what of a destination may be left as it was: nothing is written there, or only rows with
+        room between them."""
+        written = sorted(
+            (copy.target, copy.target + copy.row_bytes)
+            for extent in self.extents
+            for piece in extent.pieces
+            for copy in piece.copies
+            if copy.device == device and copy.rows == 1
+        )
+        gaps, end = [], 0
+        for low, high in (*written, (self.sizes[device], self.sizes[device])):
+            if low > end:
+                gaps.append((end, low))
+            end = max(end, high)
+        return gaps
 
     @property
     def plain_bytes(self) -> int:
@@ -127,58 +151,57 @@ def stored_pieces(
 ) -> tuple[list[Path], list[Piece]]:
     """Files and pieces for `plan`: one piece per chunk, however often it is needed. `pack` tells a chunk's pack. Raises
     DamagedError for a chunk that no writer can have made."""
-    copies: dict[StoredChunk, list[Copy]] = {}
+    chunks: dict[Digest, tuple[StoredChunk, list[Copy]]] = {}
     for chunk, wanted in placed:
         if not makes_sense(chunk):
             raise DamagedError(
                 f"chunk {chunk.digest.hex()} in {pack(chunk)} is damaged: its row of the index makes no sense",
                 remedy=VERIFY_REMEDY,
             )
-        copies.setdefault(chunk, []).extend(wanted)
-    numbers: dict[int, int] = {}
-    files: list[Path] = []
-    for chunk in copies:
-        if chunk.pack not in numbers:
-            numbers[chunk.pack] = len(files)
-            files.append(pack(chunk))
-    pieces = [
-        Piece(
-            numbers[chunk.pack],
-            chunk.offset,
-            chunk.stored_length,
-            chunk.plain_length,
-            chunk.codec,
-            chunk,
-            tuple(wanted),
-        )
-        for chunk, wanted in copies.items()
-    ]
-    return files, pieces
+        chunks.setdefault(chunk.digest, (chunk, []))[1].extend(wanted)
+    packs: dict[int, Path] = {}
+    for chunk, _copies in chunks.values():
+        if chunk.pack not in packs:
+            packs[chunk.pack] = pack(chunk)
+    numbers = {pack: number for number, pack in enumerate(packs)}
+    pieces = []
+    for chunk, copies in chunks.values():
+        _digest, _mac, number, offset, stored_length, plain_length, codec = chunk
+        pieces.append(Piece(numbers[number], offset, stored_length, plain_length, codec, chunk, tuple(copies)))
+    return list(packs.values()), pieces
 
 
 def plan(
     files: Sequence[Path], pieces: Iterable[Piece], sizes: Sequence[int], *, extent_bytes: int = EXTENT_BYTES
 ) -> LoadPlan:
     """Join neighbours into extents, in file order. A coded piece longer than `extent_bytes` is an extent of its own."""
-    given = list(pieces)
-    zeros = tuple(piece for piece in given if piece.codec == Codec.ZERO)
-    read = [part for piece in given if piece.codec != Codec.ZERO for part in _cut(piece, extent_bytes)]
-    return LoadPlan(tuple(files), tuple(join(read, extent_bytes)), tuple(sizes), zeros)
+    zeros: list[Piece] = []
+    read: list[Piece] = []
+    for piece in pieces:
+        if piece.codec == Codec.ZERO:
+            zeros.append(piece)
+        else:
+            read += _cut(piece, extent_bytes)
+    return LoadPlan(tuple(files), tuple(join(read, extent_bytes)), tuple(sizes), tuple(zeros))
 
 
 def join(pieces: Iterable[Piece], extent_bytes: int, plain_bytes: int | None = None) -> Iterator[Extent]:
     """Extents of at most `extent_bytes`, whose pieces decode to at most `plain_bytes`; a piece that is longer stands
     alone."""
     run: list[Piece] = []
-    plain = 0
-    for piece in sorted(pieces, key=lambda piece: (piece.file, piece.offset)):
+    number = begin = end = plain = 0
+    for piece in sorted(pieces, key=attrgetter("file", "offset")):
+        near = piece.file == number and end <= piece.offset <= aligned(end) + ALIGNMENT
         plain += piece.plain_length
-        if run and not (_fits(run, piece, extent_bytes) and (plain_bytes is None or plain <= plain_bytes)):
-            yield _extent(run)
-            run, plain = [], piece.plain_length
+        if run and not (near and piece.end - begin <= extent_bytes and (plain_bytes is None or plain <= plain_bytes)):
+            yield Extent(number, begin, end - begin, tuple(run))
+            run = []
+        if not run:
+            number, begin, plain = piece.file, piece.offset, piece.plain_length
+        end = piece.end
         run.append(piece)
     if run:
-        yield _extent(run)
+        yield Extent(number, begin, end - begin, tuple(run))
 
 
 def split(extent: Extent, extent_bytes: int) -> Iterator[Extent]:
@@ -186,35 +209,32 @@ def split(extent: Extent, extent_bytes: int) -> Iterator[Extent]:
     return join((part for piece in extent.pieces for part in _cut(piece, extent_bytes)), extent_bytes)
 
 
-def _fits(run: Sequence[Piece], piece: Piece, extent_bytes: int) -> bool:
-    first, last = run[0], run[-1]
-    near = piece.file == last.file and last.end <= piece.offset <= aligned(last.end) + ALIGNMENT
-    return near and piece.end - first.offset <= extent_bytes
-
-
-def _extent(run: Sequence[Piece]) -> Extent:
-    first, last = run[0], run[-1]
-    return Extent(first.file, first.offset, last.end - first.offset, tuple(run))
-
-
-def _cut(piece: Piece, extent_bytes: int) -> Iterator[Piece]:
+def _cut(piece: Piece, extent_bytes: int) -> Sequence[Piece]:
     """The piece; or, if nothing keeps its bytes together, its parts between multiples of `extent_bytes` in the file, so
     that all extents but a file's first and last begin and end at such. What goes nowhere is left out."""
     if piece.chunk is not None or piece.codec != Codec.RAW:
-        yield piece
-        return
+        return (piece,)
+    parts = []
     begin = piece.offset
     while begin < piece.end:
         end = min(piece.end, (begin // extent_bytes + 1) * extent_bytes)
         copies = tuple(clipped(piece.copies, begin - piece.offset, end - piece.offset))
         if copies:
-            yield piece._replace(offset=begin, stored_length=end - begin, plain_length=end - begin, copies=copies)
+            parts.append(
+                piece._replace(offset=begin, stored_length=end - begin, plain_length=end - begin, copies=copies)
+            )
         begin = end
+    return parts
 
 
 def clipped(copies: Iterable[Copy], begin: int, end: int) -> Iterator[Copy]:
     """What of `copies` lies between `begin` and `end` of the plain bytes, counted from `begin`."""
     for copy in copies:
+        if copy.rows == 1:  # as most are
+            part = _part(copy, 0, 0, begin, end)
+            if part.row_bytes > 0:
+                yield part
+            continue
         pitch = copy.source_pitch or copy.row_bytes
         first = max(0, -(-(begin - copy.source - copy.row_bytes + 1) // pitch))  # the first row that ends after `begin`
         until = min(copy.rows, -(-(end - copy.source) // pitch))  # the first row that begins at `end` or after

@@ -28,7 +28,7 @@ from dormouse.store.pack import ALIGNMENT, aligned
 log = logging.getLogger(__name__)
 
 
-_PROBES, _PROBE = 8, 16 * mmap.PAGESIZE
+_PROBES, _PROBE = 4, 8 * mmap.PAGESIZE  # each gives up the interpreter's lock, which is dear with many readers
 
 
 def room_for(offset: int, length: int) -> int:
