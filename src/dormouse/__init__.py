@@ -1,7 +1,7 @@
 """Dormouse: serve large models that sleep when nobody asks for them and wake in about a second.
 
-From Python: `load_file`, `load` and `load_model` (docs/loading.md). They need torch, so they are imported when they are
-first asked for, and `import dormouse` stays light.
+From Python: `load_file`, `load` and `load_model`, and `hold` for what these take from a tier (docs/loading.md). They
+need torch, so they are imported when they are first asked for, and `import dormouse` stays light.
 """
 
 from __future__ import annotations
@@ -10,21 +10,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dormouse.checkpoint.load import load, load_file
+    from dormouse.checkpoint.load import hold, load, load_file
     from dormouse.checkpoint.load_model import load_model
     from dormouse.checkpoint.shards import Shard
+    from dormouse.transfer.dram import DramTier
 
 __version__ = "0.1.0"
 
-__all__ = ["Shard", "load", "load_file", "load_model"]
+__all__ = ["DramTier", "Shard", "hold", "load", "load_file", "load_model"]
 
-_PLACES = {"Shard": "shards", "load": "load", "load_file": "load", "load_model": "load_model"}
+_PLACES = {
+    "DramTier": "transfer.dram",
+    "Shard": "checkpoint.shards",
+    "hold": "checkpoint.load",
+    "load": "checkpoint.load",
+    "load_file": "checkpoint.load",
+    "load_model": "checkpoint.load_model",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"dormouse.checkpoint.{_PLACES[name]}"), name)
+    found = getattr(importlib.import_module(f"dormouse.{_PLACES[name]}"), name)
     globals()[name] = found
     return found
 

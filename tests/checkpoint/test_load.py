@@ -342,6 +342,21 @@ def test_loads_to_gpus_bring_the_same_tensors(
     assert len(fake_gpus) == 3
 
 
+def test_what_a_tier_holds_is_not_read_again(
+    home: DataDir, weights: dict[str, torch.Tensor], fake_gpus: list[LoadPlan]
+) -> None:
+    with dormouse.DramTier(256 << 20, pin=False, slab_bytes=64 << 20) as tier:
+        first = dormouse.hold("model", tier, data_dir=home.root)
+        assert 0 < first.read_bytes <= tier.held_bytes <= 256 << 20
+        assert dormouse.hold("model", tier, data_dir=home.root).read_bytes == 0
+        assert_same(dormouse.load("model", data_dir=home.root, device="cuda:0", tier=tier), weights)
+        with pytest.raises(NotFoundError):
+            dormouse.hold("nobody", tier, data_dir=home.root)
+    with dormouse.DramTier(1 << 20, pin=False, slab_bytes=1 << 20) as small:
+        with pytest.raises(StoreError, match="DRAM tier"):
+            dormouse.hold("model", small, data_dir=home.root)
+
+
 def test_a_safetensors_file_on_a_gpu(
     tmp_path: Path, weights: dict[str, torch.Tensor], fake_gpus: list[LoadPlan]
 ) -> None:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from dormouse.bench_load.cache import files_below
 from dormouse.bench_load.method import Job, Method, MissingError, Tensors, version_of
 from dormouse.bench_load.weights import read_reference
 from dormouse.checkpoint.tensors import CHUNK_SIZE
@@ -62,23 +63,11 @@ def prepare_tier(device: str) -> str:
 def filled_tier(job: Job) -> Any:
     """A tier that holds the model's chunks, pinned."""
     before_load(job)
-    from dormouse.checkpoint.load_plans import of_checkpoint
-    from dormouse.checkpoint.models import open_model
-    from dormouse.checkpoint.shards import place
-    from dormouse.checkpoint.tensors import decode_body
-    from dormouse.config import DataDir
-    from dormouse.store.store import Store
-    from dormouse.transfer.dram import SLAB_BYTES, DramTier
+    import dormouse
 
-    data_dir = DataDir(Path(job.data_dir))
-    checkpoint = open_model(data_dir.models, job.model).checkpoint
-    assert checkpoint is not None
-    with Store.open(data_dir.store) as store, store.reader() as reader:
-        manifest = store.manifest(checkpoint)
-        body = decode_body(manifest.body, job.model)
-        plan = of_checkpoint(body, manifest, place(body.tensors, 1, {}), reader, job.model)
-        tier = DramTier(plan.stored_bytes * 6 // 5 + SLAB_BYTES, pin=True)
-        tier.hold(plan, store.key)
+    stored = sum(pack.stat().st_size for pack in files_below(Path(job.data_dir)))
+    tier = dormouse.DramTier(stored * 6 // 5 + (1 << 30), pin=True)
+    dormouse.hold(job.model, tier, data_dir=job.data_dir)
     return tier
 
 

@@ -1,4 +1,5 @@
-"""`load_file` and `load`: tensors of safetensors files and of imported checkpoints, on the CPU or on GPUs.
+"""`load_file`, `load` and `hold`: tensors of safetensors files and of imported checkpoints, on the CPU or on GPUs, or
+their chunks in a tier on the way there.
 
     load_file, CPU    the file mapped privately, its pages brought in by many threads --> tensors that are the mapping
     load_file, GPU    plan of plain bytes  --load_device--> one block of the GPU --> tensors that are views of it
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 
@@ -41,7 +42,7 @@ from dormouse.transfer.report import LoadReport, Progress
 
 if TYPE_CHECKING:
     from dormouse.store.key import Key
-    from dormouse.transfer.dram import DramTier
+    from dormouse.transfer.dram import DramTier, HoldReport
 
 _FEW = 64  # more gaps take longer to fill one by one
 Device = str | int | torch.device
@@ -220,24 +221,11 @@ def load_measured(
         raise ConfigError(f"nothing can be cast to {dtype}", remedy="Give a floating-point type")
     if not devices:
         raise ConfigError("there is no device to load to", remedy="Give at least one")
-    checkpoint = checkpoint_of(open_model(data_dir.models, name))
-    with contextlib.ExitStack() as stack:
-
-        def planned(store: Store) -> tuple[Store, Reader, Manifest, Placement, LoadPlan]:
-            reader = stack.enter_context(stack.enter_context(store).reader())
-            manifest = _manifest(store, checkpoint, name)
-            return store, reader, manifest, *_planned(manifest, reader, len(devices), tensors, shard)
-
-        try:
-            store, reader, manifest, placement, plan = planned(Store.open_to_read(data_dir.store))
-        except DamagedError:  # perhaps the index is, which a full opening builds anew
-            stack.close()
-            store, reader, manifest, placement, plan = planned(Store.open(data_dir.store))
-        with _noting_damage(reader, manifest):
-            blocks, report = _run(plan, devices, store.key, tier, progress, cancelled)
-    placed = zip(blocks, placement.tensors, strict=True)
+    with _found(name, len(devices), tensors, shard, data_dir) as found:
+        blocks, report = _run(found.plan, devices, found.key, tier, progress, cancelled)
+    placed = zip(blocks, found.placement.tensors, strict=True)
     try:
-        found = [_cast(views(block, parts), dtype) for block, parts in placed]
+        cast = [_cast(views(block, parts), dtype) for block, parts in placed]
     except torch.OutOfMemoryError as error:
         clear_frames(error)
         blocks.clear()
@@ -245,7 +233,55 @@ def load_measured(
             f"the weights of {name} were loaded, and the GPU has no memory for them as {dtype} beside that",
             remedy="Free some of its memory, load without dtype, or spread the model over several GPUs",
         ) from None
-    return Loaded(found, sum(placement.sizes), report)
+    return Loaded(cast, sum(found.placement.sizes), report)
+
+
+def hold(
+    name: str,
+    tier: DramTier,
+    *,
+    tensors: Iterable[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    cancelled: threading.Event | None = None,
+) -> HoldReport:
+    """Bring the coded chunks of the imported model `name`, or those its `tensors` are in, into a tier, each checked
+    once; `load(name, tier=tier)` then takes them from there.
+
+    Raises what `load` raises for names and stored bytes, BusyError when what is in use leaves no room, StoreError when
+    they are more than the tier's budget or `cancelled` is set.
+    """
+    with _found(name, 1, tensors, None, data_dir_of(data_dir)) as found:
+        return tier.hold(found.plan, found.key, cancelled=cancelled)
+
+
+class _Found(NamedTuple):
+    """A model's weights in an open store, and what of them goes where."""
+
+    key: Key
+    placement: Placement
+    plan: LoadPlan
+
+
+@contextlib.contextmanager
+def _found(
+    name: str, devices: int, tensors: Iterable[str] | None, shard: Shard | None, data_dir: DataDir
+) -> Iterator[_Found]:
+    """Within, nothing of the store is deleted, and damage is noted in it."""
+    checkpoint = checkpoint_of(open_model(data_dir.models, name))
+    with contextlib.ExitStack() as stack:
+
+        def planned(store: Store) -> tuple[Reader, Manifest, _Found]:
+            reader = stack.enter_context(stack.enter_context(store).reader())
+            manifest = _manifest(store, checkpoint, name)
+            return reader, manifest, _Found(store.key, *_planned(manifest, reader, devices, tensors, shard))
+
+        try:
+            reader, manifest, found = planned(Store.open_to_read(data_dir.store))
+        except DamagedError:  # perhaps the index is, which a full opening builds anew
+            stack.close()
+            reader, manifest, found = planned(Store.open(data_dir.store))
+        with _noting_damage(reader, manifest):
+            yield found
 
 
 def _planned(

@@ -53,6 +53,8 @@ class GpuCoder:
         return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
 
     def code(self, plains: Sequence[memoryview], codec: Codec) -> list[Coded]:
+        if any(len(plain) != len(plains[0]) or len(plain) % 16 for plain in plains[:-1]):
+            raise ValueError("only the last chunk of a run may have another length, or one that is no multiple of 16")
         length = -(-len(plains[0]) // 16) * 16
         with _translated():
             plain = self._uploaded(plains)
