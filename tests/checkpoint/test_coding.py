@@ -201,6 +201,11 @@ def gpu_coder() -> Any:
     return GpuCoder("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_a_run_that_would_be_cut_elsewhere_is_refused(gpu_coder: Any) -> None:
+    with pytest.raises(ValueError, match="only the last chunk"):
+        gpu_coder.code([memoryview(bytearray(40_010))] * 2, Codec.BF16)
+
+
 def test_the_gpu_codes_what_the_cpu_codes(gpu_coder: Any) -> None:
     plains = [numbers(1), noise(2), numbers(3, CHUNK - 1001 * 2)]
     wanted = [floats.encode(plain, Codec.BF16) for plain in plains]
