@@ -14,8 +14,9 @@ Item = TypeVar("Item")
 
 
 class Crew(Generic[Item]):
-    """A context manager: starts the threads, and joins them at the end. `on_failure` is called once, by the thread that
-    failed first, and must free who waits for anything that the crew would have done."""
+    """A context manager: starts the threads, and joins them at the end. `items` are taken by one thread at a time,
+    which may have to wait for one. `on_failure` is called once, by the thread that failed first, and must free who
+    waits for anything that the crew would have done, and for an item."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class Crew(Generic[Item]):
         self._on_failure = on_failure
         self._error: BaseException | None = None
         self._lock = threading.Lock()
+        self._turn = threading.Lock()  # another one: taking an item may wait, and a failure must not wait for that
         self._threads = [threading.Thread(target=self._run, name=f"{name} {n}", daemon=True) for n in range(threads)]
         self._started: list[threading.Thread] = []
 
@@ -84,7 +86,7 @@ class Crew(Generic[Item]):
     def _take(self) -> Item | None:
         if self._cancelled is not None and self._cancelled.is_set():
             self.fail(given_up())
-        with self._lock:
+        with self._turn:
             return None if self._error is not None else next(self._items, None)
 
 

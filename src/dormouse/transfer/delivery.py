@@ -3,6 +3,11 @@
     reader threads --arrivals--> the caller's thread, the only one that asks a device for anything
                                  --given--> finisher thread: waits for the link, frees slots, tells the progress
 
+Readers take jobs, in the order of the parcels: make a slot, if none is free; then, when the parcel has its slot, read a
+stretch of it. So some readers fill one slot together, and who brings its last stretch tells of the arrival. Nobody
+waits with a job in hands: while no slot is free, the next job is waited for, by one reader, and by the others for it.
+What the CPU has to decode is one reader's.
+
 The first error of anybody, or a cancel, ends all of them. What was given to a device is not taken back; whoever made
 the lanes waits for it before their memory goes.
 """
@@ -10,7 +15,8 @@ the lanes waits for it before their memory goes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -20,6 +26,7 @@ import torch
 from dormouse.errors import HostError
 from dormouse.transfer.crew import Crew, given_up
 from dormouse.transfer.device_plan import Packed, Parcel
+from dormouse.transfer.filling import Filling, most_readers, step, stretches
 from dormouse.transfer.gpus import Mark
 from dormouse.transfer.lane import Lane, Source
 from dormouse.transfer.memory import anonymous
@@ -28,7 +35,7 @@ from dormouse.transfer.pinned import PinnedMemory
 from dormouse.transfer.plan import Extent
 from dormouse.transfer.report import Progress
 from dormouse.transfer.ring import Ring
-from dormouse.transfer.source_files import SourceFiles, address_of, room_for
+from dormouse.transfer.source_files import SourceFiles, room_for
 
 
 class _Arrival(NamedTuple):
@@ -45,6 +52,10 @@ class _Given(NamedTuple):
     number: int
     slot: PinnedMemory | None
     marks: list[Mark]
+
+
+def _do(job: Callable[[], None]) -> None:
+    job()
 
 
 class Delivery:
@@ -83,10 +94,11 @@ class Delivery:
         lanes. Raises the first error; DamagedError when a device found damage that is in the file, HostError when it
         is not."""
         reading = [number for number, found in enumerate(held) if found is None]
+        threads = min(threads, most_readers(sum(self._parcels[number].length for number in reading), len(reading)))
         readers = Crew(
-            reading,
-            self._read,
-            threads=min(threads, len(reading)),
+            self._jobs(reading, threads),
+            _do,
+            threads=threads,
             name="read",
             cancelled=cancelled,
             on_failure=self._end,
@@ -114,31 +126,43 @@ class Delivery:
 
     # What the readers do
 
-    def _read(self, number: int) -> None:
-        slot = self._ring.take()
-        if slot is None:
-            return
+    def _jobs(self, reading: Sequence[int], readers: int) -> Iterator[Callable[[], None]]:
+        ring = self._ring
+        for position, number in enumerate(reading):
+            while ring.reserve(readers if self._parcels[number].host else ring.most // 2):
+                yield ring.make
+            slot = ring.take()
+            if slot is None:
+                return
+            extent = self._parcels[number].extent
+            if self._parcels[number].host:
+                yield partial(self._read_decoded, number, slot)
+                continue
+            about = step(ring.most * ring.slot_bytes, readers, position, len(reading))
+            parts = list(stretches(extent.offset, extent.length, about))
+            filling = Filling(self._files[extent.file], extent, slot.view, len(parts))
+            for begin, end in parts:
+                yield partial(self._read_stretch, number, slot, filling, begin, end)
+
+    def _read_stretch(self, number: int, slot: PinnedMemory, filling: Filling, begin: int, end: int) -> None:
+        lead = filling.read(begin, end)
+        if lead is not None:
+            self._arrivals.put(_Arrival(number, slot, lead))
+
+    def _read_decoded(self, number: int, slot: PinnedMemory) -> None:
         parcel, extent = self._parcels[number], self._parcels[number].extent
-        if parcel.host:
-            self._read_decoded(parcel, slot.view)
-            lead = 0
-        else:
-            lead = address_of(self._read_extent(extent, slot.view)) - slot.address
-        self._arrivals.put(_Arrival(number, slot, lead))
-
-    def _read_extent(self, extent: Extent, room: memoryview) -> memoryview:
-        file = self._files[extent.file]
-        direct = file.prefers_direct(extent.offset, extent.length)
-        return file.read_around(room, extent.offset, extent.length, direct=direct)
-
-    def _read_decoded(self, parcel: Parcel, room: memoryview) -> None:
-        extent = parcel.extent
         stored = self._read_extent(extent, self._own_memory(room_for(extent.offset, extent.length)))
         for piece, start in zip(extent.pieces, parcel.starts, strict=True):
             begin = piece.offset - extent.offset
             found = stored[begin : begin + piece.stored_length]
             self._checker.check(piece, found)
-            self._checker.decode_into(piece, found, room[start : start + piece.plain_length])
+            self._checker.decode_into(piece, found, slot.view[start : start + piece.plain_length])
+        self._arrivals.put(_Arrival(number, slot, 0))
+
+    def _read_extent(self, extent: Extent, room: memoryview) -> memoryview:
+        file = self._files[extent.file]
+        direct = file.prefers_direct(extent.offset, extent.length)
+        return file.read_around(room, extent.offset, extent.length, direct=direct)
 
     def _own_memory(self, length: int) -> memoryview:
         """This thread's own, which begins at a page."""

@@ -1,12 +1,13 @@
 """Load a plan into the memory of GPUs.
 
-    parcels in plan order -> readers (threads): read into a slot of pinned memory, made when it is first needed
+    parcels in plan order -> readers (threads): fill a slot of pinned memory, several of them one, made when it is needed
                           -> this thread: link, check, decode, on one of a few lanes of each device that needs it
                           -> finisher (a thread): when a slot's bytes have crossed the link, it is free again
 
 The slots bound the host's memory and slow the readers down to the speed of the link; their number is all that is ever
-under way. What the DRAM tier holds is copied from there and needs no slot. The first and the last parcels are small: so
-the link has little to wait for at the beginning, when all readers fill their first slot, and little left at the end.
+under way. What the DRAM tier holds is copied from there and needs no slot. All readers fill a few slots together, first
+and last in shorter stretches: so the link soon has something to do, most slots are left for what waits for it, and each
+time that this thread asks for something, it is for much.
 
 Chunks are checked on the GPU, because the memory bus of the host is what limits a load. The words in which the GPU
 tells of damage are looked at when all is done, and the CPU then finds the chunk to name.
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dormouse.errors import ConfigError, HostError
+from dormouse.store.codec import FLOATS, Codec
 from dormouse.store.pack import ALIGNMENT
 from dormouse.transfer import pinned
 from dormouse.transfer.budget import default_threads
@@ -125,7 +127,7 @@ def carry_out(
     stored_bytes = plan.stored_bytes
     with contextlib.ExitStack() as stack:
         held, rest = tier_held(plan.extents, tier, stack)
-        plan = replace(plan, extents=(*(each.extent for each in held), *_tapered(rest, threads)))
+        plan = replace(plan, extents=(*(each.extent for each in held), *_tapered(rest, threads, kernels=kernels)))
         packed = pack(plan, kernels=kernels, plain_bytes=_limit(pinned_bytes), held=len(held))
         sources = [None if each.held is None else held[each.held].for_parcel(each) for each in packed.parcels]
         files = stack.enter_context(SourceFiles(plan.files, ours=plan.ours))
@@ -186,18 +188,27 @@ def _fitted(plan: LoadPlan, pinned_bytes: int) -> LoadPlan:
     return make_plan(plan.files, pieces, plan.sizes, extent_bytes=limit)
 
 
-def _tapered(extents: Sequence[Extent], threads: int) -> tuple[Extent, ...]:
-    """Some small extents at both ends, for every reader one; small ones altogether when there are few."""
+def _tapered(extents: Sequence[Extent], threads: int, *, kernels: bool) -> tuple[Extent, ...]:
+    """Of what the CPU decodes, which is one reader's: some small extents at both ends, for every reader one; small ones
+    altogether when there are few. What the devices decode is read by several anyhow, and asked for at once."""
+
+    def smaller(part: Sequence[Extent], size: int) -> Iterator[Extent]:
+        for extent in part:
+            yield from split(extent, size) if _on_host(extent, kernels=kernels) else (extent,)
+
     if len(extents) < _PER_READER * threads:
         size = max(_SMALL, sum(extent.length for extent in extents) // (_PER_READER * threads))
-        return tuple(_smaller(extents, size))
+        return tuple(smaller(extents, size))
     ends = -(-threads // 4)
     rest = len(extents) - ends
-    return (*_smaller(extents[:ends], _SMALL), *extents[ends:rest], *_smaller(extents[rest:], _SMALL))
+    return (*smaller(extents[:ends], _SMALL), *extents[ends:rest], *smaller(extents[rest:], _SMALL))
 
 
-def _smaller(extents: Sequence[Extent], size: int) -> Iterator[Extent]:
-    return chain.from_iterable(split(extent, size) for extent in extents)
+def _on_host(extent: Extent, *, kernels: bool) -> bool:
+    """Whether the CPU decodes any of it."""
+    if kernels:
+        return any(piece.codec not in FLOATS and piece.codec != Codec.RAW for piece in extent.pieces)
+    return any(piece.chunk is not None or piece.codec != Codec.RAW for piece in extent.pieces)
 
 
 def _nothing_to_forget(_extent: Extent) -> None:

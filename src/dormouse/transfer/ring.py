@@ -1,7 +1,7 @@
 """A ring of slots: blocks of pinned memory that are filled, copied from, and filled again.
 
-A slot is made by the reader that needs it and finds none free, while others read already: making one takes as long as
-reading into it. What was free last is taken first, so no more are made than are under way at once.
+Slots are made by the readers that wait for one, while others read already, because making one takes as long as reading
+into it. What was free last is taken first, and none is made while one is free.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Ring:
         """As many slots as fit into `budget` bytes, but `most` at most. Raises ConfigError when none fits."""
         self.slot_bytes = aligned(slot_bytes)
         self.made: list[PinnedMemory] = []
-        self._left = min(budget // self.slot_bytes, max(1, most))
-        if self._left < 1:
+        self._left = self._most = min(budget // self.slot_bytes, max(1, most))
+        if self._most < 1:
             raise ConfigError(
                 f"{budget} bytes of pinned memory are too few for a load of chunks that need {self.slot_bytes}",
                 remedy="Allow more pinned memory",
@@ -37,19 +37,33 @@ class Ring:
         """The most that was under way at once."""
         return len(self.made) * self.slot_bytes
 
-    def take(self) -> PinnedMemory | None:
-        """A free slot, waited for; None when the load has ended. Raises HostError when there is no memory for it."""
+    @property
+    def most(self) -> int:
+        """How many slots may be made."""
+        return self._most
+
+    def reserve(self, needed: int) -> bool:
+        """Whether one more slot is to be made, since none is free and there is room for it; beyond the `needed` ones
+        one at a time, for a free one may come sooner. Who is told so must call `make`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._free or self._left)
-            if self._ended:
-                return None
-            if self._free:
-                return self._free.pop()
+            making = self._most - self._left - len(self.made)
+            if self._ended or self._free or not self._left or (making and len(self.made) + making >= needed):
+                return False
             self._left -= 1
+            return True
+
+    def make(self) -> None:
+        """Make a slot that was reserved; it is free then. Raises HostError when there is no memory for it."""
         slot = self._make(self.slot_bytes)
         with self._changed:
             self.made.append(slot)
-        return slot
+        self.give(slot)
+
+    def take(self) -> PinnedMemory | None:
+        """A free slot, waited for; None when the load has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._free)
+            return None if self._ended else self._free.pop()
 
     def give(self, slot: PinnedMemory) -> None:
         """The slot is free again."""

@@ -160,9 +160,9 @@ class SourceFile:
             while done < needed and done % step == 0:
                 count = os.preadv(fd, [target[done:]], offset + done)
                 if count == 0:
+                    size = min(os.fstat(fd).st_size, offset + done)  # others may have read what came before
                     raise DamagedError(
-                        f"{self.path} is damaged: it ends at {offset + done}, and there were to be {needed - done} more"
-                        " bytes",
+                        f"{self.path} is damaged: it ends at {size}, and was to go on to {offset + needed} at least",
                         remedy=_REMEDY,
                     )
                 done += count
