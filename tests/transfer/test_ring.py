@@ -30,6 +30,13 @@ def ring(pinner: FakePinner, *, slots: int = 4, most: int = 100) -> Ring:
     return Ring(slots * SLOT + 1000, SLOT, most, lambda size: pinned.borrow(size, pinner))
 
 
+def taken(used: Ring, *, needed: int = 100) -> PinnedMemory | None:
+    """A slot, made if need be."""
+    if used.reserve(needed):
+        used.make()
+    return used.take()
+
+
 def leave(used: Ring) -> None:
     for slot in used.made:
         pinned.give_back(slot)
@@ -37,16 +44,16 @@ def leave(used: Ring) -> None:
 
 def test_what_was_free_last_is_taken_first_and_nothing_is_made_in_vain(pinner: FakePinner) -> None:
     used = ring(pinner)
-    first, second = used.take(), used.take()
+    first, second = taken(used), taken(used)
     assert first is not None and second is not None
     assert len(pinner.pinned) == 2
     used.give(first)
     used.give(second)
-    assert used.take() is second and used.take() is first
+    assert taken(used) is second and taken(used) is first
     assert used.peak_bytes == sum(pinner.pinned.values()) == 2 * SLOT
     leave(used)
     again = ring(pinner)
-    assert {again.take(), again.take()} == {first, second}
+    assert {taken(again), taken(again)} == {first, second}
     leave(again)
 
 
@@ -57,7 +64,7 @@ def test_the_budget_holds_whoever_takes(pinner: FakePinner, slots: int, most: in
 
     def work() -> None:
         while turns.acquire(blocking=False):
-            slot = used.take()
+            slot = taken(used)
             assert slot is not None
             slot.view[0] += 0
             used.give(slot)
@@ -73,7 +80,7 @@ def test_the_budget_holds_whoever_takes(pinner: FakePinner, slots: int, most: in
 
 def test_who_waits_gets_a_slot_or_the_end(pinner: FakePinner) -> None:
     used = ring(pinner, slots=1)
-    slot = used.take()
+    slot = taken(used)
     assert slot is not None
     found: SimpleQueue[PinnedMemory | None] = SimpleQueue()
     threads = [threading.Thread(target=lambda: found.put(used.take())) for _ in range(2)]
@@ -91,8 +98,26 @@ def test_who_waits_gets_a_slot_or_the_end(pinner: FakePinner) -> None:
 def test_a_slot_that_can_not_be_made(pinner: FakePinner) -> None:
     pinner.fails = True
     used = ring(pinner)
+    assert used.reserve(1)
     with pytest.raises(HostError, match="pinning failed"):
-        used.take()
+        used.make()
     assert used.made == []
     with pytest.raises(ConfigError, match="too few"):
         Ring(SLOT - 1, SLOT, 1, lambda size: pinned.borrow(size, pinner))
+
+
+def test_beyond_what_is_needed_slots_are_made_one_at_a_time(pinner: FakePinner) -> None:
+    used = ring(pinner, slots=5)
+    assert [used.reserve(2) for _ in range(4)] == [True, True, False, False]
+    used.make()
+    used.make()
+    assert not used.reserve(2)  # two are free
+    used.take()
+    used.take()
+    assert [used.reserve(2) for _ in range(2)] == [True, False]
+    used.make()
+    assert used.most == 5 and len(used.made) == 3
+    used.take()
+    used.end()
+    assert not used.reserve(2)
+    leave(used)

@@ -1,6 +1,6 @@
 """Load a plan into the memory of GPUs.
 
-    parcels in plan order -> readers (threads): fill a slot of pinned memory, several of them one, made when it is needed
+    parcels in plan order -> readers (threads): fill slots of pinned memory, several of them one, made when needed
                           -> this thread: link, check, decode, on one of a few lanes of each device that needs it
                           -> finisher (a thread): when a slot's bytes have crossed the link, it is free again
 

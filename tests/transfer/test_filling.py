@@ -1,0 +1,216 @@
+"""Slots that several readers fill at once: every byte in its place however they are cut, and errors end all of them."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.transfer.fake_gpu import FakeGpu, FakePinner
+from tests.transfer.load_tools import mixed, plain_file, reversed_parts, stored, weights
+
+from dormouse.errors import DamagedError, StoreError
+from dormouse.store.codec import Codec
+from dormouse.store.key import Key
+from dormouse.store.pack import ALIGNMENT, aligned
+from dormouse.store.store import Store
+from dormouse.transfer import filling, pinned
+from dormouse.transfer.filling import STRETCH_BYTES, Filling, step, stretches
+from dormouse.transfer.load_device import carry_out
+from dormouse.transfer.memory import anonymous
+from dormouse.transfer.plan import EXTENT_BYTES, Extent, LoadPlan
+from dormouse.transfer.report import LoadReport
+from dormouse.transfer.source_files import SourceFile, room_for
+
+
+@pytest.fixture(autouse=True)
+def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small files have many."""
+    monkeypatch.setattr(filling, "_LEAST", ALIGNMENT)
+    monkeypatch.setattr(filling, "STRETCH_BYTES", 4 * ALIGNMENT)
+
+
+@pytest.fixture(params=["direct", "cached"])
+def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether files are read past the page cache."""
+    wanted: bool = request.param == "direct"
+    monkeypatch.setattr(SourceFile, "is_resident", lambda _self, _offset, _length: not wanted)
+    return wanted
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    pinned.free_pinned()
+    before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    yield
+    pinned.free_pinned()
+    assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path / "store") as store:
+        yield store
+
+
+def load(
+    plan: LoadPlan,
+    key: Key | None = None,
+    *,
+    kernels: bool = True,
+    threads: int = 5,
+    pinned_bytes: int = 1 << 20,
+    cancelled: threading.Event | None = None,
+) -> tuple[bytes, LoadReport]:
+    memory = torch.zeros(plan.sizes[0], dtype=torch.uint8)
+    report = carry_out(
+        plan,
+        [memory],
+        [FakeGpu(late=True)],
+        FakePinner(),
+        kernels=kernels,
+        key=key,
+        threads=threads,
+        pinned_bytes=pinned_bytes,
+        cancelled=cancelled,
+    )
+    return memory.numpy().tobytes(), report
+
+
+@given(offset=st.integers(0, 1 << 40), length=st.integers(1, 40 << 20), about=st.integers(ALIGNMENT, 8 << 20))
+def test_stretches_are_all_of_it_and_can_be_read_past_the_page_cache(offset: int, length: int, about: int) -> None:
+    parts = list(stretches(offset, length, about))
+    assert parts[0][0] == offset and parts[-1][1] == offset + length
+    assert all(low < high for low, high in parts)
+    assert all(end == begin and end % ALIGNMENT == 0 for (_, end), (begin, _) in pairwise(parts))
+    assert max(high - low for low, high in parts) <= 2 * about + ALIGNMENT
+
+
+def test_readers_fill_a_quarter_of_the_slots_and_less_at_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    lengths = [step(512 << 20, 16, position, 20) for position in range(20)]
+    assert lengths[4:16] == [STRETCH_BYTES] * 12 == [8 << 20] * 12
+    assert lengths[:4] == lengths[:15:-1] == [2 << 20, 2 << 20, 4 << 20, 4 << 20]
+    assert step(64 << 20, 16, 10, 20) == 1 << 20
+    assert len(list(stretches(0, EXTENT_BYTES, STRETCH_BYTES))) == 4
+
+
+@pytest.mark.parametrize("offset", [0, 1, ALIGNMENT - 1, 5 * ALIGNMENT, 12_345])
+@pytest.mark.parametrize("length", [1, ALIGNMENT, 100_000, 187_655])
+def test_a_slot_filled_by_many_is_what_one_would_read(tmp_path: Path, direct: bool, offset: int, length: int) -> None:
+    content = random.Random(offset).randbytes(250_000)
+    (tmp_path / "f").write_bytes(content)
+    extent = Extent(0, offset, length, ())
+    parts = list(stretches(offset, length, 2 * ALIGNMENT))
+    random.Random(length).shuffle(parts)
+    file = SourceFile(tmp_path / "f", ours=False)
+    try:
+        room = memoryview(anonymous(room_for(offset, length) + ALIGNMENT))
+        end = aligned(offset % ALIGNMENT + length)
+        room[end:] = b"#" * (len(room) - end)
+        slot = Filling(file, extent, room, len(parts))
+        leads = [slot.read(begin, end) for begin, end in parts]
+        assert leads[:-1] == [None] * (len(parts) - 1)
+        lead = leads[-1]
+        assert lead == (offset % ALIGNMENT if direct else 0)
+        assert room[lead : lead + length] == content[offset : offset + length]
+        assert set(room[end:]) == {ord("#")}
+        assert (file.direct_bytes, file.cached_bytes) == ((lead + length, 0) if direct else (0, length))
+    finally:
+        file.close()
+
+
+@pytest.mark.parametrize("pinned_bytes", [64 << 10, 300_000, 8 << 20])
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_plain_files(tmp_path: Path, direct: bool, threads: int, pinned_bytes: int) -> None:
+    content = random.Random(threads).randbytes(1_500_001)
+    cuts = [17, 4096, 700_000, 1_499_999]
+    plan = plain_file(tmp_path / "plain", content, cuts)
+    for _ in range(3):
+        found, report = load(plan, threads=threads, pinned_bytes=pinned_bytes)
+        assert found == reversed_parts(content, cuts)
+        assert 0 < report.peak_pinned_bytes <= pinned_bytes
+        read, other = (report.direct_bytes, report.cached_bytes)[:: 1 if direct else -1]
+        assert other == 0 and read >= plan.stored_bytes
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_chunks_of_every_coding(store: Store, direct: bool, kernels: bool) -> None:
+    """What the CPU decodes is one reader's, among the others."""
+    chunks = stored(store, mixed(8, 60))
+    for threads in (1, 3, 16):
+        found, _report = load(chunks.plan(extent_bytes=150_000), chunks.key, kernels=kernels, threads=threads)
+        assert found == chunks.content
+
+
+def test_one_slot_is_enough_for_any_number_of_readers(store: Store) -> None:
+    chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(12)])
+    plan = chunks.plan(extent_bytes=90_000)
+    for threads in (1, 2, 16):
+        found, report = load(plan, chunks.key, threads=threads, pinned_bytes=120_000)
+        assert found == chunks.content
+        assert report.peak_pinned_bytes <= 120_000
+
+
+@pytest.mark.parametrize("failing", [0, 1, 5, 20])
+@pytest.mark.parametrize("pinned_bytes", [120_000, 1 << 20])
+def test_a_stretch_that_fails_ends_all(
+    store: Store, monkeypatch: pytest.MonkeyPatch, direct: bool, failing: int, pinned_bytes: int
+) -> None:
+    chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(12)])
+    original, calls = os.preadv, iter(range(1000))
+
+    def sometimes(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if next(calls) == failing:
+            raise OSError(5, "Input/output error")
+        return original(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", sometimes)
+    with pytest.raises(DamagedError, match="pack is damaged: the disk can't read it"):
+        load(chunks.plan(extent_bytes=90_000), chunks.key, pinned_bytes=pinned_bytes)
+
+
+@pytest.mark.parametrize("left", [0, 1, 300_000, 999_999])
+def test_a_file_that_became_short_is_named_with_its_end(tmp_path: Path, direct: bool, left: int) -> None:
+    plan = plain_file(tmp_path / "plain", random.Random(1).randbytes(1_000_000), [])
+    os.truncate(tmp_path / "plain", left)
+    with pytest.raises(DamagedError, match=f"plain is damaged: it ends at {left}, and was to go on to"):
+        load(plan, threads=8)
+
+
+@pytest.mark.parametrize("at", [0, 1, 7, 30])
+def test_cancel_between_two_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool, at: int) -> None:
+    plan = plain_file(tmp_path / "plain", random.Random(1).randbytes(3_000_000), [])
+    cancelled, original, calls = threading.Event(), os.preadv, iter(range(1000))
+
+    def read(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if next(calls) == at:
+            cancelled.set()
+        return original(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    with pytest.raises(StoreError, match="not needed any more"):
+        load(plan, pinned_bytes=300_000, cancelled=cancelled)
+    assert next(calls) < 60
+
+
+def test_several_readers_are_in_one_slot_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+    content = random.Random(1).randbytes(8 * ALIGNMENT)
+    plan = plain_file(tmp_path / "plain", content, [])
+    together, original = threading.Barrier(4), os.preadv
+
+    def read(fd: int, buffers: list[memoryview], offset: int) -> int:
+        together.wait(timeout=10)  # breaks, and so fails the load, when there are fewer
+        return original(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    found, report = load(plan, threads=4, pinned_bytes=16 * ALIGNMENT)
+    assert found == content
+    assert report.peak_pinned_bytes <= 16 * ALIGNMENT
