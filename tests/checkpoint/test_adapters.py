@@ -268,6 +268,21 @@ def import_base(data: DataDir, place: Path, seed: int = 0, **sizes: int) -> None
     import_model(str(hub), "base", data, progress=quiet, replace=True)
 
 
+def test_that_the_base_was_replaced_is_told(own: DataDir, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import_base(own, tmp_path)
+    open_adapter(own.models, "mine")
+    assert "replaced" not in caplog.text  # the same model once more
+    import_base(own, tmp_path, seed=1)
+    open_adapter(own.models, "mine")
+    assert "base was replaced since adapter mine was imported: it fits" in caplog.text
+    import_base(own, tmp_path, hidden_size=64, intermediate_size=96)
+    with pytest.raises(
+        ConfigError, match="base was replaced since adapter mine was imported: .*does not fit"
+    ) as caught:
+        open_adapter(own.models, "mine")
+    assert caught.value.remedy == "Import an adapter that was trained on it"
+
+
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_removing_a_base_names_the_adapters_that_are_left(own: DataDir, tmp_path: Path, options: list[str]) -> None:
     take(own, tmp_path / "adapter", "another", base="base")
