@@ -277,7 +277,7 @@ def test_that_the_base_was_replaced_is_told(own: DataDir, tmp_path: Path, caplog
     assert "base was replaced since adapter mine was imported: it fits" in caplog.text
     import_base(own, tmp_path, hidden_size=64, intermediate_size=96)
     with pytest.raises(
-        ConfigError, match="base was replaced since adapter mine was imported: .*does not fit"
+        ConfigError, match=r"base was replaced since adapter mine was imported: .*does not fit"
     ) as caught:
         open_adapter(own.models, "mine")
     assert caught.value.remedy == "Import an adapter that was trained on it"
