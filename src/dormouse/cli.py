@@ -38,6 +38,7 @@ from dormouse.snapshot.pages import hex_lines
 from dormouse.store.key import Key, parse_key, read_key
 from dormouse.store.key_import import export_key, host_key, import_key
 from dormouse.store.store import Store
+from dormouse.transfer.memory import keep_freed_memory
 
 INTERNAL_ERROR = 70
 LONGEST_JSON = 64 << 20
@@ -668,6 +669,7 @@ def _open_standard_streams() -> None:
 def main() -> None:
     """Entry point: runs a verb and turns every error into one clear sentence and an exit status."""
     started = time.monotonic()
+    keep_freed_memory()
     _open_standard_streams()
     try:
         cli.main(standalone_mode=False, prog_name="dormouse")
