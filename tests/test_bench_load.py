@@ -17,9 +17,9 @@ pytest.importorskip("safetensors")
 
 from safetensors import safe_open
 
-from dormouse.bench_load import cache, course, weights
+from dormouse.bench_load import cache, course, lora, weights
 from dormouse.bench_load.course import measure
-from dormouse.bench_load.method import Method, find
+from dormouse.bench_load.method import Job, Method, find
 from dormouse.bench_load.methods import METHODS
 from dormouse.bench_load.options import Hooks, Options, options_of
 from dormouse.bench_load.result import Result, Row, markdown, read_result
@@ -196,6 +196,17 @@ def test_layouts_have_about_the_size_asked_for(gigabytes: float) -> None:
 
 def test_every_method_is_found_where_its_child_looks_for_it() -> None:
     assert [find(method.place) for method in METHODS] == list(METHODS)
+
+
+def test_an_adapter_in_plain_files_needs_no_imported_model_on_a_gpu_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "_running", lambda _job: "adapters of a model")
+    nowhere = str(tmp_path / "nothing is imported here")
+    job = Job([], nowhere, nowhere, "weights", "cuda", "warm", nowhere, again=False)
+    for method in lora.LORA_METHODS:
+        if method.source == "plain":
+            method.before(job)
 
 
 def test_the_share_in_the_page_cache_is_told(tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ def test_programs_get_every_error_as_json(
     assert shown.err == ""
 
 
+def test_the_command_keeps_freed_memory_for_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[bool] = []
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: called.append(True))
+    assert run(["frobnicate"], monkeypatch) == 2
+    assert called == [True]
+
+
 def test_people_get_a_sentence_and_a_hint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(catalogue, "listing", lambda _folder: 1 / 0)
     assert run(["ls"], monkeypatch) == cli.INTERNAL_ERROR

@@ -27,7 +27,7 @@ import dormouse
 from dormouse import catalogue, doctor
 from dormouse.admin_client import ask_node
 from dormouse.checkpoint.importer import import_model
-from dormouse.checkpoint.models import open_model, remove_model
+from dormouse.checkpoint.models import list_models, open_model, remove_model
 from dormouse.checkpoint.writer import sweep
 from dormouse.config import DataDir, default_data_dir, load_config
 from dormouse.errors import DormouseError, HostError, NotFoundError
@@ -38,6 +38,7 @@ from dormouse.snapshot.pages import hex_lines
 from dormouse.store.key import Key, parse_key, read_key
 from dormouse.store.key_import import export_key, host_key, import_key
 from dormouse.store.store import Store
+from dormouse.transfer.memory import keep_freed_memory
 
 INTERNAL_ERROR = 70
 LONGEST_JSON = 64 << 20
@@ -411,6 +412,7 @@ def rm(
 ) -> None:
     """Remove snapshots, or with --model whole models, and free their disk space."""
     targets = tuple(dict.fromkeys(targets))
+    orphans: list[str] = []
     with Store.open(data_dir.create().store) as store:
         if is_model:
             for name in targets:
@@ -425,15 +427,19 @@ def rm(
         for name in targets if is_model else ():
             remove_model(data_dir.models, name)
         if is_model:
+            orphans = [model.name for model in list_models(data_dir.models) if model.base in targets]
             sweep(store, data_dir.models)
         for snapshot in snapshots:
             store.remove(snapshot)
         report = store.collect_garbage()
     removed = list(targets) if is_model else snapshots
     if as_json:
-        emit({"removed": removed, "freed_bytes": report.freed_bytes})
-    else:
-        out.print(f"Removed {', '.join(map(escape, removed))}; {catalogue.human(report.freed_bytes)} freed")
+        emit({"removed": removed, "freed_bytes": report.freed_bytes, "adapters_without_base": orphans})
+        return
+    out.print(f"Removed {', '.join(map(escape, removed))}; {catalogue.human(report.freed_bytes)} freed")
+    if orphans:
+        left = ", ".join(map(escape, orphans))
+        err.print(f"[yellow]warning:[/] left without their base: {left}", highlight=False, soft_wrap=True)
 
 
 @cli.command()
@@ -663,6 +669,7 @@ def _open_standard_streams() -> None:
 def main() -> None:
     """Entry point: runs a verb and turns every error into one clear sentence and an exit status."""
     started = time.monotonic()
+    keep_freed_memory()
     _open_standard_streams()
     try:
         cli.main(standalone_mode=False, prog_name="dormouse")

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dormouse import catalogue, cli
 from dormouse.checkpoint.adapters import ImportedAdapter, open_adapter
@@ -23,7 +24,7 @@ from dormouse.config import DataDir
 from dormouse.errors import ConfigError, DamagedError, DormouseError, NotFoundError
 from dormouse.store.store import Store
 from tests.adapters import factors, save_peft
-from tests.checkpoint.conftest import save_tokenizer, tiny_llama
+from tests.checkpoint.conftest import TINY, save_tokenizer, tiny_llama
 from tests.models import quiet
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
@@ -248,6 +249,51 @@ def test_damage_in_the_models_folder_is_named(data: DataDir, tmp_path: Path) -> 
             open_adapter(data.models, "hurt")
     with pytest.raises(ConfigError, match="tiny is a model, not an adapter"):
         open_adapter(data.models, "tiny")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> DataDir:
+    """A data folder with a model `base` that a test may replace, and an adapter of it."""
+    folder = DataDir(tmp_path / "own").create()
+    import_base(folder, tmp_path)
+    take(folder, save_peft(tmp_path / "adapter", factors(SHAPES)), base="base")
+    return folder
+
+
+def import_base(data: DataDir, place: Path, seed: int = 0, **sizes: int) -> None:
+    torch.manual_seed(seed)
+    hub = place / f"hub {seed} {len(sizes)}"
+    LlamaForCausalLM(LlamaConfig(**{**TINY, **sizes})).save_pretrained(hub)
+    save_tokenizer(hub)
+    import_model(str(hub), "base", data, progress=quiet, replace=True)
+
+
+def test_that_the_base_was_replaced_is_told(own: DataDir, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import_base(own, tmp_path)
+    open_adapter(own.models, "mine")
+    assert "replaced" not in caplog.text  # the same model once more
+    import_base(own, tmp_path, seed=1)
+    open_adapter(own.models, "mine")
+    assert "base was replaced since adapter mine was imported: it fits" in caplog.text
+    import_base(own, tmp_path, hidden_size=64, intermediate_size=96)
+    with pytest.raises(
+        ConfigError, match=r"base was replaced since adapter mine was imported: .*does not fit"
+    ) as caught:
+        open_adapter(own.models, "mine")
+    assert caught.value.remedy == "Import an adapter that was trained on it"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_removing_a_base_names_the_adapters_that_are_left(own: DataDir, tmp_path: Path, options: list[str]) -> None:
+    take(own, tmp_path / "adapter", "another", base="base")
+    arguments = ["rm", "--model", "base", "another", "--data-dir", str(own.root), *options]
+    done = CliRunner().invoke(cli.cli, arguments)
+    assert done.exit_code == 0
+    if options:
+        assert json.loads(done.stdout)["adapters_without_base"] == ["mine"]
+    else:
+        assert "warning: left without their base: mine\n" in done.stderr
+    assert open_model(own.models, "mine").base == "base"
 
 
 def test_it_is_listed_and_removed_like_a_model(data: DataDir, tmp_path: Path) -> None:

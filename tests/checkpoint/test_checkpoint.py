@@ -423,7 +423,10 @@ def test_no_such_checkpoint(store: Store) -> None:
     pool = SegmentPool(store)
     with pytest.raises(NotFoundError, match="there is no checkpoint nothing") as caught:
         pool.take("nothing", "one")
-    assert caught.value.remedy
+    assert "Restart `dormouse serve`" in caught.value.remedy
+    with pytest.raises(NotFoundError, match="there is no checkpoint nothing") as caught:
+        pool.take("nothing", "one", keep=True)
+    assert caught.value.remedy.startswith("Unload the adapter and load it again")
     with store.begin() as transaction:
         transaction.commit(Manifest("s1", "snapshot", "m", 1.0, b"", []))
     with pytest.raises(DamagedError, match="s1 is no checkpoint but a snapshot"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 import sys
 import threading
 import weakref
@@ -196,6 +197,15 @@ def test_a_model_without_weights(null_folder: Path, tmp_path: Path) -> None:
     do_import(null_folder, "null", tmp_path / "models")
     with pytest.raises(ConfigError, match="model null has no weights"):
         dormouse.load("null", data_dir=tmp_path)
+
+
+def test_a_program_that_loads_keeps_its_own_settings_of_the_heap(home: DataDir) -> None:
+    program = (
+        "import sys, dormouse; from dormouse.transfer.memory import keep_freed_memory as ours\n"
+        "dormouse.load('model', data_dir=sys.argv[1]); print(ours.cache_info().currsize)"
+    )
+    command = [sys.executable, "-c", program, str(home.root)]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout == "0\n"
 
 
 def test_progress_and_cancel(home: DataDir) -> None:

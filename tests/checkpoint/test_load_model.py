@@ -119,6 +119,23 @@ def test_a_folder_in_shards(hub_folder: Path) -> None:
         dormouse.load_model(hub_folder)
 
 
+def test_progress_comes_to_its_end_though_a_gpu_gets_no_headers(
+    hub_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def to_a_gpu(path: Path, _where: Any, _names: Any, progress: Any, _cancelled: Any) -> dict[str, torch.Tensor]:
+        tensors = reference(path)
+        plain = sum(value.nbytes for value in tensors.values())
+        progress(plain, plain)
+        return tensors
+
+    monkeypatch.setattr("dormouse.checkpoint.load_model.tensors_of_file", to_a_gpu)
+    told: list[tuple[int, int]] = []
+    dormouse.load_model(hub_folder, progress=lambda done, total: told.append((done, total)))
+    size = (hub_folder / "model.safetensors").stat().st_size
+    assert told == sorted(told)
+    assert told[-1] == (size, size)
+
+
 def test_the_parameters_of_a_folder_are_its_files(hub_folder: Path) -> None:
     file = hub_folder / "model.safetensors"
     before = file.read_bytes()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -58,7 +60,9 @@ def test_a_store_opened_to_read_has_all_and_mends_nothing(tmp_path: Path, monkey
     assert (tmp_path / "store" / "packs" / "left.tmp").exists()
 
 
-@pytest.mark.parametrize("harm", ["index gone", "index of zeros", "manifest gone", "pack gone", "nothing there"])
+@pytest.mark.parametrize(
+    "harm", ["index gone", "index of zeros", "index of texts", "manifest gone", "pack gone", "nothing there"]
+)
 def test_a_store_that_needs_mending_is_opened_in_full_to_read(tmp_path: Path, harm: str) -> None:
     root = tmp_path / "store"
     if harm != "nothing there":
@@ -69,6 +73,14 @@ def test_a_store_that_needs_mending_is_opened_in_full_to_read(tmp_path: Path, ha
         (root / "index.sqlite").unlink()
     elif harm == "index of zeros":
         (root / "index.sqlite").write_bytes(bytes(40_000))
+    elif harm == "index of texts":
+        with contextlib.closing(sqlite3.connect(root / "index.sqlite")) as connection:
+            ((table,),) = connection.execute("SELECT sql FROM sqlite_schema WHERE name = 'chunks'").fetchall()
+            lax = table.replace("STRICT", "").replace("INTEGER NOT NULL", "TEXT NOT NULL")
+            connection.executescript(
+                "PRAGMA foreign_keys = OFF; PRAGMA legacy_alter_table = ON; ALTER TABLE chunks RENAME TO old;"
+                f"{lax}; INSERT INTO chunks SELECT * FROM old; DROP TABLE old;"
+            )
     elif harm == "manifest gone":
         (root / "manifests" / "b.manifest").unlink()
     elif harm == "pack gone":

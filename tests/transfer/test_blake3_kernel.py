@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from dormouse.store.chunk import Digest  # noqa: E402
 from dormouse.store.key import Key  # noqa: E402
 from dormouse.store.pack import chunk_mac, identity  # noqa: E402
+from dormouse.transfer import blake3_kernel  # noqa: E402
 from dormouse.transfer.blake3_kernel import SignatureCheck, SignedTasks  # noqa: E402
 
 KEY = Key(bytes(range(32)))
@@ -91,7 +92,7 @@ def with_changed_byte(signed: Signed, at: int) -> Signed:
 
 
 # Around the ends of words, blocks and leaves, with the identity (37 bytes) before or after; trees of odd shapes.
-LENGTHS = [0, 1, 26, 27, 28, 63, 64, 65, 987, 988, 1023, 1024, 2048, 3000, 5 * 1024 + 1, 40_000]
+LENGTHS = [0, 1, 26, 27, 28, 63, 64, 65, 987, 988, 1023, 1024, 2048, 39 * 1024 + 1]
 
 
 def test_signatures_of_messages_of_all_shapes_are_accepted_at_once() -> None:
@@ -147,12 +148,13 @@ def test_only_the_tasks_of_a_call_are_checked_and_other_bits_of_the_status_stay(
     assert seen == [4, 4, 4, 5, 5]
 
 
-@pytest.mark.parametrize("spoiled", [False, True])
-def test_a_tree_of_more_leaves_than_one_program_reduces(spoiled: bool) -> None:
-    signed = Signed([700, 256 * 1024 + 50])
-    if spoiled:
-        signed.macs[1] = flipped(signed.macs[1], 77)
-    assert signed.status() == int(spoiled)
+def test_a_tree_of_more_leaves_than_one_program_reduces(monkeypatch: pytest.MonkeyPatch) -> None:
+    signed = Signed([30, 256 * 1024 + 50])
+    assert signed.status() == 0
+    signed.macs[1] = flipped(signed.macs[1], 77)
+    if DEVICE == "cpu":  # all leaves at once take the interpreter no longer than a few
+        monkeypatch.setattr(blake3_kernel, "LEAF_LANES", blake3_kernel.GROUP)
+    assert signed.status() == 1
 
 
 def test_tables_may_be_arrays_lists_or_tensors() -> None:

@@ -304,7 +304,7 @@ def test_rows_are_copied_in_words_of_any_width(data: st.DataObject) -> None:
 )
 def test_the_kernels_behind_it(store: Store, pinner: FakePinner) -> None:
     """Tables, alignments and places are what the real kernels expect."""
-    kinds = [(weights(1, 32_768), Codec.BF16), (random.Random(1).randbytes(3_001), Codec.RAW), (b"ab" * 999, Codec.LZ4)]
+    kinds = [(weights(1, 32_768), Codec.BF16), (random.Random(1).randbytes(901), Codec.RAW), (b"ab" * 999, Codec.LZ4)]
     chunks = stored(store, kinds)
     found, _report = loaded(chunks.plan(), [InterpretedGpu()], pinner, chunks.key)
     assert found == [chunks.content]

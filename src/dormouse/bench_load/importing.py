@@ -20,6 +20,7 @@ from dormouse.checkpoint.models import Description
 from dormouse.checkpoint.safetensors_file import TensorInfo, read_header
 from dormouse.checkpoint.tensors import NewTensor
 from dormouse.config import DataDir
+from dormouse.transfer.memory import keep_freed_memory
 
 MODEL = "weights"
 COPIES = ("coded", "raw")
@@ -84,6 +85,7 @@ def _tensor(file: Path, tensor: TensorInfo) -> NewTensor:
 def main() -> None:
     """Import, then tell how long it took."""
     copy, data_dir, *files = sys.argv[1:]
+    keep_freed_memory()  # as `dormouse import` does
     begin = time.perf_counter()
     found = Description("bench", "transformers", "bfloat16", 0, _tensors([Path(file) for file in files]))
     import_read(

@@ -84,6 +84,11 @@ def _before(job: Job) -> tuple[Any, Any]:
     return _running(job), None
 
 
+def _before_plain(job: Job) -> tuple[Any, Any]:
+    """For a row that reads files: no model is imported for it, and no kernel of ours is used."""
+    return _running(job), None
+
+
 def _before_with_tier(job: Job) -> tuple[Any, Any]:
     return _running(job), filled_tier(job)
 
@@ -137,6 +142,6 @@ LORA_SAFETENSORS = Method(
     "plain",
     _prepare,
     _load_safetensors,
-    _before,
+    _before_plain,
 )
 LORA_METHODS = (LORA_TIER, LORA, LORA_SAFETENSORS)

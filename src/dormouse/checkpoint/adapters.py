@@ -10,6 +10,7 @@ the runtime's model class, as in the base's own table; so both tables tell wheth
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ SCALINGS = "adapter.json"
 A = "lora_A"
 B = "lora_B"
 VERSION = 1
+log = logging.getLogger(__name__)
 
 
 class Scalings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,8 +49,8 @@ class ImportedAdapter:
 
 
 def open_adapter(models_dir: Path, name: str) -> ImportedAdapter:
-    """The adapter of that name, which fits its base. Raises NotFoundError, ConfigError when it is a model or does not
-    fit, DamagedError."""
+    """The adapter of that name, which fits its base; that the base is another than the adapter was imported for is
+    only logged. Raises NotFoundError, ConfigError when it is a model or does not fit, DamagedError."""
     model = open_model(models_dir, name)
     if model.base is None or model.checkpoint is None:
         raise ConfigError(f"{name} is a model, not an adapter", remedy="Give the name of an imported adapter")
@@ -65,8 +67,22 @@ def open_adapter(models_dir: Path, name: str) -> ImportedAdapter:
             f"{model.path / SCALINGS} does not belong to the tensors of adapter {name}", remedy=_again(name)
         )
     base = open_model(models_dir, model.base)
-    check_fit(shapes_of(adapter.body), read_table(base.path, base.weight_bytes), name, base.name)
+    _check_base(adapter, base, replaced=model.base_digest != base.digest)
     return adapter
+
+
+def _check_base(adapter: ImportedAdapter, base: ImportedModel, *, replaced: bool) -> None:
+    """Whether it is the one that the adapter was imported for. One of the same shapes may have been trained further, or
+    be as good as random to the adapter; nothing but their answers would tell."""
+    said = f"{base.name} was replaced since adapter {adapter.name} was imported"
+    try:
+        check_fit(shapes_of(adapter.body), read_table(base.path, base.weight_bytes), adapter.name, base.name)
+    except ConfigError as error:
+        if not replaced:
+            raise
+        raise ConfigError(f"{said}: {error.message}", remedy="Import an adapter that was trained on it") from error
+    if replaced:
+        log.warning("%s: it fits, but was perhaps trained on other weights. To end this, import it again", said)
 
 
 def shapes_of(body: CheckpointBody) -> dict[str, tuple[int, ...]]:

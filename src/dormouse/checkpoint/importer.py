@@ -122,6 +122,7 @@ def _record(found: Description, folder: Path, written: Written | None) -> Record
         context=found.context,
         checkpoint=written.id if written is not None else None,
         base=found.base,
+        base_digest=found.base_digest,
     )
 
 

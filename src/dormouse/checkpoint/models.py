@@ -43,7 +43,7 @@ class Record(msgspec.Struct, frozen=True):
     """dormouse.json. `dtype` is that of the floating-point weights, `weight_bytes` the size of their segment, `digest`
     the BLAKE3 of all that the model consists of (importer.py), `context` the longest prompt + answer the model was made
     for, `checkpoint` the manifest of the weights, null for a model without any. `base`: this is no model but an adapter
-    of the model of that name."""
+    of the model of that name, whose digest was `base_digest` then."""
 
     format: int
     source: str
@@ -55,11 +55,12 @@ class Record(msgspec.Struct, frozen=True):
     context: int
     checkpoint: str | None
     base: str | None = None
+    base_digest: str | None = None
 
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A model that is ready to be served, or an adapter of the model `base`."""
+    """A model that is ready to be served, or an adapter of the model `base`, whose digest was `base_digest`."""
 
     name: str
     path: Path
@@ -71,6 +72,7 @@ class ImportedModel:
     checkpoint: str | None
     source: str = ""
     base: str | None = None
+    base_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Description:
     context: int
     tensors: Sequence[NewTensor]
     base: str | None = None
+    base_digest: str | None = None
 
 
 def check_name(name: str) -> None:
@@ -149,6 +152,7 @@ def _read(path: Path) -> ImportedModel:
         checkpoint=record.checkpoint,
         source=record.source,
         base=record.base,
+        base_digest=record.base_digest,
     )
 
 

@@ -86,6 +86,7 @@ def read_adapter(path: Path, source: str, folder: Path, base: str | None) -> Des
         context=model.context,
         tensors=[copied_tensor(path / _WEIGHTS, tensor, name) for name, tensor in names.items()],
         base=model.name,
+        base_digest=model.digest,
     )
 
 

@@ -23,6 +23,10 @@ from dormouse.store.store import Manifest, Reader, Store
 from dormouse.transfer.handles import SegmentHandle, send_report
 from dormouse.transfer.segment import Segment, fill
 
+_MODEL_REMEDY = "Restart `dormouse serve` if the model was imported anew; else import it again with --replace"
+_ADAPTER_REMEDY = (
+    "Unload the adapter and load it again if it was imported anew; else import it again with --replace first"
+)
 log = logging.getLogger(__name__)
 
 
@@ -50,7 +54,7 @@ class SegmentPool:
         """The segment of a checkpoint for `user`, filled or filling. Raises NotFoundError, DamagedError, HostError."""
         try:
             with self._lock:
-                shared = self._segments.get(checkpoint) or self._begin(checkpoint)
+                shared = self._segments.get(checkpoint) or self._begin(checkpoint, adapter=keep)
                 shared.users.add(user)
                 shared.keep = keep
                 return _handle(shared)
@@ -96,8 +100,8 @@ class SegmentPool:
                 del self._segments[name]
                 _free(other)
 
-    def _begin(self, checkpoint: str) -> _Shared:
-        manifest = self._manifest(checkpoint)
+    def _begin(self, checkpoint: str, *, adapter: bool) -> _Shared:
+        manifest = self._manifest(checkpoint, _ADAPTER_REMEDY if adapter else _MODEL_REMEDY)
         body = decode_body(manifest.body, f"the checkpoint of {manifest.name}")
         shared = _Shared(Segment.create(f"dormouse {manifest.name}"[:200], body.size))
         thread = threading.Thread(
@@ -111,8 +115,7 @@ class SegmentPool:
         self._segments[checkpoint] = shared
         return shared
 
-    def _manifest(self, checkpoint: str) -> Manifest:
-        remedy = "Restart `dormouse serve` if the model was imported anew; else import it again with --replace"
+    def _manifest(self, checkpoint: str, remedy: str) -> Manifest:
         try:
             manifest = self._store.manifest(checkpoint)
         except NotFoundError as error:

@@ -17,6 +17,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,8 @@ class Index:
         return None if verdicts == [("ok",)] else f"{verdicts[0][0]}"
 
     def is_current(self) -> bool:
-        """Whether it is of our format, as far as its header tells."""
-        return self._version() == VERSION
+        """Whether it is of our format: its header and its tables say so, rows are not looked at."""
+        return self._version() == VERSION and self._query(_LIST_SCHEMA) == _expected_schema()
 
     def _version(self) -> object:
         ((version,),) = self._query("PRAGMA user_version")
@@ -370,6 +371,7 @@ class Index:
         )
 
 
+@cache
 def _expected_schema() -> list[tuple[Any, ...]]:
     with contextlib.closing(sqlite3.connect(":memory:")) as connection:
         connection.executescript(_SCHEMA)

@@ -23,7 +23,6 @@ from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.codec import Codec
 from dormouse.store.store import Transaction
 from dormouse.transfer.budget import IN_FLIGHT_BYTES, ByteBudget, default_threads
-from dormouse.transfer.memory import keep_freed_memory
 
 CHUNK_SIZE = 1 << 20
 
@@ -47,7 +46,6 @@ class Ingest:
         max_in_flight_bytes: int | None = None,
         codec: Codec = Codec.LZ4,
     ) -> None:
-        keep_freed_memory()
         self._transaction = transaction
         self._codec = codec
         threads = threads or default_threads()

@@ -21,7 +21,7 @@ from dormouse.store.key import Key
 from dormouse.store.pack import ALIGNMENT
 from dormouse.transfer.budget import default_threads
 from dormouse.transfer.crew import Crew
-from dormouse.transfer.memory import anonymous, keep_freed_memory
+from dormouse.transfer.memory import anonymous
 from dormouse.transfer.pieces import Checker, place
 from dormouse.transfer.plan import Copy, Extent, LoadPlan, Piece, join
 from dormouse.transfer.report import LoadReport, Progress
@@ -62,7 +62,6 @@ def load_host(
     destinations have any content.
     """
     started = time.perf_counter()
-    keep_freed_memory()
     plan.require([_size(destination) for destination in destinations])
     checker = Checker(plan.files, key)
     checker.check_plan(plan)

@@ -2,7 +2,8 @@
 
 The codecs allocate their output. By default glibc gives every freed megabyte back to the kernel, and the next one then
 costs 256 page faults: two thirds of the time of decoding LZ4. What is kept is bounded: so much per heap, and few heaps
-(by default glibc makes up to eight per core, one for each new thread). Settings of the whole process, made once.
+(by default glibc makes up to eight per core, one for each new thread). These are settings of the whole process: only
+entry points of processes that are ours make them (the command, the host service), never what a program imports.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _HEAPS = 2
 
 @cache
 def keep_freed_memory() -> None:
-    """Make the setting. C libraries without it (musl) work as they did."""
+    """Make the settings, for an entry point to call. C libraries without it (musl) work as they did."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)

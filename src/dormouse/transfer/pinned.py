@@ -3,7 +3,8 @@
     borrow(size) -> PinnedMemory (made, or kept from an earlier load) -> give_back | free_pinned
 
 Making it is what takes long (a third of a second per fresh GiB), so blocks are kept for later loads until `free_pinned`
-or the end of the process. Huge pages and touching the memory before it is pinned, by several threads if it is large,
+or the end of the process: KEPT_BYTES at most, those that were longest unused go first. A forked child keeps none, for a
+GPU is not its to use. Huge pages and touching the memory before it is pinned, by several threads if it is large,
 take most of that time away.
 """
 
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
 _PART = 32 << 20
+KEPT_BYTES = 512 << 20
+"""The most memory that is kept for later loads."""
 
 
 class Pinner(Protocol):
@@ -171,8 +174,18 @@ def borrow(size: int, pinner: Pinner) -> PinnedMemory:
 
 def give_back(memory: PinnedMemory) -> None:
     """Keep the memory for the next load. No copy out of it may be under way."""
+    surplus = []
     with _lock:
         _idle.append(memory)
+        kept = sum(each.size for each in _idle)
+        while kept > KEPT_BYTES:
+            surplus.append(_idle.pop(0))
+            kept -= surplus[-1].size
+    for each in surplus:
+        try:
+            each.close()
+        except (HostError, BufferError) as error:  # the load that gives back is done, this is no failure of it
+            log.warning("%d bytes of pinned memory are freed later than they should be: %s", each.size, error)
 
 
 def abandon(memory: PinnedMemory) -> None:
@@ -197,3 +210,13 @@ def free_pinned() -> None:
             memory.close()
         except (HostError, BufferError) as error:  # at the end of the process the driver may be gone before us
             log.debug("%s", error)
+
+
+def _forget_all() -> None:
+    """In a forked child: the blocks are the parent's, and CUDA can't be asked to unpin them; their memory goes with
+    the mapping."""
+    _idle.clear()
+    _lock.release()
+
+
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forget_all)

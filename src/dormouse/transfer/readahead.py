@@ -19,7 +19,6 @@ from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.codec import Codec
 from dormouse.store.store import Store, StoredChunk
 from dormouse.transfer.budget import IN_FLIGHT_BYTES, ByteBudget, default_threads
-from dormouse.transfer.memory import keep_freed_memory
 
 _SHARE_OF_A_STREAM = 4
 _LEAST_COST = 4096
@@ -29,7 +28,6 @@ class ReadAhead:
     """Reads one store. A context manager; while it is open, no chunk is deleted. Close its streams before it."""
 
     def __init__(self, store: Store, *, threads: int | None = None, max_in_flight_bytes: int = IN_FLIGHT_BYTES) -> None:
-        keep_freed_memory()
         self.reader = store.reader()
         self._budget = ByteBudget(max_in_flight_bytes)
         # One more than there are CPUs, because some thread is often waiting for the disk.
