@@ -7,6 +7,7 @@ import contextlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,12 @@ def home(shared_home: DataDir, tmp_path: Path) -> DataDir:
 
 
 @pytest.fixture(autouse=True)
-def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LoadPlan]]:
-    """GPUs with kernels, made of CPU tensors; the plans they were given."""
+def plans(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[list[LoadPlan]]:
+    """GPUs with kernels, made of CPU tensors; the plans they were given. Where a test needs a GPU, it gets that."""
     given: list[LoadPlan] = []
+    if "gpu" in request.keywords:
+        yield given
+        return
 
     def on_fakes(plan: LoadPlan, blocks: list[torch.Tensor], **options: Any) -> LoadReport:
         given.append(plan)
@@ -271,3 +275,19 @@ def test_a_cancelled_load_can_be_done_again(
     opened.clear()
     assert_same(on_gpu(home, tier), weights)
     assert not opened
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(home: DataDir, weights: dict[str, torch.Tensor], opened: list[Path]) -> None:
+    with DramTier(2 * SLAB, pin=True, slab_bytes=SLAB) as tier:
+        hold(home, tier)
+        opened.clear()
+        for _ in range(3):
+            found = dormouse.load("model", device="cuda", data_dir=home.root, tier=tier)
+            assert {tensor.device.type for tensor in found.values()} == {"cuda"}
+            assert_same(found, weights)
+        assert not opened
+        with ThreadPoolExecutor(2) as pool:
+            for found in pool.map(lambda _number: on_gpu(home, tier), range(4)):
+                assert_same(found, weights)
