@@ -220,6 +220,60 @@ def test_memory_damaged_in_the_tier_is_told_apart(store: Store, tier: DramTier) 
     assert _read(load(plan, chunks, tier)[1]) == 0
 
 
+def test_what_is_kept_goes_with_the_first_of_its_chunks(store: Store) -> None:
+    size = 48_000
+    chunks = stored(store, [(random.Random(at).randbytes(size), Codec.RAW) for at in range(6)])
+    plan = chunks.plan(extent_bytes=2 * 49_152)
+    last = LoadPlan(plan.files, plan.extents[2:], plan.sizes)
+    with DramTier(6 * 49_152, False, slab_bytes=6 * 49_152) as tier:
+
+        def keep(plan: LoadPlan) -> None:
+            with tier.lend(plan.extents) as lent:
+                assert None not in lent.found
+                tier.keep(len(plan.extents), "worked out", lent)
+
+        def is_kept(plan: LoadPlan) -> bool:
+            with tier.kept(len(plan.extents)) as kept:
+                return kept == "worked out"
+
+        tier.hold(plan, chunks.key)
+        keep(plan)
+        keep(last)
+        assert is_kept(plan) and is_kept(last)
+        tier.forget(plan.extents[0])
+        assert not is_kept(plan) and is_kept(last)
+        with tier.lend(last.extents) as lent:
+            tier.forget(plan.extents[2])
+            tier.keep("late", "worked out", lent)  # with places that are not those any more
+        with tier.kept("late") as kept:
+            assert kept is None
+        assert not is_kept(last)
+        tier.hold(plan, chunks.key)
+        keep(plan)
+        with tier.kept(3):
+            other = stored(store, [(random.Random(9).randbytes(size), Codec.RAW)], "n")
+            with pytest.raises(BusyError):
+                tier.hold(other.plan(), other.key)
+        tier.hold(other.plan(), other.key)
+        assert not is_kept(plan)
+
+
+def test_as_many_are_kept_as_are_allowed(store: Store, tier: DramTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dormouse.transfer.dram._KEPT", 2)
+    chunks = model(store, 1)
+    plan = chunks.plan(extent_bytes=200_000)
+    tier.hold(plan, chunks.key)
+    with tier.lend(plan.extents) as lent:
+        for name in "abac":
+            tier.keep(name, name, lent)
+
+    def kept(name: str) -> str | None:
+        with tier.kept(name) as value:
+            return value  # type: ignore[no-any-return]
+
+    assert [kept(name) for name in "abc"] == ["a", None, "c"]
+
+
 def test_many_threads_hold_and_load_at_once(store: Store, tier: DramTier) -> None:
     models = [model(store, seed, 0.6) for seed in range(8)]
     plans = [each.plan(extent_bytes=100_000) for each in models]

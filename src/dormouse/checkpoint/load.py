@@ -4,6 +4,7 @@ their chunks in a tier on the way there.
     load_file, CPU    the file mapped privately, its pages brought in by many threads --> tensors that are the mapping
     load_file, GPU    plan of plain bytes  --load_device--> one block of the GPU --> tensors that are views of it
     load              manifest, table --Placement--> plan of the chunks needed --load_host | load_device--> views
+                      what a tier holds as a whole: the same, as the tier kept it -----> views
 
 Nothing here reads, checks or decodes; the plans' runners in `transfer` do.
 """
@@ -14,7 +15,7 @@ import contextlib
 import mmap
 import os
 import threading
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -34,6 +35,7 @@ from dormouse.checkpoint.writer import CHECKPOINT_KIND
 from dormouse.config import DataDir, default_data_dir
 from dormouse.errors import ConfigError, DamagedError, HostError, NotFoundError
 from dormouse.store.store import Manifest, Reader, Store
+from dormouse.transfer import gpus, prepared
 from dormouse.transfer.crew import clear_frames
 from dormouse.transfer.load_host import load_host
 from dormouse.transfer.memory import anonymous
@@ -43,6 +45,7 @@ from dormouse.transfer.report import LoadReport, Progress
 if TYPE_CHECKING:
     from dormouse.store.key import Key
     from dormouse.transfer.dram import DramTier, HoldReport
+    from dormouse.transfer.prepared import Prepared
 
 _FEW = 64  # more gaps take longer to fill one by one
 Device = str | int | torch.device
@@ -180,8 +183,9 @@ def load(
     Tensors are views of one block per device. `tensors` are names or patterns (`*`, `?`); only chunks that are needed
     are read. `shard` cuts tensors over the devices, all others go to each of them. `dtype`: floating-point tensors of
     16 bits and more are cast to it once they are there. `data_dir` defaults to $DORMOUSE_HOME; `tier` is a pool of
-    coded chunks in memory, for GPUs. `progress(done, total)` is told bytes, by one thread at a time; when `cancelled`
-    is set, the load ends with StoreError.
+    coded chunks in memory, for GPUs; what it holds as a whole comes from there without a look at the store, even if
+    its weights are gone from that and only the model's record is left. `progress(done, total)` is told bytes, by one
+    thread at a time; when `cancelled` is set, the load ends with StoreError.
 
     Raises NotFoundError, ConfigError (a pattern that nothing matches, a device that can't be loaded to), DamagedError
     and UntrustedError for stored bytes, HostError when there is no memory or no such GPU.
@@ -221,8 +225,9 @@ def load_measured(
         raise ConfigError(f"nothing can be cast to {dtype}", remedy="Give a floating-point type")
     if not devices:
         raise ConfigError("there is no device to load to", remedy="Give at least one")
-    with _found(name, len(devices), tensors, shard, data_dir) as found:
-        blocks, report = _run(found.plan, devices, found.key, tier, progress, cancelled)
+    _check_devices(devices, tier)
+    with _ready(_wanted(name, len(devices), tensors, shard, data_dir), tier) as found:
+        blocks, report = _run(found.plan, devices, found.key, tier, progress, cancelled, found.prepared)
     placed = zip(blocks, found.placement.tensors, strict=True)
     try:
         cast = [_cast(views(block, parts), dtype) for block, parts in placed]
@@ -250,24 +255,74 @@ def hold(
     Raises what `load` raises for names and stored bytes, BusyError when what is in use leaves no room, StoreError when
     they are more than the tier's budget or `cancelled` is set.
     """
-    with _found(name, 1, tensors, None, data_dir_of(data_dir)) as found:
-        return tier.hold(found.plan, found.key, cancelled=cancelled)
+    wanted = _wanted(name, 1, tensors, None, data_dir_of(data_dir))
+    with _found(wanted) as found:
+        assert found.key is not None
+        report = tier.hold(found.plan, found.key, cancelled=cancelled)
+        _keep(wanted, found, tier)
+        return report
+
+
+class _Wanted(NamedTuple):
+    """What is to be loaded, of which checkpoint."""
+
+    name: str
+    checkpoint: str
+    devices: int
+    tensors: tuple[str, ...] | None
+    shard: Shard | None
+    data_dir: DataDir
+
+    @property
+    def known_as(self) -> Hashable:
+        """The same for all that make the same plan."""
+        cut = () if self.shard is None else tuple(self.shard.dimensions.items())
+        return self.data_dir.root.absolute(), self.checkpoint, self.devices, self.tensors, cut
+
+
+def _wanted(name: str, devices: int, tensors: Iterable[str] | None, shard: Shard | None, data_dir: DataDir) -> _Wanted:
+    """The model's record is read each time: another model may have its name by now."""
+    checkpoint = checkpoint_of(open_model(data_dir.models, name))
+    return _Wanted(name, checkpoint, devices, None if tensors is None else tuple(tensors), shard, data_dir)
 
 
 class _Found(NamedTuple):
-    """A model's weights in an open store, and what of them goes where."""
+    """A model's weights in an open store, and what of them goes where. Without a `key`, all of them are `prepared` and
+    in a tier."""
 
-    key: Key
+    key: Key | None
     placement: Placement
     plan: LoadPlan
+    prepared: Prepared | None = None
 
 
 @contextlib.contextmanager
-def _found(
-    name: str, devices: int, tensors: Iterable[str] | None, shard: Shard | None, data_dir: DataDir
-) -> Iterator[_Found]:
+def _ready(wanted: _Wanted, tier: DramTier | None) -> Iterator[_Found]:
+    """What the tier has kept, if it holds all that is wanted; else what the store says."""
+    with contextlib.ExitStack() as stack:
+        kept = None if tier is None else stack.enter_context(tier.kept(wanted.known_as))
+        if kept is None:
+            found = stack.enter_context(_found(wanted))
+            if tier is not None:
+                _keep(wanted, found, tier)
+                kept = stack.enter_context(tier.kept(wanted.known_as))
+        yield kept or found
+
+
+def _keep(wanted: _Wanted, found: _Found, tier: DramTier) -> None:
+    """If the tier holds all of it, and devices decode it, have the tier keep what is known of it."""
+    if not gpus.have_kernels():
+        return
+    with tier.lend(found.plan.extents) as lent:
+        ready = prepared.prepare(found.plan, lent.found, found.key)
+        if ready is not None:
+            tier.keep(wanted.known_as, _Found(None, found.placement, ready.plan, ready), lent)
+
+
+@contextlib.contextmanager
+def _found(wanted: _Wanted) -> Iterator[_Found]:
     """Within, nothing of the store is deleted, and damage is noted in it."""
-    checkpoint = checkpoint_of(open_model(data_dir.models, name))
+    name, checkpoint, devices, tensors, shard, data_dir = wanted
     with contextlib.ExitStack() as stack:
 
         def planned(store: Store) -> tuple[Reader, Manifest, _Found]:
@@ -365,16 +420,20 @@ def _run(
     tier: DramTier | None,
     progress: Progress | None,
     cancelled: threading.Event | None,
+    ready: Prepared | None = None,
 ) -> tuple[list[torch.Tensor], LoadReport]:
     """Carry out a plan: one new block of memory for each device. A failure frees all of them."""
+    if devices[0].type == "cpu":
+        return _to_host(plan, key, progress, cancelled)
+    return _to_gpus(plan, devices, key, tier, progress, cancelled, ready)
+
+
+def _check_devices(devices: Sequence[torch.device], tier: DramTier | None) -> None:
     kinds = {device.type for device in devices}
     if len(kinds) > 1:
         raise ConfigError("one load goes to the CPU or to GPUs, not to both", remedy="Load twice")
-    if kinds == {"cpu"}:
-        if tier is not None:
-            raise ConfigError("a tier serves loads to GPUs, this one goes to the CPU", remedy="Leave tier out")
-        return _to_host(plan, key, progress, cancelled)
-    return _to_gpus(plan, devices, key, tier, progress, cancelled)
+    if kinds == {"cpu"} and tier is not None:
+        raise ConfigError("a tier serves loads to GPUs, this one goes to the CPU", remedy="Leave tier out")
 
 
 def _to_host(
@@ -396,14 +455,16 @@ def _to_gpus(
     tier: DramTier | None,
     progress: Progress | None,
     cancelled: threading.Event | None,
+    ready: Prepared | None,
 ) -> tuple[list[torch.Tensor], LoadReport]:
     from dormouse.transfer.load_device import load_device
 
     blocks: list[torch.Tensor] = []
     try:
         for number, device in enumerate(devices):
-            blocks.append(_block(plan, number, device))
-        report = load_device(plan, blocks, key=key, progress=progress, cancelled=cancelled, tier=tier)
+            gaps = plan.gaps(number) if ready is None else ready.gaps[number]
+            blocks.append(_block(plan.sizes[number], gaps, device))
+        report = load_device(plan, blocks, key=key, progress=progress, cancelled=cancelled, tier=tier, prepared=ready)
     except torch.OutOfMemoryError as error:
         blocks.clear()
         raise HostError(
@@ -416,11 +477,9 @@ def _to_gpus(
     return blocks, report
 
 
-def _block(plan: LoadPlan, number: int, device: torch.device) -> torch.Tensor:
-    """New memory for a plan, zeros where that writes nothing. Zeros everywhere would hold up the first bytes by
-    milliseconds."""
-    block = _gpu_block(plan.sizes[number], device)
-    gaps = plan.gaps(number)
+def _block(size: int, gaps: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
+    """New memory, zeros where nothing is written. Zeros everywhere would hold up the first bytes by milliseconds."""
+    block = _gpu_block(size, device)
     for begin, end in gaps if len(gaps) <= _FEW else [(0, len(block))]:
         block[begin:end].zero_()
     return block

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 
@@ -47,8 +49,31 @@ def typed(data: torch.Tensor, tensor: Tensor) -> torch.Tensor:
 
 
 def views(block: torch.Tensor, tensors: Iterable[Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors that lie in one block of memory."""
-    return {tensor.name: typed(block[tensor.offset : tensor.offset + tensor.length], tensor) for tensor in tensors}
+    """Tensors that lie in one block of memory. There may be thousands, so each is one call of torch where it can be."""
+    blocks: dict[torch.dtype, torch.Tensor] = {}
+    found = {}
+    for tensor in tensors:
+        dtype, shape = torch_type(tensor)
+        size = dtype.itemsize
+        if not tensor.length or tensor.offset % size or math.prod(shape) * size != tensor.length:
+            found[tensor.name] = typed(block[tensor.offset : tensor.offset + tensor.length], tensor)
+            continue
+        if dtype not in blocks:
+            blocks[dtype] = _typed_block(block, dtype)
+        whole = blocks[dtype]
+        found[tensor.name] = whole.as_strided(shape, _strides(shape), whole.storage_offset() + tensor.offset // size)
+    return found
+
+
+def _typed_block(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As many whole items as there are."""
+    return block[: len(block) // dtype.itemsize * dtype.itemsize].view(dtype)
+
+
+@lru_cache(maxsize=1024)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a tensor without room between its items."""
+    return tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))
 
 
 def torch_type(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -4,6 +4,8 @@ the link alone and the tier holds more models than their plain bytes would allow
     hold(plan): extents that are not here yet -> read into slabs, checked -> known by their chunks
     borrow(extents) -> where each extent's bytes are (they stay there until the block ends) -> load_device
 
+    keep(what was worked out for a load of what is all here) -> kept(): the next such load, with nothing to work out
+
 Chunks are known by digest, so plans that cut a model differently find each other's. What was used longest ago makes
 room, extent by extent, unless somebody is using it. Slabs are pinned once, for all GPUs, and used again and again.
 """
@@ -14,9 +16,9 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from dormouse.errors import BusyError, StoreError
 from dormouse.store.chunk import Digest
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SLAB_BYTES = 8 * EXTENT_BYTES
+_KEPT = 64  # loads that are kept worked out: a few MB of objects, and of a GPU's memory, each
 
 _Name = tuple[Digest, int, int]  # a chunk in one of its codings: digest, codec, stored length
 
@@ -46,6 +49,15 @@ class HeldRun(NamedTuple):
     end: int
     memory: memoryview
     offset: int
+
+
+class Lent(NamedTuple):
+    """`found`: where the bytes of each extent are, None where not all of it is held. `runs`: what they came in as, and
+    `state`: that of the tier when it was asked."""
+
+    found: list[tuple[HeldRun, ...] | None]
+    runs: frozenset[int]
+    state: int
 
 
 class HoldReport(NamedTuple):
@@ -73,6 +85,13 @@ class _Run:
     users: int = 0
 
 
+class _Kept(NamedTuple):
+    """What was worked out, and the runs it says the places of."""
+
+    value: Any
+    runs: frozenset[int]
+
+
 class DramTier:
     """A pool of at most `budget_bytes`, by many threads used at once. `pin`: for GPUs. Close it when done."""
 
@@ -83,6 +102,8 @@ class DramTier:
         self._slabs = Slabs(budget_bytes, slab_bytes, (pinner or CudaPinner()) if pin else None)
         self._runs: OrderedDict[int, _Run] = OrderedDict()
         self._places: dict[_Name, _Place] = {}
+        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
+        self._state = 0  # another one whenever a chunk is not where it was
         self._next = 0
         self._closed = False
         self._lock = threading.RLock()
@@ -112,6 +133,7 @@ class DramTier:
             if self._in_use:
                 raise BusyError("the DRAM tier is in use by a load", retry_after=1.0, remedy="End the load first")
             self._closed = True
+            self._kept.clear()
             self._runs.clear()
             self._places.clear()
             self._slabs.close()
@@ -192,22 +214,63 @@ class DramTier:
     def borrow(self, extents: Sequence[Extent]) -> Iterator[list[tuple[HeldRun, ...] | None]]:
         """Where the bytes of each extent are, None where not all of it is held. They stay there until the block
         ends."""
+        with self.lend(extents) as lent:
+            yield lent.found
+
+    @contextlib.contextmanager
+    def lend(self, extents: Sequence[Extent]) -> Iterator[Lent]:
+        """What `borrow` does, with what `keep` has to know."""
         with self._lock:
             found = [self._find(extent) for extent in extents]
-            used = {place.run for places in found for place in places or ()}
-            for number in used:
-                self._runs[number].users += 1
-                self._runs.move_to_end(number)
+            used = frozenset(place.run for places in found for place in places or ())
+            self._use(used)
             runs = [
                 None if places is None else tuple(self._joined(extent, places))
                 for extent, places in zip(extents, found, strict=True)
             ]
+            lent = Lent(runs, used, self._state)
         try:
-            yield runs
+            yield lent
         finally:
             self.release(used)
 
-    def release(self, numbers: set[int]) -> None:
+    def keep(self, name: Hashable, value: Any, lent: Lent) -> None:
+        """Keep what was worked out with what is lent, until one of its chunks is not there any more or the place is
+        needed for others. Nothing is kept when a chunk has moved since."""
+        with self._lock:
+            if self._closed or self._state != lent.state:
+                return
+            self._kept[name] = _Kept(value, lent.runs)
+            self._kept.move_to_end(name)
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+
+    @contextlib.contextmanager
+    def kept(self, name: Hashable) -> Iterator[Any]:
+        """What is kept under a name, None for nothing. All its chunks stay where they are until the block ends."""
+        with self._lock:
+            kept = self._kept.get(name)
+            if kept is not None:
+                self._kept.move_to_end(name)
+                self._use(kept.runs)
+        try:
+            yield None if kept is None else kept.value
+        finally:
+            if kept is not None:
+                self.release(kept.runs)
+
+    def _use(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self._runs[number].users += 1
+            self._runs.move_to_end(number)
+
+    def _changed(self, number: int) -> None:
+        """Not all chunks of this run are to be found there any more."""
+        self._state += 1
+        for name in [name for name, kept in self._kept.items() if number in kept.runs]:
+            del self._kept[name]
+
+    def release(self, numbers: Iterable[int]) -> None:
         """These runs are used by one less."""
         with self._lock:
             for number in numbers:
@@ -263,6 +326,7 @@ class DramTier:
         before = self._places.get(name)
         if before is not None:
             self._runs[before.run].names.discard(name)
+            self._changed(before.run)
         self._places[name] = place
         self._runs[place.run].names.add(name)
 
@@ -283,9 +347,11 @@ class DramTier:
                 place = self._places.pop(_name(piece), None) if piece.chunk else None
                 if place is not None:
                     self._runs[place.run].names.discard(_name(piece))
+                    self._changed(place.run)
 
     def _drop(self, number: int) -> None:
         run = self._runs.pop(number)
+        self._changed(number)
         for name in run.names:
             del self._places[name]
         self._slabs.give(run.room)

@@ -33,9 +33,9 @@ class Source(NamedTuple):
 
 class Kernels:
     """Check and decoder of one GPU, with the tables of a plan and a status word for each parcel. To be made before the
-    lanes: these begin when the tables are there."""
+    lanes: these begin when the tables are there. `decodes`: the decoder's table, if it is on the GPU already."""
 
-    def __init__(self, gpu: Gpu, tables: Tables, key: Key | None, parcels: int) -> None:
+    def __init__(self, gpu: Gpu, tables: Tables, key: Key | None, parcels: int, decodes: Any = None) -> None:
         import numpy as np
 
         self._statuses = gpu.words(parcels * _STATUS_PITCH)
@@ -48,9 +48,11 @@ class Kernels:
                 np.frombuffer(bytearray(b"".join(tables.identities)), np.uint8).reshape(len(tables.checks), -1),
                 np.frombuffer(bytearray(b"".join(tables.macs)), np.uint8).reshape(len(tables.checks), -1),
             )
+        self.decodes = decodes
         if tables.decodes:
             self._decoder = gpu.decoder()
-            self._decodes = self._decoder.prepare(np.array(tables.decodes, np.int64))
+            if self.decodes is None:
+                self.decodes = self._decoder.prepare(np.array(tables.decodes, np.int64))
 
     def status(self, number: int) -> torch.Tensor:
         """The word in which the device tells of damage in a parcel."""
@@ -69,7 +71,7 @@ class Kernels:
     def decode(self, span: tuple[int, int], staging: torch.Tensor, target: torch.Tensor, status: torch.Tensor) -> None:
         """Decode rows of the table."""
         if span[1] and self._decoder is not None:
-            self._decoder.decode(self._decodes, *span, staging, target, status)
+            self._decoder.decode(self.decodes, *span, staging, target, status)
 
 
 class Lane:

@@ -21,28 +21,30 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 
-from dormouse.errors import ConfigError, HostError
+from dormouse.errors import ConfigError, HostError, StoreError
 from dormouse.store.codec import FLOATS, Codec
 from dormouse.store.pack import ALIGNMENT
 from dormouse.transfer import pinned
 from dormouse.transfer.budget import default_threads
 from dormouse.transfer.crew import clear_frames
 from dormouse.transfer.delivery import Delivery
-from dormouse.transfer.device_plan import SOURCE_ALIGNMENT, Packed, Parcel, pack
+from dormouse.transfer.device_plan import SOURCE_ALIGNMENT, Parcel, pack
 from dormouse.transfer.gpus import Cuda, Gpu, have_kernels, translated
 from dormouse.transfer.lane import Kernels, Lane
 from dormouse.transfer.pieces import Checker
 from dormouse.transfer.plan import EXTENT_BYTES, Extent, LoadPlan, split
 from dormouse.transfer.plan import plan as make_plan
+from dormouse.transfer.prepared import Prepared, Unread, check
 from dormouse.transfer.report import LoadReport, Progress
 from dormouse.transfer.ring import Ring
 from dormouse.transfer.source_files import SourceFiles, room_for
-from dormouse.transfer.tier_held import tier_held
+from dormouse.transfer.tier_held import sources, tier_held
 
 if TYPE_CHECKING:
     from dormouse.store.key import Key
@@ -67,9 +69,10 @@ def load_device(
     progress: Progress | None = None,
     cancelled: threading.Event | None = None,
     tier: DramTier | None = None,
+    prepared: Prepared | None = None,
 ) -> LoadReport:
     """Fill `destinations` (uint8, 1-D, contiguous, on GPUs, zeros in the plan's gaps) as it says; on return, all
-    is there.
+    is there. `prepared`: the plan, worked out before (prepare); the tier must have lent its chunks.
 
     `progress` is called with done and total plain bytes, by one thread. Raises DamagedError that names file and chunk,
     NotFoundError, HostError when a GPU or this machine lacks memory or damages bytes, ConfigError when `pinned_bytes`
@@ -92,6 +95,7 @@ def load_device(
                 progress=progress,
                 cancelled=cancelled,
                 tier=tier,
+                prepared=prepared,
             )
     except BaseException as error:
         clear_frames(error)  # an error that is kept must not keep memory of the GPU
@@ -116,51 +120,60 @@ def carry_out(
     progress: Progress | None = None,
     cancelled: threading.Event | None = None,
     tier: DramTier | None = None,
+    prepared: Prepared | None = None,
 ) -> LoadReport:
     """`load_device` on any kind of GPU; `kernels` tells whether they check and decode."""
     started = time.perf_counter()
-    plan.require([destination.numel() for destination in destinations])
-    checker = Checker(plan.files, key)
-    checker.check_plan(plan)
+    sizes = tuple(destination.numel() for destination in destinations)
     threads = threads or default_threads()
-    plan = _fitted(plan, pinned_bytes)
-    stored_bytes = plan.stored_bytes
     with contextlib.ExitStack() as stack:
-        held, rest = tier_held(plan.extents, tier, stack)
-        plan = replace(plan, extents=(*(each.extent for each in held), *_tapered(rest, threads, kernels=kernels)))
-        packed = pack(plan, kernels=kernels, plain_bytes=_limit(pinned_bytes), held=len(held))
-        sources = [None if each.held is None else held[each.held].for_parcel(each) for each in packed.parcels]
-        files = stack.enter_context(SourceFiles(plan.files, ours=plan.ours))
+        if prepared is None:
+            check(plan, sizes, key)
+            prepared = _prepared(_fitted(plan, pinned_bytes), kernels, pinned_bytes, threads, tier, stack)
+            files = SourceFiles(prepared.plan.files, ours=prepared.plan.ours)
+        elif sizes != prepared.plan.sizes or not kernels:
+            raise StoreError(f"a load was prepared for kernels and memory of {prepared.plan.sizes} bytes, not {sizes}")
+        else:
+            files = Unread(prepared.plan.files)
+        packed = prepared.packed
+        stack.enter_context(files)
         rooms = [_room(parcel) for parcel in packed.parcels if parcel.held is None]
         slot_bytes = _slot_bytes(max(rooms, default=1), pinned_bytes)
         ring = Ring(pinned_bytes, slot_bytes, len(rooms), lambda size: pinned.borrow(size, pinner))
         lanes: list[list[Lane]] = []
         forget = _nothing_to_forget if tier is None else tier.forget
         with _kept(ring, lanes):
-            delivery = Delivery(packed, lanes, ring, files, checker, forget)
+            delivery = Delivery(packed, lanes, ring, files, Checker(prepared.plan.files, key), forget)
             delivery.run(
-                sources,
+                sources(prepared.runs),
                 # while the first bytes are read
-                lambda: _add_lanes(lanes, packed, gpus, destinations, key),
+                partial(_add_lanes, lanes, prepared, gpus, destinations, key),
                 threads=threads,
                 progress=progress,
                 cancelled=cancelled,
             )
         return LoadReport(
             time.perf_counter() - started,
-            plan.plain_bytes,
-            stored_bytes,
+            prepared.plain_bytes,
+            prepared.stored_bytes,
             files.direct_bytes,
             files.cached_bytes,
-            sum(
-                piece.stored_length
-                for parcel in packed.parcels
-                if parcel.held is not None
-                for piece in parcel.extent.pieces
-            ),
+            prepared.tier_bytes,
             ring.peak_bytes,
             "device" if kernels else "host",
         )
+
+
+def _prepared(
+    plan: LoadPlan, kernels: bool, pinned_bytes: int, threads: int, tier: DramTier | None, stack: contextlib.ExitStack
+) -> Prepared:
+    """The load, worked out. What is held stays where it is until `stack` is closed."""
+    found = [None] * len(plan.extents) if tier is None else stack.enter_context(tier.borrow(plan.extents))
+    held, rest = tier_held(plan.extents, found)
+    cut = replace(plan, extents=(*(each.extent for each in held), *_tapered(rest, threads, kernels=kernels)))
+    packed = pack(cut, kernels=kernels, plain_bytes=_limit(pinned_bytes), held=len(held))
+    runs = tuple(None if each.held is None else held[each.held].for_parcel(each) for each in packed.parcels)
+    return Prepared(cut, packed, runs, plan.stored_bytes)
 
 
 def _room(parcel: Parcel) -> int:
@@ -217,17 +230,19 @@ def _nothing_to_forget(_extent: Extent) -> None:
 
 def _add_lanes(
     lanes: list[list[Lane]],
-    packed: Packed,
+    prepared: Prepared,
     gpus: Sequence[Gpu],
     destinations: Sequence[torch.Tensor],
     key: Key | None,
 ) -> None:
     """For each device, as many as help."""
-    count = min(LANES, len(packed.parcels))
-    for gpu, tables, destination in zip(gpus, packed.tables, destinations, strict=True):
-        kernels = Kernels(gpu, tables, key, len(packed.parcels))
+    parcels = len(prepared.packed.parcels)
+    for number, (gpu, destination) in enumerate(zip(gpus, destinations, strict=True)):
+        tables, place = prepared.packed.tables[number], (number, destination.device)
+        kernels = Kernels(gpu, tables, key, parcels, prepared.tasks.get(place))
+        prepared.tasks[place] = kernels.decodes
         lanes.append([])
-        for _ in range(count):
+        for _ in range(min(LANES, parcels)):
             lanes[-1].append(Lane(gpu, kernels, tables, destination))
 
 

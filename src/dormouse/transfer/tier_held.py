@@ -1,12 +1,11 @@
 """What the DRAM tier holds of a load, and in which parts a device is asked to take it.
 
-extents --borrow--> those that are held, joined to large ones, with the places of their bytes -> parcels
+extents, as the tier found them -> those that are held, joined to large ones, with the places of their bytes -> parcels
                  -> those that have to be read
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +17,7 @@ from dormouse.transfer.lane import Source
 from dormouse.transfer.plan import Extent
 
 if TYPE_CHECKING:
-    from dormouse.transfer.dram import DramTier
+    from dormouse.transfer.dram import HeldRun
 
 _AT_ONCE = 64 << 20
 """What comes out of the tier needs no slot, and asking for it is what costs the CPU most."""
@@ -28,15 +27,15 @@ class Held(NamedTuple):
     """An extent, and where its bytes are, counted from its beginning."""
 
     extent: Extent
-    sources: tuple[Source, ...]
+    runs: tuple[HeldRun, ...]
 
-    def for_parcel(self, parcel: Parcel) -> tuple[Source, ...]:
-        """The sources, counted from the beginning of a parcel that is a part of the extent."""
+    def for_parcel(self, parcel: Parcel) -> tuple[HeldRun, ...]:
+        """The runs, counted from the beginning of a parcel that is a part of the extent."""
         return tuple(self._counted_from(parcel.extent.offset))
 
-    def _counted_from(self, offset: int) -> Iterator[Source]:
+    def _counted_from(self, offset: int) -> Iterator[HeldRun]:
         shift = self.extent.offset - offset
-        return (source._replace(begin=source.begin + shift, end=source.end + shift) for source in self.sources)
+        return (run._replace(begin=run.begin + shift, end=run.end + shift) for run in self.runs)
 
     @classmethod
     def joined(cls, parts: Sequence[Held]) -> Held:
@@ -48,20 +47,25 @@ class Held(NamedTuple):
 
 
 def tier_held(
-    extents: Sequence[Extent], tier: DramTier | None, stack: contextlib.ExitStack
+    extents: Sequence[Extent], found: Sequence[tuple[HeldRun, ...] | None]
 ) -> tuple[list[Held], list[Extent]]:
-    """What is held, and what has to be read. The former stays where it is until `stack` is closed."""
-    if tier is None:
-        return [], list(extents)
-    found = list(zip(extents, stack.enter_context(tier.borrow(extents)), strict=True))
-    slabs = {id(run.memory): run.memory for _extent, runs in found for run in runs or ()}
-    tensors = {number: torch.frombuffer(memory, dtype=torch.uint8) for number, memory in slabs.items()}
-    held = (
-        Held(extent, tuple(Source(run.begin, run.end, tensors[id(run.memory)], run.offset) for run in runs))
-        for extent, runs in found
-        if runs is not None
-    )
-    return list(_gathered(held)), [extent for extent, runs in found if runs is None]
+    """What is held, as the tier has `found` it, and what has to be read."""
+    both = list(zip(extents, found, strict=True))
+    held = (Held(extent, runs) for extent, runs in both if runs is not None)
+    return list(_gathered(held)), [extent for extent, runs in both if runs is None]
+
+
+def sources(parcels: Iterable[tuple[HeldRun, ...] | None]) -> list[tuple[Source, ...] | None]:
+    """The same places as a device copies from them. The tier can't be closed as long as one of these is kept."""
+    tensors: dict[int, torch.Tensor] = {}
+
+    def source(run: HeldRun) -> Source:
+        slab = id(run.memory)
+        if slab not in tensors:
+            tensors[slab] = torch.frombuffer(run.memory, dtype=torch.uint8)
+        return Source(run.begin, run.end, tensors[slab], run.offset)
+
+    return [None if runs is None else tuple(map(source, runs)) for runs in parcels]
 
 
 def _gathered(held: Iterable[Held]) -> Iterator[Held]:
