@@ -14,6 +14,7 @@ threads spend their time in numpy's loops, which let go of the GIL, and little o
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ _HEADER = struct.Struct("<BBHIIII3s3s38s")
 _ROW = np.dtype([("starts", "<u4", (3,)), ("base", "u1"), ("zeros", "u1", (3,))])
 _PASSED = 3
 _DIGITS = np.array([[byte >> shift & 3 for shift in (0, 2, 4, 6)] for byte in range(256)], np.uint8)
-_BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES = 1 << 20
 """One thread is as fast with less; but threads that call numpy for longer at a time wait less for each other's GIL."""
 _COMPARED = 8
 """Exponents that are counted one by one: all but one in a hundred values of a tensor have one of these."""
@@ -173,10 +174,30 @@ def _damaged(why: str) -> DamagedError:
     return DamagedError(f"a chunk of floating-point numbers is damaged: {why}")
 
 
+class _Scratch(threading.local):
+    """Each thread's own arrays for a block, used again for the next block and the next chunk: fresh memory costs a page
+    fault per 4 KiB, which takes longer than decoding into it."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Bytes] = {}
+
+    def array(self, name: str, count: int, dtype: Any = np.uint8) -> Words:
+        """An array with any content, valid until the next one of that name."""
+        size = count * np.dtype(dtype).itemsize
+        found = self._arrays.get(name)
+        if found is None or len(found) < size:
+            found = self._arrays[name] = np.empty(size, np.uint8)
+        return found[:size].view(dtype)
+
+
+_scratch = _Scratch()
+
+
 class _Level:
     """Level 2 or 3: its digits are read in order, a run for each block."""
 
-    def __init__(self, packed: Bytes, deltas: bytes) -> None:
+    def __init__(self, name: str, packed: Bytes, deltas: bytes) -> None:
+        self._name = name
         self.done = 0
         self.passed = next(byte for byte in range(256) if byte not in deltas)
         """What stands for a value that is passed on: a delta this level does not have."""
@@ -187,8 +208,14 @@ class _Level:
         """The deltas of the next `count` values, which are there."""
         first, self.done = self.done, self.done + count
         packed = self._packed[first >> 2 : self.done + 3 >> 2]
-        deltas: Bytes = self._table.take(packed, mode="clip").view(np.uint8)
+        out = _scratch.array(self._name, len(packed), np.uint32)
+        deltas: Bytes = self._table.take(packed, mode="clip", out=out).view(np.uint8)
         return deltas[first & 3 : (first & 3) + count]
+
+    def passed_on(self, deltas: Bytes) -> Counts:
+        """The places of those that are passed on."""
+        mask = _scratch.array("passed", len(deltas), np.bool_)
+        return np.equal(deltas, np.uint8(self.passed), out=mask).nonzero()[0]
 
 
 class _Cascade:
@@ -205,12 +232,11 @@ class _Cascade:
         if (self._starts[1:] < self._starts[:-1]).any():
             raise _damaged("its units pass on other counts than it says")
         self._digits = data[at.levels[0]].reshape(self._units, UNIT // 4)
-        self._level2 = _Level(data[at.levels[1]], header.deltas[0])
-        self._level3 = _Level(data[at.levels[2]], header.deltas[1])
+        self._level2 = _Level("level 2", data[at.levels[1]], header.deltas[0])
+        self._level3 = _Level("level 3", data[at.levels[2]], header.deltas[1])
         self._raw, self._raw_done = data[at.raw], 0
         self._step = max(1, min(form.block_units, self._units))
-        self._block = np.empty((self._step, 4, UNIT // 4), np.uint8)
-        self._mask = np.empty(self._step * UNIT, np.bool_)
+        self._block = _scratch.array("deltas", self._step * UNIT).reshape(-1, 4, UNIT // 4)
         self._field = np.uint8((1 << form.bits) - 1)
 
     def blocks(self) -> Iterator[tuple[slice, Bytes]]:
@@ -230,16 +256,16 @@ class _Cascade:
 
     def _resolve(self, span: slice, deltas: Bytes) -> None:
         """Put the deltas that levels 2 and 3 and the raw bytes have where level 1 passes values on."""
-        mask = np.equal(deltas, np.uint8(_PASSED), out=self._mask[: len(deltas)])
-        at1 = mask.nonzero()[0]
+        mask = _scratch.array("passed", len(deltas), np.bool_)
+        at1 = np.equal(deltas, np.uint8(_PASSED), out=mask).nonzero()[0]
         ends = np.searchsorted(at1, np.arange(1, span.stop - span.start + 1) * UNIT)
         self._check(span, 0, ends, self._level2.done)
         level2 = self._level2.take(len(at1))
-        at2 = (level2 == self._level2.passed).nonzero()[0]
+        at2 = self._level2.passed_on(level2)
         ends = np.searchsorted(at2, ends)
         self._check(span, 1, ends, self._level3.done)
         level3 = self._level3.take(len(at2))
-        at3 = (level3 == self._level3.passed).nonzero()[0]
+        at3 = self._level3.passed_on(level3)
         ends = np.searchsorted(at3, ends)
         self._check(span, 2, ends, self._raw_done)
         level3[at3] = self._raw[self._raw_done : self._raw_done + len(at3)]
@@ -273,9 +299,9 @@ class _Combiner:
             for place, width in zip(at.planes, form.planes, strict=True)
         ]
         size = min(form.block_units * UNIT, (at.units.stop - at.units.start) // ROW_SIZE * UNIT)
-        self._rest = np.empty(size, form.word)
-        self._wide = np.empty(size, form.word)
-        self._bits = np.empty(size, np.uint8)
+        self._rest = _scratch.array("rest", size, form.word)
+        self._wide = _scratch.array("wide", size, form.word)
+        self._bits = _scratch.array("bits", size)
 
     def block(self, span: slice, exponents: Bytes, values: Words) -> None:
         """Write the units' values to their places in `values`, of which the last unit may have fewer."""
