@@ -29,7 +29,8 @@ import torch
 import triton
 import triton.language as tl
 
-UNIT: Final = 8192
+from dormouse.store.floats import FORMATS, UNIT, FloatFormat
+
 ROW_FIELDS: Final = 5
 
 
@@ -49,14 +50,13 @@ class Kind(NamedTuple):
         return {"ITEM": self.item, "LOW": self.low, "BITS": self.bits, "W0": w0, "W1": w1, "W2": w2}
 
 
-KINDS: Final = {
-    4: Kind(2, 7, 8, (8, 0, 0)),
-    5: Kind(2, 10, 5, (8, 2, 1)),
-    6: Kind(4, 23, 8, (16, 8, 0)),
-    7: Kind(1, 3, 4, (4, 0, 0)),
-    8: Kind(1, 2, 5, (2, 1, 0)),
-}
-"""By codec number: BF16, FP16, FP32, FP8_E4M3, FP8_E5M2."""
+def _kind(form: FloatFormat) -> Kind:
+    first, second, third, *_ = (*form.planes, 0, 0)
+    return Kind(form.item, form.low, form.bits, (first, second, third))
+
+
+KINDS: Final = {int(codec): _kind(form) for codec, form in FORMATS.items()}
+"""By codec number."""
 
 DECODE_OPTIONS: Final[dict[str, Any]] = {"LANES": 256, "num_warps": 4, "maxnreg": 128}
 WRITE_OPTIONS: Final[dict[str, Any]] = {"LANES": 256, "num_warps": 4, "maxnreg": 128}
