@@ -23,9 +23,10 @@ from dormouse.store.codec import Codec
 from dormouse.store.key import Key
 from dormouse.store.pack import ALIGNMENT
 from dormouse.store.store import Store
-from dormouse.transfer import carrier, pinned
-from dormouse.transfer.carrier import BLOCK_BYTES, COPIER_BLOCKS, shared_out, stretches
+from dormouse.transfer import carrier, pinned, source_files
+from dormouse.transfer.carrier import BLOCK_BYTES, SENT_BLOCKS, shared_out, stretches
 from dormouse.transfer.load_device import carry_out
+from dormouse.transfer.parallel_reads import Read
 from dormouse.transfer.plan import LoadPlan
 from dormouse.transfer.report import LoadReport
 from dormouse.transfer.source_files import SourceFile, room_for
@@ -43,7 +44,6 @@ def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Whether files are read past the page cache, by readers in any case."""
     wanted: bool = request.param == "direct"
     monkeypatch.setattr(SourceFile, "is_resident", lambda _self, _offset, _length: not wanted)
-    monkeypatch.setattr(SourceFile, "cached", lambda _self, _offset, _length: False)
     return wanted
 
 
@@ -95,22 +95,22 @@ def test_stretches_are_all_of_it_and_can_be_read_past_the_page_cache(offset: int
     assert max(room_for(low, high - low) for low, high in parts) <= pages * ALIGNMENT
 
 
-@given(budget=st.integers(0, 1 << 30), readers=st.integers(0, 64), copier=st.booleans())
-def test_pinned_memory_is_shared_out(budget: int, readers: int, copier: bool) -> None:
+@given(budget=st.integers(0, 1 << 30), carriers=st.integers(0, 64), reads=st.integers(0, 64))
+def test_pinned_memory_is_shared_out(budget: int, carriers: int, reads: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(carrier, "_LEAST", 64 << 10)
         patch.setattr(carrier, "BLOCK_BYTES", BLOCK_BYTES)
         try:
-            shares = shared_out(budget, readers=readers, copier=copier)
+            shares = shared_out(budget, carriers=carriers, reads=reads)
         except ConfigError as error:
             assert budget < 6 * ALIGNMENT and str(budget) in str(error)
             return
-    blocks = shares.readers + shares.copier_blocks
+    blocks = shares.carriers + shares.flow
     assert blocks * shares.block_bytes <= budget or not blocks
     assert shares.block_bytes % (2 * ALIGNMENT) == 0 and shares.block_bytes <= BLOCK_BYTES
-    assert (shares.readers > 0, shares.copier_blocks > 0) == (readers > 0, copier)
-    enough = budget >= (readers + COPIER_BLOCKS) * BLOCK_BYTES
-    assert not enough or (shares.readers, shares.block_bytes) == (readers, BLOCK_BYTES)
+    assert (shares.carriers > 0, shares.flow > 0) == (carriers > 0, reads > 0)
+    wanted = carriers + (reads + SENT_BLOCKS if reads else 0)
+    assert not wanted or budget < wanted * BLOCK_BYTES or (blocks, shares.block_bytes) == (wanted, BLOCK_BYTES)
 
 
 @pytest.mark.parametrize("pinned_bytes", [64 << 10, 300_000, 8 << 20])
@@ -151,16 +151,33 @@ def test_a_stretch_that_fails_ends_all(
     store: Store, monkeypatch: pytest.MonkeyPatch, direct: bool, failing: int, pinned_bytes: int
 ) -> None:
     chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(12)])
-    original, calls = os.preadv, iter(range(1000))
+    calls = iter(range(1000))
 
-    def sometimes(fd: int, buffers: list[memoryview], offset: int) -> int:
-        if next(calls) == failing:
-            raise OSError(5, "Input/output error")
-        return original(fd, buffers, offset)
+    class Sometimes(Read):
+        def wait(self) -> int:
+            if next(calls) == failing:
+                raise OSError(5, "Input/output error")
+            return super().wait()
 
-    monkeypatch.setattr(os, "preadv", sometimes)
+    monkeypatch.setattr(source_files, "Read", Sometimes)
     with pytest.raises(DamagedError, match="pack is damaged: the disk can't read it"):
         load(chunks.plan(extent_bytes=90_000), chunks.key, pinned_bytes=pinned_bytes)
+
+
+def test_what_can_not_be_read_past_the_page_cache_is_read_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refused(Read):
+        def wait(self) -> int:
+            super().wait()
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(SourceFile, "is_resident", lambda _self, _offset, _length: False)
+    monkeypatch.setattr(source_files, "Read", Refused)
+    content = random.Random(1).randbytes(300_001)
+    found, report = load(plain_file(tmp_path / "plain", content, []))
+    assert found == content
+    assert (report.direct_bytes, report.cached_bytes) == (0, len(content))
 
 
 @pytest.mark.parametrize("left", [0, 1, 300_000, 999_999])
@@ -172,78 +189,39 @@ def test_a_file_that_became_short_is_named_with_its_end(tmp_path: Path, direct: 
 
 
 @pytest.mark.parametrize("at", [0, 1, 7, 30])
-def test_cancel_between_two_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool, at: int) -> None:
+def test_cancel_between_two_parcels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool, at: int) -> None:
     plan = plain_file(tmp_path / "plain", random.Random(1).randbytes(3_000_000), [])
-    cancelled, original, calls = threading.Event(), os.preadv, iter(range(1000))
+    cancelled, calls = threading.Event(), iter(range(1000))
 
-    def read(fd: int, buffers: list[memoryview], offset: int) -> int:
-        if next(calls) == at:
-            cancelled.set()
-        return original(fd, buffers, offset)
+    class Counted(Read):
+        def wait(self) -> int:
+            if next(calls) == at:
+                cancelled.set()
+            return super().wait()
 
-    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(source_files, "Read", Counted)
+    monkeypatch.setattr("dormouse.transfer.load_device.AT_ONCE", 100_000)
     with pytest.raises(StoreError, match="not needed any more"):
         load(plan, pinned_bytes=300_000, cancelled=cancelled)
     assert next(calls) < 60
 
 
-def test_several_readers_are_in_one_parcel_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
-) -> None:
-    content = random.Random(1).randbytes(16 * ALIGNMENT)
+def test_many_reads_are_under_way_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+    content = random.Random(1).randbytes(64 * ALIGNMENT)
     plan = plain_file(tmp_path / "plain", content, [])
-    together, original = threading.Barrier(4), os.preadv
+    under_way, most = [0], [0]
 
-    def read(fd: int, buffers: list[memoryview], offset: int) -> int:
-        together.wait(timeout=10)  # breaks, and so fails the load, when there are fewer
-        return original(fd, buffers, offset)
+    class Counted(Read):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
 
-    monkeypatch.setattr(os, "preadv", read)
-    found, report = load(plan, threads=4, pinned_bytes=32 * ALIGNMENT)
+        def wait(self) -> int:
+            under_way[0] -= 1
+            return super().wait()
+
+    monkeypatch.setattr(source_files, "Read", Counted)
+    found, _report = load(plan, threads=4)
     assert found == content
-    assert report.peak_pinned_bytes <= 32 * ALIGNMENT
-
-
-class TestFromPageCache:
-    """Loads of what the page cache has, and of what it has in part."""
-
-    @pytest.mark.parametrize("pinned_bytes", [64 << 10, 1 << 20])
-    def test_nothing_is_read(self, store: Store, monkeypatch: pytest.MonkeyPatch, pinned_bytes: int) -> None:
-        chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(12)])
-        monkeypatch.setattr(os, "preadv", None)
-        found, report = load(chunks.plan(extent_bytes=90_000), chunks.key, pinned_bytes=pinned_bytes)
-        assert found == chunks.content
-        assert (report.direct_bytes, report.cached_bytes >= report.stored_bytes) == (0, True)
-        assert 0 < report.peak_pinned_bytes <= pinned_bytes
-
-    def test_some_parts_are_read_and_others_mapped(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-        chunks = stored(store, mixed(8, 60))
-        monkeypatch.setattr(SourceFile, "cached", lambda _self, offset, _length: bool(offset // 100_000 % 2))
-        monkeypatch.setattr("dormouse.transfer.load_device.AT_ONCE", 50_000)
-        for kernels in (False, True):
-            found, report = load(chunks.plan(extent_bytes=50_000), chunks.key, kernels=kernels)
-            assert found == chunks.content
-            assert 0 < report.peak_pinned_bytes <= 1 << 20
-
-    @pytest.mark.parametrize("left", [0, 1, 300_000, 999_999])
-    def test_a_file_that_became_short(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
-        plan = plain_file(tmp_path / "plain", random.Random(1).randbytes(1_000_000), [])
-        os.truncate(tmp_path / "plain", left)
-        monkeypatch.setattr(SourceFile, "cached", lambda _self, _offset, _length: True)
-        with pytest.raises(DamagedError, match=f"plain is damaged: it ends at {left}, and was to go on to"):
-            load(plan)
-
-    def test_cancel_between_two_parcels(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-        chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(12)])
-        monkeypatch.setattr("dormouse.transfer.load_device.AT_ONCE", 90_000)
-        cancelled, original, calls = threading.Event(), SourceFile.mapped, []
-
-        def mapped(file: SourceFile, offset: int, length: int) -> Any:
-            calls.append(offset)
-            cancelled.set()
-            return original(file, offset, length)
-
-        monkeypatch.setattr(SourceFile, "mapped", mapped)
-        with pytest.raises(StoreError, match="not needed any more"):
-            load(chunks.plan(extent_bytes=90_000), chunks.key, cancelled=cancelled)
-        assert len(calls) < 5
+    assert (under_way, most) == ([0], [4])

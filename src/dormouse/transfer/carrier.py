@@ -1,21 +1,20 @@
-"""Bytes of files on their way to GPUs, through pinned memory. Two ways, for a thread that must ask for Python's lock
-pays some 50 µs for each time, when others want it too:
+"""Bytes of files on their way to GPUs, through pinned memory.
 
-    not in memory:      Carrier, one for each of many readers: a stretch of the file -> one of two pieces of its own
-                        -> over the link, on a stream of its own
-    in the page cache:  Copier, the caller's: the file, mapped -> by all processors in one call -> one of a few pieces
-                        -> over the link
-    the CPU decodes it: Carrier: read and decoded in plain memory, then piece by piece
+    as they are stored:  Flow, the caller's: stretches of files -> read by many threads of the C library at once
+                         -> in order, over the link
+    the CPU decodes:     Carrier, one for each of some threads: read, decoded in plain memory, piece by piece sent
 
-While the link takes one piece, the next is filled. A copier's pieces are small enough to stay in the processor's cache
-all together: what was just copied is taken from there, not from memory. (On a Xeon of 2023, 16 threads copied 81 GB/s
-out of the page cache into 128 MiB of pinned memory, and 47 GB/s into 512 MiB.)
+A piece of pinned memory is filled again when its bytes have crossed the link. All together are few and small enough to
+stay in the processor's cache: what was just read is taken from there, not from memory. (On a Xeon of 2023, 16 threads
+copied 81 GB/s out of the page cache into 128 MiB of pinned memory, and 47 GB/s into 512 MiB.)
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -28,46 +27,42 @@ from dormouse.transfer.memory import anonymous
 from dormouse.transfer.pieces import Checker
 from dormouse.transfer.pinned import PinnedMemory
 from dormouse.transfer.plan import Extent
-from dormouse.transfer.source_files import SourceFiles, room_for
+from dormouse.transfer.source_files import PendingRead, SourceFiles, room_for
 
-BLOCK_BYTES = 17 << 20
-"""Pinned memory is taken in blocks of this size, all alike, so that later loads use them again. One is a reader's, in
-two pieces, or one of the copier's pieces: large enough that Python's share is small, and a quarter of a parcel."""
+BLOCK_BYTES = 6 << 20
+"""Pinned memory is taken in blocks of this size, all alike, so that later loads use them again."""
 
-COPIER_BLOCKS = 6
+SENT_BLOCKS = 4
+"""Of a flow, beside those that are being read into: what crosses the link."""
+
 _LEAST = 64 << 10
 
 Marks = list[list[Mark]]
 
 
 class Shares(NamedTuple):
-    """How many readers there are, how many blocks the copier has (0: there is none), and the size of a block."""
+    """How many carriers there are, with a block each; how many blocks a flow has; and the size of a block."""
 
-    readers: int
-    copier_blocks: int
+    carriers: int
+    flow: int
     block_bytes: int
 
-    @property
-    def stretch_bytes(self) -> int:
-        """What a reader reads at once."""
-        return self.block_bytes // 2
+
+def most_reads(lengths: Iterable[int]) -> int:
+    """How many reads parcels of so many bytes are, at most."""
+    return sum(-(-length // BLOCK_BYTES) + 1 for length in lengths)
 
 
-def most_readers(lengths: Iterable[int]) -> int:
-    """How many have something to do, for parcels of so many bytes each."""
-    return sum(-(-length // (BLOCK_BYTES // 2)) for length in lengths)
-
-
-def shared_out(budget: int, *, readers: int, copier: bool) -> Shares:
-    """The pinned memory of a load, shared out among at most so many readers, and the copier if there is one. Raises
-    ConfigError when there is not enough."""
-    blocks = min(COPIER_BLOCKS, max(2, budget // 2 // _LEAST)) if copier else 0
-    readers = min(readers, max(1, budget // _LEAST - blocks))
-    size = min(BLOCK_BYTES, budget // max(1, readers + blocks))
+def shared_out(budget: int, *, carriers: int, reads: int) -> Shares:
+    """The pinned memory of a load, shared out among at most so many carriers, and a flow that has at most so many reads
+    under way (0: there is none). Raises ConfigError when there is not enough."""
+    flow = min(reads + SENT_BLOCKS, max(2, budget // 2 // _LEAST)) if reads else 0
+    carriers = min(carriers, max(1, budget // _LEAST - flow))
+    size = min(BLOCK_BYTES, budget // max(1, carriers + flow))
     size -= size % (2 * ALIGNMENT)
-    if not size:
+    if not size and carriers + flow:
         raise ConfigError(f"{budget} bytes of pinned memory are too few for a load", remedy="Allow more pinned memory")
-    return Shares(readers, blocks, size)
+    return Shares(carriers, flow, size)
 
 
 def stretches(offset: int, length: int, most: int) -> Iterator[tuple[int, int]]:
@@ -90,89 +85,103 @@ class _Piece:
         self.marks: list[Mark] = []
 
 
-class _Outlet:
-    """Pinned memory in pieces that are filled and sent in turn, on one stream of each device. Used by one thread."""
+def _send(
+    piece: _Piece, begin: int, end: int, offset: int, parcel: Parcel, lanes: Sequence[Lane], streams: Sequence[Any]
+) -> list[Mark]:
+    """Bytes `begin` to `end` of a parcel, which begin `offset` bytes into the piece. For each part of the parcel, where
+    they have come."""
+    source = Source(begin, end, piece.tensor, offset)
+    piece.marks = [lanes[part.device].take(part, source, streams[part.device]) for part in parcel.parts]
+    return piece.marks
 
-    def __init__(self, pieces: Iterable[memoryview], streams: Sequence[Any]) -> None:
-        self._pieces = [_Piece(view) for view in pieces]
-        self.size = len(self._pieces[0].view)
-        self._streams = streams
-        self._turn = 0
 
-    def piece(self) -> _Piece:
-        """The one that was sent first; waits until its bytes have crossed the link."""
-        self._turn = (self._turn + 1) % len(self._pieces)
-        piece = self._pieces[self._turn]
-        while piece.marks:
-            piece.marks.pop().wait()
-        return piece
+class Flow:
+    """Brings parcels in order, and reads ahead of what is asked for. Used by one thread; a context manager, at whose
+    end no read is under way. `blocks`: pinned, of which `size` bytes each are used; `streams`: one of each device."""
 
-    def send(
-        self, piece: _Piece, begin: int, end: int, offset: int, parcel: Parcel, lanes: Sequence[Lane], marks: Marks
+    def __init__(
+        self,
+        parcels: Sequence[Parcel],
+        blocks: Sequence[PinnedMemory],
+        size: int,
+        streams: Sequence[Any],
+        files: SourceFiles,
     ) -> None:
-        """Bytes `begin` to `end` of a parcel, which begin `offset` bytes into the piece. Adds to `marks`, one list for
-        each part of the parcel, where they have come."""
-        source = Source(begin, end, piece.tensor, offset)
-        for part, taken in zip(parcel.parts, marks, strict=True):
-            taken.append(lanes[part.device].take(part, source, self._streams[part.device]))
-            piece.marks.append(taken[-1])
-
-
-class Copier:
-    """Brings what the page cache holds. `blocks`: pinned, of which `size` bytes each are used; `streams`: one of each
-    device."""
-
-    def __init__(self, blocks: Sequence[PinnedMemory], size: int, streams: Sequence[Any], files: SourceFiles) -> None:
-        self._outlet = _Outlet([block.view[:size] for block in blocks], streams)
+        self._size = size
+        self._streams = streams
         self._files = files
+        self._turns = max(1, len(blocks) - min(SENT_BLOCKS, len(blocks) // 2))
+        self._free = [_Piece(block.view[:size]) for block in blocks]
+        self._reading: deque[tuple[PendingRead, _Piece]] = deque()
+        self._sent: deque[_Piece] = deque()
+        self._ahead = self._begun(parcels)
 
-    def carry(self, parcel: Parcel, lanes: Sequence[Lane]) -> Marks:
-        """Bring a parcel to the devices. Returns the marks at which it has come, for each of its parts."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for read, _piece in self._reading:
+            read.settle()
+
+    def read_ahead(self) -> None:
+        """Begin as many reads as there may be."""
+        while len(self._reading) < self._turns and next(self._ahead, False):
+            pass
+
+    def bring(self, parcel: Parcel, lanes: Sequence[Lane]) -> Marks:
+        """The next parcel. Returns the marks at which it has come, for each of its parts."""
         marks: Marks = [[] for _ in parcel.parts]
-        size = self._outlet.size
-        for begin in range(0, parcel.length, size):
-            length = min(size, parcel.length - begin)
-            piece = self._outlet.piece()
-            with self._files[parcel.extent.file].mapped(parcel.extent.offset + begin, length) as found:
-                _copy(found, piece.tensor[:length])
-            self._outlet.send(piece, begin, begin + length, 0, parcel, lanes, marks)
+        start = parcel.extent.offset
+        for begin, end in stretches(start, parcel.extent.length, self._size):
+            self.read_ahead()
+            read, piece = self._reading[0]
+            lead = read.finish()
+            self._reading.popleft()
+            sent = _send(piece, begin - start, end - start, lead, parcel, lanes, self._streams)
+            self._sent.append(piece)
+            for taken, mark in zip(marks, sent, strict=True):
+                taken.append(mark)
         return marks
 
+    def _begun(self, parcels: Sequence[Parcel]) -> Iterator[bool]:
+        """Begin one read after the other."""
+        turns = itertools.cycle(range(self._turns))
+        for extent in (parcel.extent for parcel in parcels):
+            file = self._files[extent.file]
+            direct = file.prefers_direct(extent.offset, extent.length)
+            for begin, end in stretches(extent.offset, extent.length, self._size):
+                piece = self._piece()
+                read = file.begin(piece.view, begin, end - begin, direct=direct, turn=next(turns))
+                self._reading.append((read, piece))
+                yield True
 
-def _copy(found: memoryview, target: torch.Tensor) -> None:
-    """By all processors, if it is much."""
-    target.copy_(torch.frombuffer(found, dtype=torch.uint8))
+    def _piece(self) -> _Piece:
+        """A free one, or that which was sent first, when its bytes have crossed the link."""
+        if self._free:
+            return self._free.pop()
+        piece = self._sent.popleft()
+        for mark in piece.marks:
+            mark.wait()
+        return piece
 
 
 class Carrier:
-    """Brings stretches, or whole parcels that the CPU decodes. Used by one thread. `block`: pinned, of which `size`
-    bytes are used; `streams`: one of each device."""
+    """Brings parcels that the CPU decodes. Used by one thread. `block`: pinned, of which `size` bytes are used;
+    `streams`: one of each device."""
 
     def __init__(
         self, block: PinnedMemory, size: int, streams: Sequence[Any], files: SourceFiles, checker: Checker
     ) -> None:
-        self._outlet = _Outlet([block.view[: size // 2], block.view[size // 2 : size]], streams)
+        self._size = size // 2
+        self._pieces = itertools.cycle([_Piece(block.view[: self._size]), _Piece(block.view[self._size : size])])
+        self._streams = streams
         self._files = files
         self._checker = checker
         self._own: dict[str, memoryview] = {}
 
-    def carry(
-        self, parcel: Parcel, begin: int, end: int, lanes: Callable[[], Sequence[Lane]], *, direct: bool
-    ) -> Marks:
-        """Bring bytes `begin` to `end` of the parcel's file, read past the page cache if `direct`, to the devices that
-        want them; `lanes` tells each device's, when they are there. Returns the marks at which the bytes have come, for
-        each part of the parcel."""
-        piece = self._outlet.piece()
-        file = self._files[parcel.extent.file]
-        file.read_around(piece.view, begin, end - begin, direct=direct)
-        offset = parcel.extent.offset
-        marks: Marks = [[] for _ in parcel.parts]
-        lead = file.lead(begin, direct=direct)
-        self._outlet.send(piece, begin - offset, end - offset, lead, parcel, lanes(), marks)
-        return marks
-
-    def carry_decoded(self, parcel: Parcel, lanes: Callable[[], Sequence[Lane]]) -> Marks:
-        """Read, check and decode a parcel here, and bring its plain bytes to the devices."""
+    def carry(self, parcel: Parcel, lanes: Callable[[], Sequence[Lane]]) -> Marks:
+        """Read, check and decode a parcel, and bring its plain bytes to the devices that want them; `lanes` tells each
+        device's, when they are there. Returns the marks at which the bytes have come, for each part of the parcel."""
         extent = parcel.extent
         stored = read_stored(extent, self._files, self._memory("stored", room_for(extent.offset, extent.length)))
         marks: Marks = [[] for _ in parcel.parts]
@@ -182,12 +191,18 @@ class Carrier:
             self._checker.check(each, found)
             plain = self._memory("plain", each.plain_length)[: each.plain_length]
             self._checker.decode_into(each, found, plain)
-            for begin in range(0, len(plain), self._outlet.size):
-                part = plain[begin : begin + self._outlet.size]
-                piece = self._outlet.piece()
-                piece.view[: len(part)] = part
-                self._outlet.send(piece, start + begin, start + begin + len(part), 0, parcel, lanes(), marks)
+            for begin in range(0, len(plain), self._size):
+                sent = self._bring(plain[begin : begin + self._size], start + begin, parcel, lanes())
+                for taken, mark in zip(marks, sent, strict=True):
+                    taken.append(mark)
         return marks
+
+    def _bring(self, plain: memoryview, begin: int, parcel: Parcel, lanes: Sequence[Lane]) -> list[Mark]:
+        piece = next(self._pieces)
+        for mark in piece.marks:
+            mark.wait()
+        piece.view[: len(plain)] = plain
+        return _send(piece, begin, begin + len(plain), 0, parcel, lanes, self._streams)
 
     def _memory(self, what: str, length: int) -> memoryview:
         """Plain memory of this reader, which begins at a page."""

@@ -1,10 +1,11 @@
 """Load a plan into the memory of GPUs.
 
-    parcels in plan order -> readers (threads, carrier.py): stretches into pinned memory of their own, over the link
-                          -> this thread (delivery.py): check, decode, place, on one of a few lanes of each device
+    parcels in plan order -> read by many threads at once into a little pinned memory -> over the link (carrier.py)
+                          -> checked, decoded, placed, on one of a few lanes of each device (delivery.py)
 
-Little memory is pinned, and the readers wait for the link: what is under way is bounded by that. What the DRAM tier
-holds is copied from there and needs none.
+The pinned memory bounds what is under way, and slows the reads down to the speed of the link. What the DRAM tier holds
+is copied from there and needs none. What the GPU does not decode (LZ4, zstd; all, where it has no kernels), some
+threads decode before.
 
 Chunks are checked on the GPU, because the memory bus of the host is what limits a load. The words in which the GPU
 tells of damage are looked at when all is done, and the CPU then finds the chunk to name.
@@ -16,7 +17,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -29,9 +30,9 @@ from dormouse.errors import ConfigError, HostError, StoreError
 from dormouse.store.codec import FLOATS, Codec
 from dormouse.transfer import pinned
 from dormouse.transfer.budget import default_threads
-from dormouse.transfer.carrier import Carrier, Copier, Shares, most_readers, shared_out
+from dormouse.transfer.carrier import Carrier, Flow, Shares, most_reads, shared_out
 from dormouse.transfer.crew import clear_frames
-from dormouse.transfer.delivery import LANES, OWN_LANES, Delivery, Lanes
+from dormouse.transfer.delivery import DECODED_LANES, LANES, Delivery, Lanes
 from dormouse.transfer.device_plan import SOURCE_ALIGNMENT, Parcel, pack
 from dormouse.transfer.gpus import Cuda, Gpu, have_kernels, translated
 from dormouse.transfer.lane import Kernels, Lane
@@ -135,18 +136,15 @@ def carry_out(
         else:
             files = Unread(prepared.plan.files)
         stack.enter_context(files)
-        cached = _cached(prepared, files)
-        shares = _shares(prepared, cached, pinned_bytes, threads)
+        shares = _shares(prepared.packed.parcels, pinned_bytes, threads)
         checker = Checker(prepared.plan.files, key)
         lanes = Lanes()
         with _Carriers(shares, pinner, gpus, files, checker, lanes) as carriers:
             delivery = Delivery(
                 prepared.packed,
                 lanes,
-                cached,
-                carriers.copier,
+                carriers.flow,
                 carriers.carrier,
-                shares.stretch_bytes,
                 files,
                 checker,
                 _nothing_to_forget if tier is None else tier.forget,
@@ -154,8 +152,8 @@ def carry_out(
             delivery.run(
                 sources(prepared.runs),
                 # while the first bytes are read
-                partial(_add_lanes, lanes, prepared, cached, gpus, destinations, key),
-                threads=shares.readers,
+                partial(_add_lanes, lanes, prepared, gpus, destinations, key),
+                threads=shares.carriers,
                 progress=progress,
                 cancelled=cancelled,
             )
@@ -211,48 +209,32 @@ def _nothing_to_forget(_extent: Extent) -> None:
     """There is no tier."""
 
 
-def _cached(prepared: Prepared, files: SourceFiles) -> frozenset[int]:
-    """The parcels that the page cache has, and that come as they are stored."""
-
-    def is_cached(extent: Extent) -> bool:
-        return files[extent.file].cached(extent.offset, extent.length)
-
-    return frozenset(
-        number
-        for number, parcel in enumerate(prepared.packed.parcels)
-        if parcel.held is None and not parcel.host and is_cached(parcel.extent)
-    )
-
-
-def _shares(prepared: Prepared, cached: Collection[int], pinned_bytes: int, threads: int) -> Shares:
-    """No more readers than have something to do."""
-    read = [
-        parcel for number, parcel in enumerate(prepared.packed.parcels) if parcel.held is None and number not in cached
-    ]
-    return shared_out(
-        pinned_bytes, readers=min(threads, most_readers(parcel.extent.length for parcel in read)), copier=bool(cached)
-    )
+def _shares(parcels: Sequence[Parcel], pinned_bytes: int, threads: int) -> Shares:
+    """No more of anything than has something to do."""
+    decoded = sum(parcel.host for parcel in parcels)
+    lengths = (parcel.extent.length for parcel in parcels if not parcel.host and parcel.held is None)
+    reads = min(threads, most_reads(lengths))
+    return shared_out(pinned_bytes, carriers=min(threads, decoded), reads=reads)
 
 
 def _add_lanes(
     lanes: Lanes,
     prepared: Prepared,
-    cached: Collection[int],
     gpus: Sequence[Gpu],
     destinations: Sequence[torch.Tensor],
     key: Key | None,
 ) -> None:
     """For each device, as many as help."""
     packed = prepared.packed
-    own, read = list[Parcel](), list[Parcel]()
-    for number, parcel in enumerate(packed.parcels):
-        (own if parcel.held is not None or number in cached else read).append(parcel)
+    own, decoded = list[Parcel](), list[Parcel]()
+    for parcel in packed.parcels:
+        (decoded if parcel.host else own).append(parcel)
     kernels = []
     for number, (gpu, destination) in enumerate(zip(gpus, destinations, strict=True)):
         place = (number, destination.device)
         kernels.append(Kernels(gpu, packed.tables[number], key, len(packed.parcels), prepared.tasks.get(place)))
         prepared.tasks[place] = kernels[-1].decodes
-    for parcels, made, most in ((own, lanes.own, OWN_LANES), (read, lanes.reading, LANES)):
+    for parcels, made, most in ((own, lanes.own, LANES), (decoded, lanes.decoded, DECODED_LANES)):
         staging = _staging_bytes(parcels, len(gpus))
         for _ in range(min(most, len(parcels))):
             made.append(
@@ -295,7 +277,7 @@ class _Carriers:
         self._streams = SimpleQueue[list[Any]]()
         self._used: list[tuple[Gpu, Any]] = []
         self._blocks: list[pinned.PinnedMemory] = []
-        for _ in range(shares.readers + bool(shares.copier_blocks)):
+        for _ in range(shares.carriers + 1):
             # by this thread: what it asked of the devices before comes first
             streams = [gpu.stream() for gpu in gpus]
             self._used += zip(gpus, streams, strict=True)
@@ -306,10 +288,10 @@ class _Carriers:
         """What was used of it."""
         return len(self._blocks) * self._shares.block_bytes
 
-    def copier(self) -> Copier:
-        """Raises HostError when there is no memory for it."""
-        blocks = [self._block() for _ in range(self._shares.copier_blocks)]
-        return Copier(blocks, self._shares.block_bytes, self._streams.get_nowait(), self._files)
+    def flow(self, parcels: Sequence[Parcel]) -> Flow:
+        """For parcels that are read as they are stored. Raises HostError when there is no memory for it."""
+        blocks = [self._block() for _ in range(self._shares.flow)]
+        return Flow(parcels, blocks, self._shares.block_bytes, self._streams.get_nowait(), self._files)
 
     def carrier(self) -> Carrier:
         """One for the thread that asks. Raises HostError when there is no memory for it."""

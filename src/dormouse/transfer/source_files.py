@@ -1,7 +1,6 @@
 """The files of a load, each range read the way that suits where its bytes are.
 
-    range -> are its pages in memory? (mincore) -> yes: preadv, a copy        -> the caller's memory
-                                                        or mapped, for whoever copies by itself
+    range -> are its pages in memory? (mincore) -> yes: a read that copies    -> the caller's memory
                                                 -> no:  O_DIRECT, no copy in the kernel, aligned by us
 
 A file whose file system has no O_DIRECT is read through the page cache, which the report shows as `cached_bytes`.
@@ -18,7 +17,7 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Self
@@ -26,6 +25,7 @@ from typing import Self
 from dormouse.errors import DamagedError, NotFoundError, StoreError
 from dormouse.store.files import open_ours, reading
 from dormouse.store.pack import ALIGNMENT, aligned
+from dormouse.transfer.parallel_reads import Read
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class SourceFile:
         self._lock = threading.Lock()
         self._mapped: tuple[int, int] | None = None
         self._direct: int | None = None
+        self._more: dict[tuple[bool, int], int] = {}
         try:
             with reading(path):
                 self._fd = open_ours(path) if ours else _open_plain(path)
@@ -59,7 +60,6 @@ class SourceFile:
             with reading(path):
                 self._direct = self._open_direct()
                 self._mapped = _map(self._fd, os.fstat(self._fd).st_size)
-                self._tells = self._mapped is not None and _is_told(self._fd)
         except BaseException:
             self.close()
             raise
@@ -75,55 +75,32 @@ class SourceFile:
 
     def close(self) -> None:
         """Let go of it. No read may be under way. Idempotent."""
-        for fd in (self._fd, self._direct):
+        for fd in (self._fd, self._direct, *self._more.values()):
             if fd is not None and fd >= 0:
                 os.close(fd)
         self._fd, self._direct = -1, None
+        self._more.clear()
         mapped, self._mapped = self._mapped, None
         if mapped:
             _libc().munmap(*mapped)
 
     def is_resident(self, offset: int, length: int) -> bool:
         """Whether at least half of a range is in memory, as a few probes tell."""
-        found = self._resident(offset, length, _PROBES)
-        return True if found is None else found >= 0.5  # where nothing is known, the page cache is always right
-
-    def cached(self, offset: int, length: int) -> bool:
-        """Whether a range is known to be in memory: what a probe finds."""
-        return self._tells and self._resident(offset, length, 1) == 1
-
-    @contextlib.contextmanager
-    def mapped(self, offset: int, length: int) -> Iterator[memoryview]:
-        """A range of the file in the page cache itself, to be read at once: when somebody cuts the file meanwhile, this
-        process ends (SIGBUS), as with every mapped file. Raises DamagedError when it has been cut before."""
-        lead = offset % mmap.PAGESIZE
-        with reading(self.path):
-            size = os.fstat(self._fd).st_size
-            if offset + length > size:
-                raise self._too_short(size, offset + length)
-            # Private and writable, for torch takes no other memory without a warning. Nobody writes.
-            memory = mmap.mmap(self._fd, lead + length, access=mmap.ACCESS_COPY, offset=offset - lead)
-        with memory, memoryview(memory) as view, view[lead:] as found:
-            yield found
-        self._count(cached=length)
-
-    def _resident(self, offset: int, length: int, probes: int) -> float | None:
-        """The share of the probed pages that are in memory, None when nothing is known."""
         if self._mapped is None:
-            return 0.0
+            return False
         base, size = self._mapped
         begin, end = offset // mmap.PAGESIZE * mmap.PAGESIZE, min(offset + length, size)
-        step = max(_PROBE, (end - begin) // probes // mmap.PAGESIZE * mmap.PAGESIZE)
+        step = max(_PROBE, (end - begin) // _PROBES // mmap.PAGESIZE * mmap.PAGESIZE)
         found = pages = 0
         marks = ctypes.create_string_buffer(_PROBE // mmap.PAGESIZE)
         for at in range(begin, end, step):
             probe = min(_PROBE, end - at)
             if _libc().mincore(base + at, probe, marks) != 0:
-                return None
+                return True  # nothing is known; through the page cache is always right
             count = -(-probe // mmap.PAGESIZE)
             pages += count
             found += sum(mark & 1 for mark in marks.raw[:count])
-        return found / pages if pages else 0.0
+        return found * 2 >= pages
 
     def prefers_direct(self, offset: int, length: int) -> bool:
         """Whether a range is best read past the page cache."""
@@ -145,6 +122,20 @@ class SourceFile:
         self._read_direct(buffer[: aligned(lead + length)], offset - lead, lead + length)
         return buffer[lead : lead + length]
 
+    def begin(self, room: memoryview, offset: int, length: int, *, direct: bool, turn: int) -> PendingRead:
+        """Like `read_around`, and does not wait. Of reads that are under way together, none has another's `turn`."""
+        lead = self.lead(offset, direct=direct)
+        wanted = aligned(lead + length) if direct else length
+        read = Read(self._descriptor(direct, turn), address_of(room), offset - lead, wanted)
+        return PendingRead(self, read, room, offset, length, direct=direct)
+
+    def _descriptor(self, direct: bool, turn: int) -> int:
+        found = self._more.get((direct, turn))
+        if found is None:
+            with reading(self.path):
+                found = self._more[direct, turn] = os.dup((self._direct or self._fd) if direct else self._fd)
+        return found
+
     @staticmethod
     def lead(offset: int, *, direct: bool) -> int:
         """Where in its buffer `read_around` puts the first byte."""
@@ -161,6 +152,14 @@ class SourceFile:
         for part, at in ((target[:lead], offset), (target[end:], offset + end)):
             if part:
                 self._read_cached(part, at)
+
+    def complete(self, room: memoryview, offset: int, length: int, come: int, *, direct: bool) -> None:
+        """Read what a read that was begun has not brought, of a range of which `come` bytes have."""
+        come = min(max(come, 0), length)
+        self._count(direct=come if direct else 0, cached=0 if direct else come)
+        if come < length:
+            lead = self.lead(offset, direct=direct)
+            self._read_cached(room[lead + come : lead + length], offset + come)
 
     def _read_cached(self, target: memoryview, offset: int) -> None:
         self._read(self._fd, target, offset, len(target))
@@ -201,6 +200,38 @@ class SourceFile:
         with self._lock:
             self.direct_bytes += direct
             self.cached_bytes += cached
+
+
+class PendingRead:
+    """A range on its way into `room`."""
+
+    def __init__(
+        self, file: SourceFile, read: Read, room: memoryview, offset: int, length: int, *, direct: bool
+    ) -> None:
+        self._file = file
+        self._read = read
+        self._room = room
+        self._offset = offset
+        self._length = length
+        self._direct = direct
+
+    def finish(self) -> int:
+        """Wait until it is there. Where in the room it begins. Raises DamagedError, StoreError."""
+        lead = self._file.lead(self._offset, direct=self._direct)
+        try:
+            count = self._read.wait()
+        except OSError as error:
+            if not (self._direct and error.errno == errno.EINVAL):
+                with reading(self._file.path):
+                    raise
+            count = 0  # what can't be read past the page cache is read through it
+        self._file.complete(self._room, self._offset, self._length, count - lead, direct=self._direct)
+        return lead
+
+    def settle(self) -> None:
+        """Wait until nothing comes into the room any more, in an error."""
+        with contextlib.suppress(OSError):
+            self._read.wait()
 
 
 class SourceFiles:
@@ -247,11 +278,6 @@ def _open_plain(path: Path) -> int:
         os.close(fd)
         raise StoreError(f"{path} is no file", remedy="Name a file with weights")
     return fd
-
-
-def _is_told(fd: int) -> bool:
-    """Whether mincore tells this process the truth: of others' files, it says that all pages are in memory."""
-    return os.fstat(fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)
 
 
 _REMEDY = "Import the model again with --replace, or fetch the file again"
