@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 PINNED_BYTES = 512 << 20
 """What a load may pin at most. It takes less by itself, see carrier.py."""
 
-AT_ONCE = 2 * EXTENT_BYTES
+AT_ONCE = 4 * EXTENT_BYTES
 """What is checked and decoded by one launch. Launches are what Python is slowest at."""
 
 _SMALL = 8 << 20
