@@ -4,12 +4,13 @@ A node of its own in a scratch data folder (same disk, same models, same CRIU) s
 
 - `cold`, `snapshot`: before each start the page cache is dropped, and weights that were kept in memory are let go of,
   so libraries, weights and snapshot come from the disk.
-- `snapshot, warm`: a restore as it is when the model slept a while ago: its files are in the page cache, and its weights
-  are kept in memory, decoded.
+- `snapshot, warm`: a restore as it is when the model slept a while ago: its files are in the page cache, and its
+  weights are kept in memory, decoded.
 - `sleep`: the process stayed, and its weights are kept.
 
-The clock runs from the request for a replica to the first token of a greedy answer; the text must be the same every time. After each
-first answer the same prompt is asked again: what the first took longer is the price of page faults and cold caches.
+The clock runs from the request for a replica to the first token of a greedy answer; the text must be the same every
+time. After each first answer the same prompt is asked again: what the first took longer is the price of page faults and
+cold caches.
 """
 
 from __future__ import annotations
@@ -179,7 +180,9 @@ def _scratch(data_dir: DataDir, checkpoint: str | None) -> Iterator[Path]:
 
 async def _node(folder: Path, name: str, *, snapshot: bool) -> Node:
     settings = ModelConfig(keep_alive=float("inf"), snapshot=snapshot)
-    return await assemble_node(ServeConfig(data_dir=folder, templates=False, sleep_memory=1.0, kept_weights=1.0, models={name: settings}))
+    return await assemble_node(
+        ServeConfig(data_dir=folder, templates=False, sleep_memory=1.0, kept_weights=1.0, models={name: settings})
+    )
 
 
 async def _get_ready(node: Node, name: str, prompt: str, way: Way) -> None:

@@ -461,7 +461,7 @@ def sleep(model: str, keep: bool, data_dir: DataDir, as_json: bool, reporter: Re
     """Have the running node put a model to sleep as soon as it is idle, and free its memory."""
     with reporter:
         reporter.step(f"waiting until {model} is asleep")
-        status = ask_node(data_dir.run, "POST", "models", model, "sleep", query="keep=true" if keep else "")
+        status = ask_node(data_dir.run, "POST", "models", model, "doze" if keep else "sleep")
     emit(status) if as_json else out.print(f"Model {escape(model)} is {status['state']}")
 
 

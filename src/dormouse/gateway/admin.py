@@ -105,6 +105,7 @@ class _Routes:
         self._model_actions: dict[str, Callable[[str], Awaitable[object]]] = {
             "snapshot": node.snapshot,
             "sleep": node.sleep,
+            "doze": lambda name: node.sleep(name, keep=True),
             "wake": node.wake,
         }
         self._adapter_actions: dict[str, Callable[[str], Awaitable[object]]] = {
@@ -125,10 +126,7 @@ class _Routes:
 
     async def model_action(self, request: Request) -> Response:
         name, action = request.path_params["name"], request.path_params["action"]
-        if action == "sleep" and request.query_params.get("keep") == "true":
-            done = await self._node.sleep(name, keep=True)
-        else:
-            done = await _known(self._model_actions, action)(name)
+        done = await _known(self._model_actions, action)(name)
         start = {"start": str(done)} if action == "wake" else {}
         status = next(status for status in self._node.statuses() if status.name == name)
         return json_response(asdict(status) | start)

@@ -722,7 +722,7 @@ class Replica:
         elif self._waiters:
             self._began = now
             self._start(Wake(), now)
-        elif self._recapture and self._snapshots:
+        elif self._recapture and self._wants_capture:
             self._keeping = False
             self._operate(State.CAPTURING, Capture(), now)
         elif not self._may_keep:
