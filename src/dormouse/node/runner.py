@@ -335,7 +335,7 @@ class Runner:
         self._dispatch(self._outcome(operation))
         link = self._link
         if self.replica.state is State.DOZING and link is None:
-            self._dispatch(machine.WorkerDied(self._given_up()))
+            self._dispatch(machine.WorkerDied(self.replica.last_error or self._given_up()))
         if self.replica.state in (State.READY, State.DOZING) and link is not None and link.lost is not None:
             self._dispatch(machine.WorkerDied(self._of_the_host(link.lost)))
 
