@@ -8,6 +8,7 @@ and prints a table. Exit status 0 only if the second start was a restore and bot
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
