@@ -180,11 +180,14 @@ def test_ls_and_sleep_show_and_end_a_process_that_dozes(data_dir: DataDir) -> No
         return dict(json.loads(done.stdout))
 
     with serve(data_dir, "null", keep_alive="1h", sleep_memory="1GiB") as server:
-        asked(server)
+        _path, text = asked(server)
         assert dormouse("sleep", "null", "--keep")["state"] == "dozing"
         assert len(server.workers()) == 1
         until(lambda: [model["state"] for model in dormouse("ls")["models"]] == ["dozing"])  # type: ignore[attr-defined]
         assert str(dormouse("wake", "null")["start"]).startswith("sleep; ")
+        assert dormouse("sleep", "null", "--keep")["state"] == "dozing"
+        assert dormouse("snapshot", "null")["state"] == "asleep", "captured a second time, while it dozed"
+        assert asked(server) == ("snapshot", text)
         assert dormouse("sleep", "null")["state"] == "asleep"
         assert server.workers() == []
         assert httpx.get(f"{server.address}/readyz").status_code == 200

@@ -26,7 +26,7 @@ from dormouse.node.presence import NodeState, hold_lock, publish, withdraw
 from dormouse.node.replica import Offer, OfferTemplate, Start, State, Withdraw
 from dormouse.node.runner import AbandonedError, Lease, ModelStatus, Runner, Surroundings
 from dormouse.node.templates import Templates, TemplateSpec, spec_of
-from dormouse.schedule.dozing import plan_dozing
+from dormouse.schedule.dozing import displaced, may_stay
 from dormouse.schedule.eviction import Dozer, Plan, Resident, plan_eviction
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
 
@@ -93,6 +93,7 @@ class Node:
                 processes_stay=self._sleep_limit > 0,
                 make_room=self._make_room,
                 may_doze=self._may_doze,
+                dozed=lambda: asyncio.get_running_loop().call_soon(self._displace),
                 changed=self._notify,
                 captured=self._retire_older,
                 quarantine=self._quarantine,
@@ -406,7 +407,7 @@ class Node:
             changed = self._changed
             await self._make_way(plan, runner)
             leaving = any(resident.leaving for resident in self._residents(but=runner))
-            if runner.dozing_bytes and not (plan.weights or plan.evict or leaving):
+            if runner.replica.state is State.WAKING and not (plan.weights or plan.evict or leaving):
                 raise HostError(
                     f"there is no room for {runner.model.name} to wake beside what others take",
                     remedy="Raise `memory`; it waits for room without its process",
@@ -446,16 +447,16 @@ class Node:
             observer.evicted(name, what)
 
     def _may_doze(self, runner: Runner, own: int) -> bool:
-        """Whether a process that was parked may stay, with so many bytes of its own; what goes for it is told to."""
+        """Whether a process that was parked may stay, with so many bytes of its own."""
+        return may_stay(own, limit=self._sleep_limit, free=self._free(but=runner), wanted=bool(self._in_need))
+
+    def _displace(self) -> None:
+        """One more process dozes: others go for it if they are too many."""
         now = asyncio.get_running_loop().time()
-        free = self._free(but=runner)
-        wanted = bool(self._in_need)
-        plan = plan_dozing(own, self._dozers(), limit=self._sleep_limit, free=free, wanted=wanted, now=now)
-        for name in plan.evict:
-            log.info("the process of model %s goes, that of %s dozes instead", name, runner.model.name)
+        for name in displaced(self._dozers(), limit=self._sleep_limit, now=now):
+            log.info("the process of model %s goes, for others doze within `sleep_memory`", name)
             self._runners[name].press()
             self._tell_evicted(name, "process")
-        return plan.keep
 
     def _free(self, but: Runner | None = None) -> int:
         """What of the budget nobody takes."""

@@ -65,6 +65,7 @@ class Surroundings:
     processes_stay: bool
     make_room: Callable[[Runner], Awaitable[None]]
     may_doze: Callable[[Runner, int], bool]
+    dozed: Callable[[], object]
     changed: Callable[[], None]
     captured: Callable[[str, str, str], None]
     quarantine: Callable[[str, DormouseError], None]
@@ -236,6 +237,9 @@ class Runner:
         if self._operation is not None:
             self._operation.cancel()
             await asyncio.wait([self._operation])
+        if self._giving_back is not None:
+            self._giving_back.cancel()
+            await asyncio.wait([self._giving_back])
         if self._fitting is not None:
             await self._fitting.close()
         if self._link is not None:
@@ -424,6 +428,7 @@ class Runner:
         self._link.give_back_segments()
         self._giving_back = asyncio.create_task(self._give_back(self._handle), name=f"give back {self.model.name}")
         log.info("model %s sleeps, its process stays: %d bytes", self.model.name, self.dozing_bytes)
+        self._around.dozed()
 
     async def _give_back(self, handle: WorkerHandle) -> None:
         try:

@@ -8,29 +8,23 @@ least use, and the budget itself, in which it takes no room from anybody.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from dormouse.schedule.eviction import Dozer, most_wasteful_first
 
 
-@dataclass(frozen=True)
-class Stay:
-    """`keep` it, once `evict` have gone."""
-
-    keep: bool
-    evict: tuple[str, ...] = ()
-
-
-def plan_dozing(own: int, dozers: Sequence[Dozer], *, limit: int, free: int, wanted: bool, now: float) -> Stay:
+def may_stay(own: int, *, limit: int, free: int, wanted: bool) -> bool:
     """Whether a process of `own` bytes may doze. `limit` is what all that doze may take together, `free` what of the
     budget nobody uses (these own bytes not counted), `wanted` whether a model waits for room."""
-    if wanted or own > limit or own > free:
-        return Stay(keep=False)
-    over = own + sum(dozer.bytes for dozer in dozers) - limit
-    evict: list[str] = []
+    return not wanted and own <= limit and own <= free
+
+
+def displaced(dozers: Sequence[Dozer], *, limit: int, now: float) -> tuple[str, ...]:
+    """Those that go, the least useful first, so that the others keep to the limit."""
+    over = sum(dozer.bytes for dozer in dozers) - limit
+    gone: list[str] = []
     for dozer in most_wasteful_first(dozers, now):
         if over <= 0:
             break
-        evict.append(dozer.name)
+        gone.append(dozer.name)
         over -= dozer.bytes
-    return Stay(keep=True, evict=tuple(evict))
+    return tuple(gone)
