@@ -44,7 +44,7 @@ def test_requests_survive_random_kills_of_everything_but_the_node(
         for client in clients:
             client.join()
         assert kills > 5
-        assert outcomes["right"] > 50
+        assert outcomes["right"] > 50, outcomes
         assert set(outcomes) <= {"right", "clear error"}, outcomes
         assert {model: text_of(server.ask(model)) for model in texts} == texts
     with Store.open(data_dir.store) as store:
