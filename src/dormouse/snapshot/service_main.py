@@ -149,6 +149,7 @@ class Service:
         self._lock = threading.Lock()
         self._workers: dict[str, ProcessTree] = {}
         self._damaged: set[str] = set()
+        self._loader = loader
         self._segments = SegmentPool(store, keep_bytes=keep_bytes, loader=loader)
         self._latest: dict[str, str] = {}  # by engine, the snapshot that was captured or restored last
 
@@ -181,11 +182,16 @@ class Service:
             case messages.StopCell():
                 self._stop(request.cell_id)
                 return messages.Stopped(call=request.call), []
-            case messages.TakeSegment():
-                return self._take_segment(request)
-            case messages.DropSegment() | messages.DropSegments():
-                self._drop(request)
-                return messages.SegmentDropped(call=request.call), []
+            case messages.DescribeGpu():
+                return messages.GpuDescribed(call=request.call, total=self._loader.memory_of(request.device)), []
+            case messages.TakeSegment() | messages.DropSegment() | messages.DropSegments():
+                return self._of_segments(request)
+
+    def _of_segments(self, request: messages.TakeSegment | messages.DropSegment | messages.DropSegments) -> Answer:
+        if isinstance(request, messages.TakeSegment):
+            return self._take_segment(request)
+        self._drop(request)
+        return messages.SegmentDropped(call=request.call), []
 
     def _drop(self, request: messages.DropSegment | messages.DropSegments) -> None:
         if isinstance(request, messages.DropSegments):
