@@ -165,6 +165,19 @@ def test_tensors_of_the_pool_are_in_scratch_and_stay_where_they_are(driver: Cuda
     print("scratch after everything was freed:", arena.scratch_bytes)
 
 
+def test_a_process_that_has_a_pool_ends_in_order(driver: Cuda) -> None:
+    program = (
+        "import torch; from dormouse.engine.device_arena import DeviceArena\n"
+        "from dormouse.transfer.cuda_driver import Cuda\n"
+        "arena = DeviceArena(Cuda(), 0); pool = arena.scratch_pool()\n"
+        "with torch.cuda.use_mem_pool(pool): kept = torch.ones(1000, device='cuda')\n"
+        "print(kept.sum().item(), arena.scratch_bytes)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0 and done.stdout.startswith("1000.0") and not done.stderr
+
+
 def test_a_graph_captured_before_a_sleep_replays_right_after_it(driver: Cuda, arena: DeviceArena) -> None:
     segment, content = filled(driver, 64 * MIB)
     try:

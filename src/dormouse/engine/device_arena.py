@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 _ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 _FREE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
-_called_by_torch: list[Any] = []  # for the life of the process: torch may free the last tensor after everything else
 
 
 @dataclass(frozen=True)
@@ -167,12 +166,14 @@ class DeviceArena:
             self._driver.give_back(address, size)
 
     def scratch_pool(self) -> torch.cuda.MemPool:
-        """For `with torch.cuda.use_mem_pool(pool)`: tensors made within are in scratch. Always the same one."""
+        """For `with torch.cuda.use_mem_pool(pool)`: tensors made within are in scratch. Always the same one; it keeps
+        this arena until the process ends."""
         if self._pool is None:
             import torch
 
             callbacks = _ALLOCATE(self._called_to_allocate), _FREE(self._called_to_free)
-            _called_by_torch.extend(callbacks)
+            for callback in callbacks:  # torch may call until the very end, when all else has been torn down
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(callback))
             allocate, free = (ctypes.cast(callback, ctypes.c_void_p).value or 0 for callback in callbacks)
             self._pool = torch.cuda.MemPool(torch._C._cuda_customAllocator(allocate, free))
         return self._pool
