@@ -69,7 +69,7 @@ class Node:
         self._budget = budget(config)
         self._sleep_limit = allotted(config.sleep_memory, self._budget)
         self._gpu_budgets: dict[str, int] = {}
-        self._in_need: set[Runner] = set()
+        self._in_need: dict[Runner, int] = {}
         self._host: Host | None = None
         self._observers: list[Observer] = []
         self._runners: dict[str, Runner] = {}
@@ -386,10 +386,11 @@ class Node:
                 remedy="Raise `memory`, or serve a smaller model",
             )
         await self._check_gpu(runner)
+        self._in_need[runner] = needed
         try:
             await self._until_room(runner, needed)
         finally:
-            self._in_need.discard(runner)
+            del self._in_need[runner]
 
     async def _until_room(self, runner: Runner, needed: int) -> None:
         while runner.replica.waiting > 0:
@@ -400,12 +401,8 @@ class Node:
                     f"{kept >> 20} MiB of the budget of {self._budget >> 20} MiB",
                     remedy="Raise `memory`, or give one of them a keep_alive",
                 )
-            room = min(runner.peak, self._budget - kept)
+            room = self._in_need[runner] = min(runner.peak, self._budget - kept)
             plan, on_gpu = self._plan_for(runner, room), self._plan_on_gpu(runner)
-            if plan.fits:  # a process that dozes is in nobody's way then
-                self._in_need.discard(runner)
-            else:
-                self._in_need.add(runner)
             if plan.fits and on_gpu.fits:
                 runner.admitted = True
                 return
@@ -490,7 +487,7 @@ class Node:
         for name in plan.evict:
             dozing = self._runners[name].replica.state is State.DOZING
             log.info("model %s must sleep to make room for %s", name, runner.model.name)
-            self._runners[name].press()
+            self._runners[name].press(keep=not dozing)  # a process without weights may leave room enough
             self._tell_evicted(name, "process" if dozing else "model")
 
     def _tell_evicted(self, name: str, what: Evicted) -> None:
@@ -499,7 +496,8 @@ class Node:
 
     def _may_doze(self, runner: Runner, own: int) -> bool:
         """Whether a process that was parked may stay, with so many bytes of its own."""
-        return may_stay(own, limit=self._sleep_limit, free=self._free(but=runner), wanted=bool(self._in_need))
+        wanted = sum(self._in_need.values())
+        return may_stay(own, limit=self._sleep_limit, free=self._free(but=runner) - wanted)
 
     def _displace(self) -> None:
         """One more process dozes: others go for it if they are too many."""

@@ -566,7 +566,7 @@ class Replica:
             self._operate(State.STOPPING, Stop(), now)
         elif self._waiters:
             self._operate(State.RESUMING, Resume(), now)
-        elif self._wants_capture:
+        elif self.wants_capture:
             self._operate(State.CAPTURING, Capture(keep=self._keeping), now)
         else:
             self._lie_down(now)
@@ -598,7 +598,7 @@ class Replica:
                 self._fail_waiters(error)
                 self._enter(State.ASLEEP, now)
             case State.QUIESCING:
-                if self._wants_capture:
+                if self.wants_capture:
                     self._capture_failed(error)
                 self._operate(State.STOPPING, Stop(), now)
             case State.CAPTURING:
@@ -722,7 +722,7 @@ class Replica:
         elif self._waiters:
             self._began = now
             self._start(Wake(), now)
-        elif self._recapture and self._wants_capture:
+        elif self._recapture and self.wants_capture:
             self._keeping = False
             self._operate(State.CAPTURING, Capture(), now)
         elif not self._may_keep:
@@ -739,7 +739,8 @@ class Replica:
             self._effects.append(Serve(number, start or Start("hot", now - waiter.arrived)))
 
     @property
-    def _wants_capture(self) -> bool:
+    def wants_capture(self) -> bool:
+        """Whether falling asleep makes a snapshot."""
         hopeful = self._capture_failures < MAX_CAPTURE_FAILURES and self._quarantines < MAX_QUARANTINES
         return self._snapshots and hopeful and (self.snapshot_id is None or self._recapture)
 
@@ -749,7 +750,7 @@ class Replica:
         return self._dozes and not self._closing and (self._kept_when_pressed or not self._pressed)
 
     def _fall_asleep(self, now: float) -> None:
-        if self._wants_capture or self._may_keep:
+        if self.wants_capture or self._may_keep:
             self._operate(State.QUIESCING, Quiesce(), now)
         else:
             self._operate(State.STOPPING, Stop(), now)

@@ -552,7 +552,8 @@ class Runner:
         self._peak = self.peak
         async with asyncio.timeout(self._around.step_timeout):
             await self._fitting.settle()
-            self._canary = await canary.ask(self._link)
+            if self.replica.wants_capture or self._canary is None:
+                self._canary = await canary.ask(self._link)
             quiesced = await self._link.quiesce()
             self._fitting.taken_away()
         own = own_bytes(self._handle.pid) if self._handle is not None else 0

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dormouse.schedule.eviction import Dozer, most_wasteful_first
 
 
-def may_stay(own: int, *, limit: int, free: int, wanted: bool) -> bool:
+def may_stay(own: int, *, limit: int, free: int) -> bool:
     """Whether a process of `own` bytes may doze. `limit` is what all that doze may take together, `free` what of the
-    budget nobody uses (these own bytes not counted), `wanted` whether a model waits for room."""
-    return not wanted and own <= limit and own <= free
+    budget nobody uses or waits for (these own bytes not counted)."""
+    return own <= limit and own <= free
 
 
 def displaced(dozers: Sequence[Dozer], *, limit: int, now: float) -> tuple[str, ...]:
