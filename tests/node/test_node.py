@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import threading
@@ -473,6 +474,49 @@ async def test_a_model_whose_snapshots_never_restore_is_captured_no_more_and_the
         host.lasting_faults.clear()
         await node.snapshot("mouse")
         assert await ask(node) == ("a b a", "snapshot")
+
+
+@on_loop
+async def test_models_on_one_gpu_make_room_there_and_nowhere_else(tmp_path: Path) -> None:
+    host = StandInHost(gpu_bytes=1 << 30)
+    sizes = {"one": 500, "two": 500, "other": 500, "cpu": 500, "big": 1000}
+    models = {name: FakeModel(name, weight_bytes=size << 20) for name, size in sizes.items()}
+    devices = {"one": "cuda", "two": "cuda:0", "other": "cuda:1", "cpu": "cpu", "big": "cuda:0"}
+    settings = {name: ModelConfig(device=device) for name, device in devices.items()}
+    async with run_node(configure(tmp_path, settings, memory="20GiB"), host, models) as node:
+        for name in ("cpu", "other", "one"):
+            await ask(node, model=name)
+        assert (await ask(node, model="two"))[1] == "cold"
+        assert [state(node, name) for name in ("cpu", "other", "one", "two")] == ["ready", "ready", "asleep", "ready"]
+        async with node.replica("two"):
+            waiting = asyncio.create_task(ask(node, model="one"))
+            await until(lambda: any(status.waiting for status in node.statuses() if status.name == "one"))
+            assert state(node, "two") == "ready"
+        assert (await waiting)[1] == "snapshot"
+        with pytest.raises(HostError, match="of cuda:0, its budget is 972 MiB"):
+            await ask(node, model="big")
+    assert [call for call in host.calls if call.startswith("gpu_memory")] == ["gpu_memory cuda:1", "gpu_memory cuda:0"]
+
+
+@on_loop
+async def test_a_model_kept_forever_on_a_gpu_leaves_the_others_an_error(tmp_path: Path) -> None:
+    host = StandInHost(gpu_bytes=1 << 30)
+    models = {name: FakeModel(name, weight_bytes=500 << 20) for name in ("one", "two")}
+    settings = {"one": ModelConfig(device="cuda", keep_alive=math.inf), "two": ModelConfig(device="cuda")}
+    async with run_node(configure(tmp_path, settings, memory="20GiB"), host, models) as node:
+        await ask(node, model="one")
+        with pytest.raises(HostError, match="kept forever take 564 MiB of its budget of 972 MiB"):
+            await ask(node, model="two")
+
+
+@on_loop
+async def test_a_gpu_that_is_not_there_is_an_error_of_its_models_only(tmp_path: Path) -> None:
+    host = StandInHost(lasting_faults={"gpu_memory cuda:7": HostError("there is no GPU 7 here")})
+    settings = {"one": ModelConfig(device="cuda:7"), "two": ModelConfig()}
+    async with run_node(configure(tmp_path, settings), host) as node:
+        with pytest.raises(HostError, match="no GPU 7"):
+            await ask(node, model="one")
+        assert (await ask(node, model="two"))[0] == "a b a"
 
 
 @on_loop

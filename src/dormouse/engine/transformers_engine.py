@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dormouse import host_memory
-from dormouse.engine.arena import Arena, Attached
+from dormouse.engine.arena import Attached, SegmentArena
 from dormouse.engine.detokenize import TextStream
 from dormouse.engine.loop import Loop
 from dormouse.engine.messages import (
@@ -105,7 +105,7 @@ class TransformersEngine:
             rehearse()
         return phases
 
-    def load(self, spec: Load, arena: Arena, emit: Emit) -> Loaded:
+    def load(self, spec: Load, arena: SegmentArena, emit: Emit) -> Loaded:
         phases = Phases()
         folder = Path(spec.path)
         with phases.time("import"):

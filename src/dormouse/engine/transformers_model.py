@@ -18,13 +18,13 @@ from transformers import AutoConfig
 from dormouse.checkpoint.models import read_table
 from dormouse.checkpoint.torch_tensors import views
 from dormouse.checkpoint.transformers_binding import bind, empty_model
-from dormouse.engine.arena import Arena, Attached, Weights
+from dormouse.engine.arena import Attached, SegmentArena, Weights
 from dormouse.engine.device_copy import to_device
 from dormouse.engine.messages import LoadAdapter
 from dormouse.errors import EngineError
 
 
-def load_model(folder: Path, device: torch.device, attention: str, arena: Arena) -> Any:
+def load_model(folder: Path, device: torch.device, attention: str, arena: SegmentArena) -> Any:
     """The model of an imported folder in eval mode, computing attention with the registered function `attention`. On
     the CPU its weights have their values once `arena.wait()` has returned; a GPU has its copy already.
 

@@ -10,6 +10,7 @@ whatever way the node died, this process exits and with it every cell.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import secrets
@@ -18,11 +19,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
+from dormouse.checkpoint.loader import Loader, loader_command
 from dormouse.checkpoint.pool import SegmentPool
 from dormouse.errors import (
     DamagedError,
@@ -43,7 +47,7 @@ from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import note_damage, restore
 from dormouse.snapshot.shortage import REMEDY, is_shortage
-from dormouse.snapshot.tree import External, ProcessTree
+from dormouse.snapshot.tree import External, ProcessTree, continue_tree
 from dormouse.snapshot.work_folder import criu_folders, sweep_work_folders
 from dormouse.store.store import Store
 from dormouse.transfer.handles import SegmentHandle
@@ -133,7 +137,9 @@ class SpareCell:
 class Service:
     """The calls, each blocking and run in a thread of its own."""
 
-    def __init__(self, store: Store, criu: Criu, digests: DigestCache, folders: Path, keep_bytes: int = 0) -> None:
+    def __init__(
+        self, store: Store, criu: Criu, digests: DigestCache, folders: Path, *, keep_bytes: int, loader: Loader
+    ) -> None:
         self._store = store
         self._criu = criu
         self._digests = digests
@@ -143,12 +149,18 @@ class Service:
         self._lock = threading.Lock()
         self._workers: dict[str, ProcessTree] = {}
         self._damaged: set[str] = set()
-        self._segments = SegmentPool(store, keep_bytes=keep_bytes)
+        self._loader = loader
+        self._segments = SegmentPool(store, keep_bytes=keep_bytes, loader=loader)
         self._latest: dict[str, str] = {}  # by engine, the snapshot that was captured or restored last
 
     def close(self) -> None:
         """End what no worker uses. Workers are the caller's to stop."""
         self._spare.close()
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """The weights that no worker uses, see `SegmentPool.kept`."""
+        return self._segments.kept
 
     def prepare(self) -> None:
         """Work that a later call gains from, done after an answer."""
@@ -170,17 +182,28 @@ class Service:
             case messages.StopCell():
                 self._stop(request.cell_id)
                 return messages.Stopped(call=request.call), []
-            case messages.TakeSegment():
-                return self._take_segment(request)
-            case messages.DropSegment():
-                if request.cell_id is not None:
-                    self._segments.release(request.cell_id, request.checkpoint)
-                if not request.keep:
-                    self._segments.forget(request.checkpoint)
-                return messages.SegmentDropped(call=request.call), []
+            case messages.DescribeGpu():
+                return messages.GpuDescribed(call=request.call, total=self._loader.memory_of(request.device)), []
+            case messages.TakeSegment() | messages.DropSegment() | messages.DropSegments():
+                return self._of_segments(request)
+
+    def _of_segments(self, request: messages.TakeSegment | messages.DropSegment | messages.DropSegments) -> Answer:
+        if isinstance(request, messages.TakeSegment):
+            return self._take_segment(request)
+        self._drop(request)
+        return messages.SegmentDropped(call=request.call), []
+
+    def _drop(self, request: messages.DropSegment | messages.DropSegments) -> None:
+        if isinstance(request, messages.DropSegments):
+            self._segments.release(request.cell_id)
+            return
+        if request.cell_id is not None:
+            self._segments.release(request.cell_id, request.checkpoint)
+        if not request.keep:
+            self._segments.forget(request.checkpoint)
 
     def _take_segment(self, request: messages.TakeSegment) -> Answer:
-        handle = self._weights(request.checkpoint, request.cell_id, keep=True)
+        handle = self._weights(request.checkpoint, request.cell_id, request.device, adapter=request.adapter)
         with self._lock:
             alive = request.cell_id in self._workers
         if not alive:  # what it was given is given back with the cell, and that has been
@@ -195,7 +218,7 @@ class Service:
         handles: list[SegmentHandle] = []
         try:
             if request.checkpoint is not None:
-                handles.append(self._weights(request.checkpoint, cell_id))
+                handles.append(self._weights(request.checkpoint, cell_id, request.device))
             pid, control, phases = bring_up(request, cell_id)
         except BaseException:
             for handle in handles:
@@ -211,11 +234,11 @@ class Service:
         )
         return started, [control.detach(), *(fd for handle in handles for fd in handle.descriptors())]
 
-    def _weights(self, checkpoint: str, cell_id: str, *, keep: bool = False) -> SegmentHandle:
+    def _weights(self, checkpoint: str, cell_id: str, device: str, *, adapter: bool = False) -> SegmentHandle:
         """The segment. What is wrong with the weights must not be taken for a fault of the snapshot, nor a checkpoint
         that is gone for a model that is not served."""
         try:
-            return self._segments.take(checkpoint, cell_id, keep=keep)
+            return self._segments.take(checkpoint, cell_id, keep=True, adapter=adapter, device=device)
         except (NotFoundError, StoreError) as error:
             raise WeightsError(error.message, remedy=error.remedy) from error
 
@@ -292,7 +315,10 @@ class Service:
             like=self._latest.get(request.key.get("engine", "")),
         )
         self._latest[request.key.get("engine", "")] = result.snapshot_id
-        self._stop(request.cell_id)
+        if request.keep:
+            self._go_on(request.cell_id, result.snapshot_id)
+        else:
+            self._stop(request.cell_id)
         return messages.Captured(
             call=request.call,
             snapshot_id=result.snapshot_id,
@@ -300,6 +326,15 @@ class Service:
             stored_bytes=result.stored_bytes,
             phases=result.phases,
         )
+
+    def _go_on(self, cell_id: str, snapshot_id: str) -> None:
+        """The worker runs on, parked as it was; its next capture shares pages with this one."""
+        with self._lock:
+            worker = self._workers.get(cell_id)
+            if worker is None:  # it has been stopped meanwhile
+                return
+            self._workers[cell_id] = dataclasses.replace(worker, snapshot_id=snapshot_id)
+        continue_tree(worker.home)
 
     def _started(self, cell_id: str, worker: ProcessTree) -> int:
         pid = worker.home.outer_pid(worker.pid)
@@ -333,7 +368,8 @@ def serve(sock: socket.socket, service: Service) -> None:
                 log.exception("%s failed", type(request).__name__)
                 reply = messages.refused(request.call, _unexpected(error))
             with sending:
-                socket.send_fds(sock, [messages.encode(reply)], descriptors)
+                told = msgspec.structs.replace(reply, kept=service.kept)  # the latest in the last packet
+                socket.send_fds(sock, [messages.encode(told)], descriptors)
         except OSError as error:
             log.warning("an answer could not be sent, the node is gone: %s", error)
         finally:
@@ -356,7 +392,21 @@ def _unexpected(error: Exception) -> DormouseError:
     return HostError(text, remedy=REMEDY) if isinstance(error, OSError) or is_shortage(error) else SnapshotError(text)
 
 
-def preflight(data_dir: Path, keep_bytes: int) -> Service:
+def warm(loader: Loader, devices: Sequence[str]) -> None:
+    """Get the loader ready, beside all else. What fails here is told again to who needs it."""
+
+    def run() -> None:
+        for device in devices:
+            try:
+                loader.warm(device)
+            except DormouseError as error:
+                log.error("nothing can be loaded onto %s: %s", device, error)
+
+    if devices:
+        threading.Thread(target=run, name="warm", daemon=True).start()
+
+
+def preflight(data_dir: Path, keep_bytes: int, loader: Loader) -> Service:
     """All that must hold before the first call. Raises HostError or StoreError."""
     criu = find_criu(data_dir)
     cell = Cell.create()
@@ -372,7 +422,8 @@ def preflight(data_dir: Path, keep_bytes: int) -> Service:
         raise HostError(f"a program in a cell ended with status {code}", remedy="Run `dormouse doctor`")
     folders = criu_folders(data_dir / "run")
     sweep_work_folders(folders)
-    return Service(Store.open(data_dir / "store"), criu, DigestCache(data_dir / CACHE_NAME), folders, keep_bytes)
+    store, digests = Store.open(data_dir / "store"), DigestCache(data_dir / CACHE_NAME)
+    return Service(store, criu, digests, folders, keep_bytes=keep_bytes, loader=loader)
 
 
 def main() -> None:
@@ -380,18 +431,22 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--keep-bytes", type=int, default=0, help="memory for adapters that no worker uses now")
+    parser.add_argument("--keep-bytes", type=int, default=0, help="memory for weights that no worker uses now")
+    parser.add_argument("--dram-tier", type=int, default=0, help="memory for coded weights of models on GPUs")
+    parser.add_argument("--device", action="append", default=[], help="a GPU to be ready for")
     arguments = parser.parse_args()
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with socket.socket(fileno=arguments.fd) as sock:
         sock.set_inheritable(False)
+        loader = Loader(loader_command(arguments.data_dir, arguments.dram_tier))
         try:
-            service = preflight(arguments.data_dir, arguments.keep_bytes)
+            service = preflight(arguments.data_dir, arguments.keep_bytes, loader)
         except DormouseError as error:
             sock.send(messages.encode(messages.refused(0, error)))
             return
         sock.send(messages.encode(messages.Stopped(call=0)))
+        warm(loader, arguments.device)
         serve(sock, service)
     # Calls may still be running in pool threads; nobody waits for their answers, and every cell ends with this process.
     os._exit(0)
