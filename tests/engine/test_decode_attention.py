@@ -57,12 +57,11 @@ def paged(
 
 def expected(query: torch.Tensor, plain: list[tuple[torch.Tensor, torch.Tensor]], scaling: float | None) -> Any:
     rows = []
-    for q, (k, v) in zip(query.float(), plain, strict=True):
-        if not len(k):
+    for q, cached in zip(query.float(), plain, strict=True):
+        if not len(cached[0]):
             rows.append(torch.zeros_like(q))
             continue
-        group = q.shape[0] // k.shape[1]
-        k, v = (x.float().repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
+        k, v = (x.float().repeat_interleave(q.shape[0] // x.shape[1], 1).transpose(0, 1) for x in cached)
         rows.append(scaled_dot_product_attention(q[:, None], k, v, scale=scaling)[:, 0])
     return torch.stack(rows)
 

@@ -14,11 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("triton")
 
-from dormouse.engine import decode_attention, decode_graphs, transformers_batch  # noqa: E402
-from dormouse.engine.decode_graphs import Result  # noqa: E402
+from dormouse.engine import decode_attention, decode_graphs, transformers_batch
+from dormouse.engine.decode_graphs import Result
 
-from .test_lora import factors  # noqa: E402
-from .test_transformers_batch import TINY, load, tiny_model  # noqa: E402
+from .test_lora import factors
+from .test_transformers_batch import TINY, load, tiny_model
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
@@ -148,7 +148,7 @@ def test_warming_up_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_what_lasts_is_known(tmp_path: Path) -> None:
-    """Inputs of graphs and buffers of the model are told apart from what a sleep may take; caches are not among them."""
+    """Inputs of graphs and buffers of the model are told from what a sleep may take; caches are not among them."""
     _plain, weights = tiny_model(tmp_path)
     model = load(tmp_path, weights)
     run = Run(model, graphs=True)

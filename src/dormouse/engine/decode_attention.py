@@ -17,7 +17,7 @@ Under TRITON_INTERPRET=1 it runs on CPU tensors.
 from __future__ import annotations
 
 import os
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -91,21 +91,21 @@ def split_count(rows: int, kv_heads: int) -> int:
 
 @triton.jit(do_not_specialize=["query_row", "query_head", "table_row", "stride"])  # type: ignore[untyped-decorator]
 def _attend(
-    query: Any,
-    keys: Any,
-    values: Any,
-    tables: Any,
-    lengths: Any,
-    sums: Any,
-    peaks: Any,
-    totals: Any,
-    scaling: Any,
-    query_row: Any,
-    query_head: Any,
-    key_row: Any,
-    key_head: Any,
-    table_row: Any,
-    stride: Any,
+    query,
+    keys,
+    values,
+    tables,
+    lengths,
+    sums,
+    peaks,
+    totals,
+    scaling,
+    query_row,
+    query_head,
+    key_row,
+    key_head,
+    table_row,
+    stride,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -169,11 +169,11 @@ def _attend(
 
 @triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
 def _join(
-    sums: Any,
-    peaks: Any,
-    totals: Any,
-    output: Any,
-    splits: Any,
+    sums,
+    peaks,
+    totals,
+    output,
+    splits,
     SIZE: tl.constexpr,
     SIZE_PADDED: tl.constexpr,
     SPLITS: tl.constexpr,

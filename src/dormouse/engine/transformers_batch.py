@@ -14,9 +14,9 @@ four things:
 - **Attention.** Its SDPA path puts all requests of a batch side by side under one mask: the mask is a tensor of
   (batch tokens x cache tokens), work grows with the square of the batch, and rounding depends on the neighbours. Ours
   computes each request by itself over its own keys, so the mask disappears and neighbours can't change a result.
-- **Steps on a GPU.** A batch in which each request gets one token and none has an adapter is replayed from a graph, once
-  `capture` has made some; neither transformers' inputs nor its forward pass take part. All else is computed eagerly,
-  prompts above all. `steps` counts both. Everything runs on one stream, from the inputs on.
+- **Steps on a GPU.** A batch in which each request gets one token and none has an adapter is replayed from a graph,
+  once `capture` has made some; neither transformers' inputs nor its forward pass take part. All else is computed
+  eagerly, prompts above all. `steps` counts both. Everything runs on one stream, from the inputs on.
 
 On a GPU the cache's memory may be scratch (a pool given by the caller): forgetting what is in it is then all that a
 sleep asks for.
@@ -134,9 +134,7 @@ class Share:
 class Batch:
     """The requests in flight on one model. Not thread-safe: everything happens on the engine's thread."""
 
-    def __init__(
-        self, model: Any, *, kv_tokens: int, sample: Sampler, pool: torch.cuda.MemPool | None = None
-    ) -> None:
+    def __init__(self, model: Any, *, kv_tokens: int, sample: Sampler, pool: torch.cuda.MemPool | None = None) -> None:
         """With a pool, the cache lies in its memory, whose contents a sleep takes away."""
         _check_attention(model)
         self._model = model
@@ -227,13 +225,19 @@ class Batch:
             graphs = decode_graphs.DecodeGraphs(self._model, self._cache, most_tokens=self._most_tokens(), sizes=own)
             try:
                 with self._on_stream():
-                    graphs.capture(capture or decode_graphs.cuda_capture(self._inputs.compute_stream, self._pool))
+                    graphs.capture(capture or self._cuda_capture())
                 self._graphs = graphs
             except decode_graphs.CAPTURE_ERRORS as error:
                 log.debug("the capture failed", exc_info=True)
                 why = repr(error)
         if why is not None:
             log.warning("%s decodes without CUDA graphs: %s", type(self._model).__name__, why)
+
+    def _cuda_capture(self) -> Capture:
+        from dormouse.engine.decode_graphs import cuda_capture
+
+        assert self._pool is not None, "on a GPU a batch is made with a pool"
+        return cuda_capture(self._inputs.compute_stream, self._pool)
 
     def warm(self, lengths: Sequence[int]) -> None:
         """Answer made-up prompts of these lengths, each beside the one before, then forget them: so that libraries have

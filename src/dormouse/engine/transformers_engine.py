@@ -8,10 +8,11 @@ One thread computes; it sleeps when nothing is in flight. Requests of a batch ca
 attention is computed per request, a choice depends on the request's seed and position only, and on the CPUs that were
 tried a row of a matrix product does not depend on the other rows (on a GPU that last part does not hold exactly).
 
-On a GPU three kinds of memory are kept apart. Weights are the node's, and mapped. The KV cache, all that graphs compute
-in and cuBLAS's workspace are scratch of the arena: addresses that stay, contents that a sleep takes. The rest is torch's
-own (buffers, inputs, the graphs; a few MB while nothing runs), and outlives a sleep; what prompts took of it is given
-back when the engine quiesces. Capturing the graphs, and everything a first request would wait for, is part of `load`.
+On a GPU three kinds of memory are kept apart. Weights are the node's, and mapped. The KV cache, all that graphs
+compute in and cuBLAS's workspace are scratch of the arena: addresses that stay, contents that a sleep takes. The rest
+is torch's own (buffers, inputs, the graphs; a few MB while nothing runs), and outlives a sleep; what prompts took of it
+is given back when the engine quiesces. Capturing the graphs, and everything a first request would wait for, is part of
+`load`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from dormouse import host_memory
 from dormouse.engine.arena import Attached, SegmentArena
-from dormouse.engine.device_arena import DeviceArena
 from dormouse.engine.detokenize import TextStream
+from dormouse.engine.device_arena import DeviceArena
 from dormouse.engine.loop import Loop
 from dormouse.engine.messages import (
     AdapterFailed,
@@ -112,7 +113,7 @@ class _Call:
     def run(self) -> None:
         try:
             self.what()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (raised where it was asked for)
             self.done.set_exception(error)
         else:
             self.done.set_result(None)
@@ -213,7 +214,11 @@ class TransformersEngine:
 
         def sample() -> None:
             row = torch.randn(model.config.get_text_config().vocab_size, device=device)
-            for sampling in (Sampling(max_tokens=1, top_p=0.5), Sampling(max_tokens=1, top_k=2), Sampling(max_tokens=1)):
+            for sampling in (
+                Sampling(max_tokens=1, top_p=0.5),
+                Sampling(max_tokens=1, top_k=2),
+                Sampling(max_tokens=1),
+            ):
                 alternatives(row, choose(row, sampling, 0.5), 2)
 
         with phases.time("graphs"):
@@ -445,9 +450,8 @@ def _give_back(device: torch.device, *, workspaces: bool) -> None:
 
 
 def _kv_tokens(spec: Load, model: Any, bytes_per_token: int) -> int:
-    """How many tokens the cache holds: what was asked for if it fits, else the default, bounded by free memory. On a GPU
-    nothing else competes for it while the model is awake, and nothing of it is taken while it sleeps: so what is asked
-    for there may take all but a reserve."""
+    """How many tokens the cache holds: what was asked for if it fits, else the default, bounded by free memory. A GPU's
+    cache takes nothing while the model sleeps, so what is asked for there may take all that is free but a reserve."""
     if model.device.type == "cuda":
         import torch
 
