@@ -89,7 +89,7 @@ def split_count(rows: int, kv_heads: int) -> int:
     return max(1, min(MAX_SPLITS, _PROGRAMS // (rows * kv_heads)))
 
 
-@triton.jit(do_not_specialize=["query_row", "query_head", "table_row", "stride"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["query_row", "query_head", "table_row", "stride"])
 def _attend(
     query,
     keys,
@@ -167,7 +167,7 @@ def _attend(
     tl.store(sums + own[:, None] * SIZE + part[None, :], summed, mask=real[:, None] & wide[None, :])
 
 
-@triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["splits"])
 def _join(
     sums,
     peaks,

@@ -157,7 +157,7 @@ class TransformersEngine:
             self._tokenizer = chat_tokenizer.ChatTokenizer(folder)
         with phases.time("cache"):
             kv_tokens = _kv_tokens(spec, model, transformers_batch.kv_bytes_per_token(model))
-            pool = _scratch(arena, device)
+            pool = _scratch(arena)
             self._batch = transformers_batch.Batch(model, kv_tokens=kv_tokens, sample=self._sample, pool=pool)
         self._context = _context(spec, model, kv_tokens)
         self._ends = _end_tokens(model.generation_config.eos_token_id, self._tokenizer.eos_token_id)
@@ -427,14 +427,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _scratch(arena: SegmentArena, device: torch.device) -> torch.cuda.MemPool | None:
-    """Where the cache and the graphs get their memory. An arena of the machine's memory has none for a GPU: then it is
-    torch's, and stays taken while the model sleeps."""
-    import torch
-
-    if isinstance(arena, DeviceArena):
-        return arena.scratch_pool()
-    return torch.cuda.MemPool() if device.type == "cuda" else None
+def _scratch(arena: SegmentArena) -> torch.cuda.MemPool | None:
+    """Where the cache and the graphs of a GPU get their memory."""
+    return arena.scratch_pool() if isinstance(arena, DeviceArena) else None
 
 
 def _give_back(device: torch.device, *, workspaces: bool) -> None:

@@ -4,8 +4,7 @@
 
 Nothing is copied: all workers of the model share the segment, in the machine's memory or in a GPU's, and since it is
 unmapped whenever a worker sleeps, a snapshot of the process holds no weights. The parameters' addresses stay what they
-were. None of this looks at a value, so the segment may still be filling. Only where the segment is the machine's and
-the model is to run on a GPU, that gets a copy.
+were. None of this looks at a value, so the segment may still be filling.
 """
 
 from __future__ import annotations
@@ -36,8 +35,6 @@ def load_model(folder: Path, device: torch.device, attention: str, arena: Segmen
     model = empty_model(config, torch.bfloat16, attention)
     bind(model, segment_tensors(folder, arena.weights, device), folder.name)
     model.requires_grad_(False)
-    if device.type != "cpu" and not isinstance(arena.weights, DeviceWeights):
-        arena.wait()
     return model.eval().to(device)
 
 
