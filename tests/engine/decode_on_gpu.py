@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 import traceback
@@ -203,7 +204,9 @@ def main() -> None:
             outcome[name] = traceback.format_exc()
         print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
         torch.cuda.empty_cache()
-    print(json.dumps(outcome))
+    print(json.dumps(outcome), flush=True)
+    sys.stderr.flush()
+    os._exit(0)  # in the order in which an interpreter ends, pools may outlive what they call
 
 
 if __name__ == "__main__":
