@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from dormouse.engine.arena import Weights
 from dormouse.errors import DormouseError, EngineError
-from dormouse.transfer.cuda_driver import Driver
+from dormouse.transfer.cuda_driver import Driver, array_interface
 from dormouse.transfer.handles import CUDA, SegmentHandle, await_report
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class DeviceWeights(Weights):
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {"shape": (self.size,), "typestr": "|u1", "data": (self.address, False), "version": 3}
+        return array_interface(self.address, self.size)
 
 
 class DeviceArena:

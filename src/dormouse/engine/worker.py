@@ -67,7 +67,7 @@ log = logging.getLogger(__name__)
 
 def create_arena(device: str) -> SegmentArena:
     """For the segments of a model on this device. Raises HostError where there is no such GPU."""
-    if device == "cpu":
+    if not device.startswith("cuda"):  # whether there is such a device, the engine tells
         return Arena()
     from dormouse.engine.device_arena import DeviceArena
     from dormouse.transfer.cuda_driver import Cuda, ordinal_of

@@ -82,6 +82,11 @@ def check(result: tuple[Any, ...], what: str, remedy: str = _FAILED) -> Any:
     return values[0] if len(values) == 1 else tuple(values) or None
 
 
+def array_interface(address: int, size: int) -> dict[str, Any]:
+    """`__cuda_array_interface__` of bytes at an address, by which torch makes a tensor of them without a copy."""
+    return {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+
 def ordinal_of(device: str) -> int:
     """The number in "cuda" or "cuda:N"."""
     return int(device.partition(":")[2] or 0)
