@@ -177,7 +177,7 @@ class ServeConfig(_Settings):
     adapter_memory: Size = 1 << 30
     """Memory for adapters that no worker uses at the moment: bytes or a size such as 1GiB. Those used last stay."""
     dram_tier: SizeOrNone | None = None
-    """Pinned memory for coded weights of models on GPUs: a size such as 64GiB, or 0. Left out: 15 % of the machine's."""
+    """Pinned memory for coded weights of models on GPUs: a size such as 64GiB, or 0. Left out: 15 % of all memory."""
     adapter_routes: bool = False
     """true: whoever has a key may load and unload imported adapters over HTTP."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

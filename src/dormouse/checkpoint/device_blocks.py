@@ -96,9 +96,12 @@ class CudaGpus:
         tier: DramTier | None,
         prepared: Prepared | None,
     ) -> LoadReport:
-        return load_device_module.load_device(
-            plan, [target], key=key, cancelled=cancelled, tier=tier, prepared=prepared
-        )
+        try:
+            return load_device_module.load_device(
+                plan, [target], key=key, cancelled=cancelled, tier=tier, prepared=prepared
+            )
+        finally:  # zeros that were asked for before, when nothing was loaded after them
+            torch.cuda.current_stream(target.device).synchronize()
 
 
 class DeviceBlocks:

@@ -53,7 +53,7 @@ class DeviceSegment:
         return SegmentHandle(CUDA, self.size, os.dup(self._descriptor), report, self._device.uuid)
 
     def close(self) -> None:
-        """Let go of it. Idempotent. Raises HostError."""
+        """Let go of it; the GPU must have done all that concerns it. Idempotent. Raises HostError."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor < 0:
             return
@@ -61,7 +61,6 @@ class DeviceSegment:
             each.callback(os.close, descriptor)
             each.callback(self._driver.give_back, self.address, self.taken)
             each.callback(self._driver.unmap, self.address, self.taken)
-            self._driver.synchronize(self.ordinal)
 
 
 class _Bytes:
