@@ -224,9 +224,25 @@ def cuda_capture(stream: torch.cuda.Stream, pool: torch.cuda.MemPool) -> Capture
         # "relaxed": what the pool asks of the driver meanwhile is none of the capture's business.
         with torch.cuda.graph(graph, pool=pool.id, stream=stream, capture_error_mode="relaxed"):  # type: ignore[arg-type]
             result = compute()
-        return graph.replay, result
+        return _Replay(graph, pool), result
 
     return capture
+
+
+class _Replay:
+    """A graph and the pool whose memory it computes in. It goes before the pool does: some versions of torch end the
+    process when a pool goes that a graph still uses."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, pool: torch.cuda.MemPool) -> None:
+        self._graph: torch.cuda.CUDAGraph | None = graph
+        self._pool = pool
+
+    def __call__(self) -> None:
+        assert self._graph is not None
+        self._graph.replay()
+
+    def __del__(self) -> None:
+        self._graph = None
 
 
 def _pages(allocator: Any, most_tokens: int) -> int:
