@@ -216,6 +216,8 @@ class ServeConfig(_Settings):
     """Memory for the processes of idle models, without weights: a share of `memory` (25%) or a size. 0: none stays."""
     kept_weights: Allotment = 0.25
     """Memory for weights of models and adapters that no worker uses now: a share of `memory` (25%) or a size."""
+    gpu_memory: Size | None = None
+    """Memory of each GPU that models may take: bytes or a size such as 70GiB. Left out: 95 % of it."""
     dram_tier: SizeOrNone | None = None
     """Pinned memory for coded weights of models on GPUs: a size such as 64GiB, or 0. Left out: 15 % of all memory."""
     adapter_routes: bool = False

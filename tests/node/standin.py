@@ -65,6 +65,7 @@ class StandInHost:
     quarantined: dict[str, str] = field(default_factory=dict)
     pinned: set[str] = field(default_factory=set)
     kept_weights: dict[str, int] = field(default_factory=dict)
+    gpu_bytes: int = 80 << 30
     clean_up_gates: list[threading.Event] = field(default_factory=list)
 
     async def _enter(self, call: str) -> None:
@@ -140,6 +141,10 @@ class StandInHost:
 
     async def drop_segments(self, worker: WorkerHandle) -> None:
         await self._enter("drop_segments")
+
+    async def gpu_memory(self, device: str) -> int:
+        await self._enter(f"gpu_memory {device}")
+        return self.gpu_bytes
 
     async def stop_worker(self, worker: WorkerHandle) -> None:
         await self._enter("stop_worker")

@@ -42,6 +42,23 @@ def dram_tier(config: ServeConfig) -> int:
     return int(host_memory.total() * 0.15) if gpus_of(config) else 0
 
 
+CONTEXT_BYTES = 1 << 30
+"""What a process takes of a GPU before it has anything there: CUDA's context, code, libraries' workspaces."""
+
+_ON_GPU = {"null": 64 << 20}
+"""Beside the weights: CUDA's context, cache and scratch of a model that has not been loaded yet."""
+
+
+def gpu_estimate(model: Model, engine: str) -> int:
+    """Bytes of a GPU that a worker of this model is expected to take before it has told."""
+    return model.weight_bytes + _ON_GPU.get(engine, 3 << 30)
+
+
+def gpu_budget(config: ServeConfig, total: int) -> int:
+    """Bytes of a GPU that models may take."""
+    return min(config.gpu_memory or total, int(total * 0.95))
+
+
 def oom_kills() -> int:
     """How many processes this kernel has killed for want of memory; 0 where it does not tell."""
     try:

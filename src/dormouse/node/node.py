@@ -20,7 +20,7 @@ from typing import Any, Self
 from dormouse.config import DataDir, ModelConfig, ServeConfig
 from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError, RequestError, SnapshotError
 from dormouse.node.adapters import OpenAdapter, Served, Shelf
-from dormouse.node.memory import allotted, budget, engine_bytes
+from dormouse.node.memory import allotted, budget, engine_bytes, gpu_budget
 from dormouse.node.parts import Catalog, Evicted, Host, Model, Observer
 from dormouse.node.presence import NodeState, hold_lock, publish, withdraw
 from dormouse.node.replica import Offer, OfferTemplate, Start, State, Withdraw
@@ -68,6 +68,7 @@ class Node:
         self.started = wall_clock()
         self._budget = budget(config)
         self._sleep_limit = allotted(config.sleep_memory, self._budget)
+        self._gpu_budgets: dict[str, int] = {}
         self._in_need: set[Runner] = set()
         self._host: Host | None = None
         self._observers: list[Observer] = []
@@ -384,7 +385,7 @@ class Node:
                 f"model {runner.model.name} needs about {needed >> 20} MiB, the budget is {self._budget >> 20} MiB",
                 remedy="Raise `memory`, or serve a smaller model",
             )
-        self._in_need.add(runner)
+        await self._check_gpu(runner)
         try:
             await self._until_room(runner, needed)
         finally:
@@ -400,14 +401,19 @@ class Node:
                     remedy="Raise `memory`, or give one of them a keep_alive",
                 )
             room = min(runner.peak, self._budget - kept)
-            plan = self._plan_for(runner, room)
-            if plan.fits:
+            plan, on_gpu = self._plan_for(runner, room), self._plan_on_gpu(runner)
+            if plan.fits:  # a process that dozes is in nobody's way then
+                self._in_need.discard(runner)
+            else:
+                self._in_need.add(runner)
+            if plan.fits and on_gpu.fits:
                 runner.admitted = True
                 return
             changed = self._changed
             await self._make_way(plan, runner)
+            self._make_way_on_gpu(on_gpu, runner, besides=plan.evict)
             leaving = any(resident.leaving for resident in self._residents(but=runner))
-            if runner.replica.state is State.WAKING and not (plan.weights or plan.evict or leaving):
+            if runner.replica.state is State.WAKING and not (plan.weights or plan.evict or on_gpu.evict or leaving):
                 raise HostError(
                     f"there is no room for {runner.model.name} to wake beside what others take",
                     remedy="Raise `memory`; it waits for room without its process",
@@ -415,6 +421,51 @@ class Node:
             if not plan.weights:
                 await changed.wait()
         raise AbandonedError
+
+    async def _check_gpu(self, runner: Runner) -> None:
+        """Whether its GPU is there and large enough at all. Raises HostError."""
+        if runner.gpu is None:
+            return
+        if runner.gpu not in self._gpu_budgets:
+            assert self._host is not None
+            self._gpu_budgets[runner.gpu] = gpu_budget(self._config, await self._host.gpu_memory(runner.gpu))
+        most = self._gpu_budgets[runner.gpu]
+        if runner.gpu_bytes > most:
+            raise HostError(
+                f"model {runner.model.name} needs about {runner.gpu_bytes >> 20} MiB of {runner.gpu}, its budget is"
+                f" {most >> 20} MiB",
+                remedy="Raise `gpu_memory`, give it a smaller cache (kv_tokens), or serve a smaller model",
+            )
+
+    def _plan_on_gpu(self, runner: Runner) -> Plan:
+        """Which models on its GPU must sleep for it. What dozes holds nothing there.
+
+        Raises HostError when models that are kept forever leave it no room."""
+        if runner.gpu is None:
+            return Plan(fits=True)
+        there = [
+            (name, other)
+            for name, other in self._runners.items()
+            if other is not runner and other.admitted and other.gpu == runner.gpu
+        ]
+        most = self._gpu_budgets[runner.gpu]
+        kept = sum(other.gpu_bytes for _name, other in there if self._is_kept(other))
+        if runner.gpu_bytes + kept > most:
+            raise HostError(
+                f"model {runner.model.name} needs about {runner.gpu_bytes >> 20} MiB of {runner.gpu}; models that are"
+                f" kept forever take {kept >> 20} MiB of its budget of {most >> 20} MiB",
+                remedy="Raise `gpu_memory`, or give one of them a keep_alive or another GPU",
+            )
+        residents = [replace(self._resident(name, other), bytes=other.gpu_bytes) for name, other in there]
+        return plan_eviction(residents, needed=runner.gpu_bytes, budget=most)
+
+    def _make_way_on_gpu(self, plan: Plan, runner: Runner, *, besides: Sequence[str]) -> None:
+        """Put models to sleep for their GPU; their processes may stay."""
+        for name in plan.evict:
+            if name not in besides:
+                log.info("model %s must sleep to make room on %s for %s", name, runner.gpu, runner.model.name)
+                self._runners[name].press(keep=True)
+                self._tell_evicted(name, "model")
 
     def _plan_for(self, runner: Runner, needed: int) -> Plan:
         """Who goes for it. Its own weights, if they are kept, are part of what it needs."""

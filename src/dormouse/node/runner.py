@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from dormouse.config import ModelConfig
-from dormouse.engine.messages import Delta, Finished, Load, Prompt, Resumed, Sampling
+from dormouse.engine.messages import Delta, Finished, Load, Loaded, Prompt, Resumed, Sampling
 from dormouse.errors import DeadlineError, DormouseError, EngineError, HostError, StoreError
 from dormouse.node import canary
 from dormouse.node import replica as machine
 from dormouse.node.adapters import Fitting, Served
 from dormouse.node.link import WorkerLink
-from dormouse.node.memory import estimate, oom_kills, own_bytes, resident_bytes
+from dormouse.node.memory import CONTEXT_BYTES, estimate, gpu_estimate, oom_kills, own_bytes, resident_bytes
 from dormouse.node.parts import Host, Model, Observer
 from dormouse.node.replica import Replica, Start, State
 from dormouse.phases import Phases
@@ -153,6 +153,8 @@ class Runner:
         self._restored = self._judged = False
         self._oom_kills = 0
         self.expected = self._peak = estimate(model, self._load.engine)
+        self.gpu = _gpu(self._load.device)
+        self.gpu_bytes = gpu_estimate(model, self._load.engine) if self.gpu else 0
 
     # For the node
 
@@ -407,6 +409,7 @@ class Runner:
             await self._have_segments(link)
         with phases.time("resume"), self._judging_ends():
             resumed = await link.resume(str(self._log_path))
+        self._note_gpu(resumed.device_bytes)
         phases |= _details("resume", resumed.phases)
 
     async def _have_segments(self, link: WorkerLink) -> None:
@@ -449,8 +452,18 @@ class Runner:
             )
         link = await self._connect(self._handle, fresh=True)
         with phases.time("load"):
-            loaded = await link.load(self._load)
+            loaded = await self._loaded(link)
         phases |= _details("host", self._handle.phases) | _details("load", loaded.phases)
+
+    async def _loaded(self, link: WorkerLink) -> Loaded:
+        loaded = await link.load(self._load)
+        self._note_gpu(loaded.device_bytes)
+        return loaded
+
+    def _note_gpu(self, device_bytes: int) -> None:
+        """The worker has told what it takes of its GPU while it is awake."""
+        if device_bytes:
+            self.gpu_bytes = device_bytes + CONTEXT_BYTES
 
     async def _restore(self, snapshot_id: str, phases: Phases) -> None:
         expected = asyncio.create_task(self._answer_of(snapshot_id))
@@ -469,6 +482,7 @@ class Runner:
         link = await self._connect(self._handle, fresh=False)
         with phases.time("resume"):
             resumed = await self._resume_restored(link)
+        self._note_gpu(resumed.device_bytes)
         with phases.time("canary"):
             if (answer := await expected) is not None:
                 await canary.judge(link, answer, f"snapshot {snapshot_id} of {self.model.name}")
@@ -498,7 +512,7 @@ class Runner:
             await link.resume(str(self._log_path))
         self._restored = True
         with phases.time("load"):
-            loaded = await link.load(self._load)
+            loaded = await self._loaded(link)
         phases |= _details("host", self._handle.phases) | _details("load", loaded.phases)
 
     async def _connect(self, handle: WorkerHandle, *, fresh: bool) -> WorkerLink:
@@ -608,6 +622,11 @@ class Runner:
                 await self._around.host.stop_worker(self._handle)
             self._handle = None
         self.admitted = False
+
+
+def _gpu(device: str) -> str | None:
+    """The GPU of a device as all name it, None for the CPU."""
+    return None if not device.startswith("cuda") else device if ":" in device else f"{device}:0"
 
 
 def _details(step: str, phases: dict[str, float]) -> dict[str, float]:

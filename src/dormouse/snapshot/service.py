@@ -170,6 +170,13 @@ class HostService:
         if process is not None and process.ended is None:
             await process.ask(messages.DropSegments(call=process.new_call(), cell_id=worker.cell_id))
 
+    async def gpu_memory(self, device: str) -> int:
+        """The bytes that a GPU has in all. Waits until the loader can use it. Raises HostError."""
+        process = await self._living()
+        reply, _none = await process.ask(messages.DescribeGpu(call=process.new_call(), device=device))
+        assert isinstance(reply, messages.GpuDescribed)
+        return reply.total
+
     async def stop_worker(self, worker: WorkerHandle) -> None:
         """Kill the cell with all in it and wait until its memory is free. Idempotent."""
         process = self._process

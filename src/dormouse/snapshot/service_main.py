@@ -149,6 +149,7 @@ class Service:
         self._lock = threading.Lock()
         self._workers: dict[str, ProcessTree] = {}
         self._damaged: set[str] = set()
+        self._loader = loader
         self._segments = SegmentPool(store, keep_bytes=keep_bytes, loader=loader)
         self._latest: dict[str, str] = {}  # by engine, the snapshot that was captured or restored last
 
@@ -186,6 +187,8 @@ class Service:
             case messages.DropSegment() | messages.DropSegments():
                 self._drop(request)
                 return messages.SegmentDropped(call=request.call), []
+            case messages.DescribeGpu():
+                return messages.GpuDescribed(call=request.call, total=self._loader.memory_of(request.device)), []
 
     def _drop(self, request: messages.DropSegment | messages.DropSegments) -> None:
         if isinstance(request, messages.DropSegments):

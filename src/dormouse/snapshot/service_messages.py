@@ -79,6 +79,12 @@ class DropSegments(_Message, frozen=True, tag="drop_segments"):
     cell_id: str
 
 
+class DescribeGpu(_Message, frozen=True, tag="describe_gpu"):
+    """Tell what memory a GPU ("cuda:N") has."""
+
+    device: str
+
+
 class _Reply(_Message, frozen=True, kw_only=True):
     kept: dict[str, int] = {}
     """The bytes of the weights that no worker uses now, by checkpoint, the longest unused first."""
@@ -112,6 +118,12 @@ class SegmentDropped(_Reply, frozen=True, kw_only=True, tag="segment_dropped"):
     """It is freed, or will be with its last user."""
 
 
+class GpuDescribed(_Reply, frozen=True, kw_only=True, tag="gpu_described"):
+    """Its bytes in all."""
+
+    total: int
+
+
 class Stopped(_Reply, frozen=True, kw_only=True, tag="stopped"):
     """The cell is gone and its memory free."""
 
@@ -124,8 +136,10 @@ class Refused(_Reply, frozen=True, kw_only=True, tag="refused"):
     remedy: str
 
 
-Request = StartWorker | CaptureWorker | RestoreSnapshot | StopCell | TakeSegment | DropSegment | DropSegments
-Reply = Started | Captured | Stopped | SegmentTaken | SegmentDropped | Refused
+Request = (
+    StartWorker | CaptureWorker | RestoreSnapshot | StopCell | TakeSegment | DropSegment | DropSegments | DescribeGpu
+)
+Reply = Started | Captured | Stopped | SegmentTaken | SegmentDropped | GpuDescribed | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
