@@ -55,7 +55,8 @@ def served(model: str) -> Iterator[tuple[str, DataDir]]:
                 copy_checkpoint(checkpoint, source, target)
         config = Path(folder) / "serve.yaml"
         config.write_text(
-            "port: 0\nlog_level: warning\nmodels:\n  hot: {keep_alive: forever}\n  sleepy: {keep_alive: 1s}\n"
+            "port: 0\nlog_level: warning\nsleep_memory: 0\n"
+            "models:\n  hot: {keep_alive: forever}\n  sleepy: {keep_alive: 1s}\n"
         )
         command = [sys.executable, "-m", "dormouse.cli", "serve", str(config), "--data-dir", folder]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -8,6 +8,7 @@ and prints a table. Exit status 0 only if the second start was a restore and bot
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -50,7 +51,9 @@ def dormouse(*arguments: str) -> Any:
 def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`dormouse serve` on a free port, and its address."""
     command = [sys.executable, "-m", "dormouse.cli", "serve", MODEL, "--port", "0", "--keep-alive", KEEP_ALIVE]
-    with subprocess.Popen([*command, "--log-level", "warning"], stdout=subprocess.PIPE, text=True) as process:
+    without_processes = os.environ | {"DORMOUSE_SLEEP_MEMORY": "0"}  # the way back is to be from the disk
+    command += ["--log-level", "warning"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=without_processes) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()

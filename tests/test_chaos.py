@@ -24,12 +24,14 @@ SECONDS = 12.0
 LONGEST = 30.0
 
 
-@pytest.mark.parametrize("seed", [20261121])
-def test_requests_survive_random_kills_of_everything_but_the_node(data_dir: DataDir, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "sleep_memory"), [(20261121, "0"), (20261122, "1GiB")])
+def test_requests_survive_random_kills_of_everything_but_the_node(
+    data_dir: DataDir, seed: int, sleep_memory: str
+) -> None:
     shutil.copytree(data_dir.models / "null", data_dir.models / "two")
     outcomes: collections.Counter[str] = collections.Counter()
     stop = threading.Event()
-    with serve(data_dir, "null", "two", keep_alive="100ms") as server:
+    with serve(data_dir, "null", "two", keep_alive="100ms", sleep_memory=sleep_memory) as server:
         texts = {model: text_of(server.ask(model)) for model in ("null", "two")}
         clients = [
             threading.Thread(target=ask_on, args=(server, random.Random(seed + i), texts, outcomes, stop))
@@ -42,7 +44,7 @@ def test_requests_survive_random_kills_of_everything_but_the_node(data_dir: Data
         for client in clients:
             client.join()
         assert kills > 5
-        assert outcomes["right"] > 50
+        assert outcomes["right"] > 50, outcomes
         assert set(outcomes) <= {"right", "clear error"}, outcomes
         assert {model: text_of(server.ask(model)) for model in texts} == texts
     with Store.open(data_dir.store) as store:

@@ -93,7 +93,7 @@ def test_any_text_is_a_duration_or_a_value_error(text: str) -> None:
             "data_dir: ~nosuchuser/x",
             "line 1: data_dir: '~nosuchuser/x' names the home folder of ~nosuchuser",
         ),
-        ("prot: 1", "dormouse.yaml, line 1: prot: no such setting. Did you mean port? Allowed here: adapter_memory"),
+        ("prot: 1", "dormouse.yaml, line 1: prot: no such setting. Did you mean port? Allowed here: adapter_routes"),
         ("host: a\nport: 70000", "line 2: port: Input should be less than or equal to 65535, not 70000. TCP port"),
         ("models:\n  m:\n    keep_alive: soon", "line 3: models.m.keep_alive: 'soon' is not a duration"),
         ("models:\n  m:\n    keepalive: 5", "line 3: models.m.keepalive: no such setting. Did you mean keep_alive?"),

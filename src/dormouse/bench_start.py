@@ -1,9 +1,16 @@
-"""`dormouse bench start`: cold starts against snapshot restores of one model, to the first token, side by side.
+"""`dormouse bench start`: the ways in which one model starts, to the first token, side by side.
 
-A node of its own in a scratch data folder (same disk, same models, same CRIU) starts the model `runs` times each way.
-Before each start the page cache is dropped, so libraries, weights and snapshot come from the disk. The clock runs
-from the request for a replica to the first token of a greedy answer; the text must be the same every time. After each
-first answer the same prompt is asked again: what the first took longer is the price of page faults and cold caches.
+A node of its own in a scratch data folder (same disk, same models, same CRIU) starts the model `runs` times each way:
+
+- `cold`, `snapshot`: before each start the page cache is dropped, and weights that were kept in memory are let go of,
+  so libraries, weights and snapshot come from the disk.
+- `snapshot, warm`: a restore as it is when the model slept a while ago: its files are in the page cache, and its
+  weights are kept in memory, decoded.
+- `sleep`: the process stayed, and its weights are kept.
+
+The clock runs from the request for a replica to the first token of a greedy answer; the text must be the same every
+time. After each first answer the same prompt is asked again: what the first took longer is the price of page faults and
+cold caches.
 """
 
 from __future__ import annotations
@@ -34,6 +41,7 @@ from dormouse.engine.messages import ChatPrompt, Delta, Sampling
 from dormouse.errors import DormouseError, EngineError, HostError
 from dormouse.node.assemble import assemble_node
 from dormouse.node.node import Node
+from dormouse.node.parts import Evicted
 from dormouse.node.replica import Start, StartPath
 from dormouse.node.runner import Lease
 from dormouse.snapshot.service import CaptureResult
@@ -54,18 +62,39 @@ class Run:
     text: str
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way to start. `path` is the start path that it must be; `dropped`: page cache and kept weights are let go of
+    before it."""
+
+    name: str
+    path: StartPath
+    dropped: bool
+
+    @property
+    def field(self) -> str:
+        """Its name in JSON."""
+        return self.name.replace(", ", "_")
+
+
+COLD = Way("cold", "cold", dropped=True)
+SNAPSHOT = Way("snapshot", "snapshot", dropped=True)
+WARM = Way("snapshot, warm", "snapshot", dropped=False)
+SLEEP = Way("sleep", "sleep", dropped=False)
+WAYS = (COLD, SNAPSHOT, WARM, SLEEP)
+
+
 @dataclass
 class Result:
     """All runs, and the capture between them."""
 
     model: str
-    cold: list[Run] = field(default_factory=list)
-    snapshot: list[Run] = field(default_factory=list)
+    runs: dict[str, list[Run]] = field(default_factory=lambda: {way.name: [] for way in WAYS})
     capture: CaptureResult | None = None
 
     def identical(self) -> bool:
         """Whether every start gave the same greedy text."""
-        return len({run.text for run in self.cold + self.snapshot}) == 1
+        return len({run.text for runs in self.runs.values() for run in runs}) == 1
 
 
 class _Watch:
@@ -97,6 +126,9 @@ class _Watch:
     def capture_failed(self, model: str, error: DormouseError) -> None:
         self.error = error
 
+    def evicted(self, model: str, what: Evicted) -> None:
+        pass
+
     def adapter_loaded(self, model: str, adapter: str, seconds: float) -> None:
         pass
 
@@ -114,16 +146,18 @@ async def measure(data_dir: DataDir, name: str, *, runs: int, prompt: str, step:
         async with await _node(folder, name, snapshot=False) as node:
             for number in range(runs):
                 step(f"cold start {number + 1} of {runs}")
-                result.cold.append(await _run(node, name, prompt, expected="cold"))
+                result.runs[COLD.name].append(await _run(node, name, prompt, COLD))
         async with await _node(folder, name, snapshot=True) as node:
             step("capture")
             watch = _Watch()
             node.observe(watch)
-            await _run(node, name, prompt, expected="cold")
+            await _run(node, name, prompt, COLD)
             result.capture = watch.capture
-            for number in range(runs):
-                step(f"restore {number + 1} of {runs}")
-                result.snapshot.append(await _run(node, name, prompt, expected="snapshot"))
+            for way in (SNAPSHOT, WARM, SLEEP):
+                await _get_ready(node, name, prompt, way)
+                for number in range(runs):
+                    step(f"{way.name} {number + 1} of {runs}")
+                    result.runs[way.name].append(await _run(node, name, prompt, way))
     return result
 
 
@@ -146,25 +180,38 @@ def _scratch(data_dir: DataDir, checkpoint: str | None) -> Iterator[Path]:
 
 async def _node(folder: Path, name: str, *, snapshot: bool) -> Node:
     settings = ModelConfig(keep_alive=float("inf"), snapshot=snapshot)
-    return await assemble_node(ServeConfig(data_dir=folder, templates=False, models={name: settings}))
+    return await assemble_node(
+        ServeConfig(data_dir=folder, templates=False, sleep_memory=1.0, kept_weights=1.0, models={name: settings})
+    )
 
 
-async def _run(node: Node, name: str, prompt: str, *, expected: str) -> Run:
-    """Start the model from a dropped page cache, ask twice, and put it to sleep."""
+async def _get_ready(node: Node, name: str, prompt: str, way: Way) -> None:
+    """What the first of these starts finds must be what the others find."""
+    if way.dropped:
+        return
+    async with node.replica(name) as lease:
+        await _ask(lease, prompt)
+    await node.sleep(name, keep=way.path == "sleep")
+
+
+async def _run(node: Node, name: str, prompt: str, way: Way) -> Run:
+    """Start the model in this way, ask twice, and put it to sleep."""
     watch = _Watch()
     node.observe(watch)
-    await asyncio.to_thread(_drop_page_cache)
+    if way.dropped:
+        await node.free_weights()
+        await asyncio.to_thread(_drop_page_cache)
     begin = time.perf_counter()
     async with node.replica(name) as lease:
         ready = time.perf_counter()
         first, text = await _ask(lease, prompt)
         first_token = first - begin
-        if lease.start.path != expected:
+        if lease.start.path != way.path:
             reason = watch.error or "no reason was given"
-            raise EngineError(f"{name} started by the path {lease.start.path!r} instead of {expected!r}: {reason}")
+            raise EngineError(f"{name} started by the path {lease.start.path!r} instead of {way.path!r}: {reason}")
         again = time.perf_counter()
         second, _text = await _ask(lease, prompt)
-    await node.sleep(name)
+    await node.sleep(name, keep=way.path == "sleep")
     return Run(first_token, watch.phases | {"first token": first - ready}, second - again, text)
 
 
@@ -198,26 +245,23 @@ def host_facts() -> dict[str, str]:
 
 def as_json(result: Result) -> dict[str, Any]:
     """Medians under the names scripts use, then every run."""
-    cold = statistics.median(run.first_token for run in result.cold)
-    snapshot = statistics.median(run.first_token for run in result.snapshot)
+    medians = {way: statistics.median(run.first_token for run in result.runs[way.name]) for way in WAYS}
     assert result.capture is not None
     return {
         "host": host_facts(),
         "model": result.model,
-        "runs": len(result.cold),
-        "cold_s": cold,
-        "snapshot_s": snapshot,
-        "ratio": cold / snapshot,
+        "runs": len(result.runs[COLD.name]),
+        **{f"{way.field}_s": seconds for way, seconds in medians.items()},
+        "ratio": medians[COLD] / medians[SNAPSHOT],
         "raw_bytes": result.capture.raw_bytes,
         "stored_bytes": result.capture.stored_bytes,
         "stored_ratio": result.capture.stored_bytes / result.capture.raw_bytes,
         "identical_text": result.identical(),
         "capture_phases": result.capture.phases,
-        "cold_phases": _median_phases(result.cold),
-        "snapshot_phases": _median_phases(result.snapshot),
+        **{f"{way.field}_phases": _median_phases(result.runs[way.name]) for way in WAYS},
         "all": {
-            kind: [{"first_token_s": run.first_token, "phases": run.phases} for run in runs]
-            for kind, runs in (("cold", result.cold), ("snapshot", result.snapshot))
+            way.field: [{"first_token_s": run.first_token, "phases": run.phases} for run in result.runs[way.name]]
+            for way in WAYS
         },
     }
 
@@ -232,27 +276,36 @@ def _median_phases(runs: list[Run]) -> dict[str, float]:
     return medians
 
 
+_SPLIT = (SNAPSHOT, WARM, SLEEP)
+
+
+def _phase_table(columns: list[dict[str, float]]) -> Table:
+    """Seconds by phase and way; a phase that is split is shown by its parts."""
+    table = Table()
+    table.add_column("phase")
+    for way in _SPLIT:
+        table.add_column(way.name, justify="right")
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    for name in names:
+        split = any(other.startswith(f"{name}.") for other in names)
+        if not split and any(column.get(name, 0.0) >= _SHOWN for column in columns):
+            table.add_row(name, *(f"{column.get(name, 0.0):.3f}" for column in columns))
+    return table
+
+
 def render(result: Result) -> Group:
-    """The figures as tables."""
+    """The figures as tables: cold and snapshot with the page cache dropped, the others not."""
     figures = as_json(result)
-    title = f"{result.model}: median of {figures['runs']} starts to the first token, page cache dropped"
+    title = f"{result.model}: median of {figures['runs']} starts to the first token"
     starts = Table()
     for column in ("start", "seconds", "slowest", "fastest"):
         starts.add_column(column, justify="left" if column == "start" else "right")
-    for kind, median, runs in (
-        ("cold", figures["cold_s"], result.cold),
-        ("snapshot", figures["snapshot_s"], result.snapshot),
-    ):
-        times = [run.first_token for run in runs]
-        starts.add_row(kind, f"{median:.2f}", f"{max(times):.2f}", f"{min(times):.2f}")
+    for way in WAYS:
+        times = [run.first_token for run in result.runs[way.name]]
+        starts.add_row(way.name, *(f"{seconds:.2f}" for seconds in (statistics.median(times), max(times), min(times))))
     starts.add_row("cold / snapshot", f"{figures['ratio']:.1f}x", "", "")
-    phases = Table()
-    phases.add_column("phase")
-    phases.add_column("seconds", justify="right")
-    for name, seconds in figures["snapshot_phases"].items():
-        if seconds >= _SHOWN and not any(other.startswith(f"{name}.") for other in figures["snapshot_phases"]):
-            phases.add_row(name, f"{seconds:.3f}")
+    phases = _phase_table([figures[f"{way.field}_phases"] for way in _SPLIT])
     stored, raw = human(figures["stored_bytes"]), human(figures["raw_bytes"])
     same = "the same" if figures["identical_text"] else "NOT the same"
     last = f"snapshot {stored} of {raw} raw ({figures['stored_ratio']:.2f}); greedy text {same} every time"
-    return Group(title, starts, "where a restore's time goes", phases, last)
+    return Group(title, starts, "where the time goes", phases, last)

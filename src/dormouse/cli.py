@@ -455,12 +455,13 @@ def snapshot(model: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -
 
 @cli.command()
 @click.argument("model")
+@click.option("--keep", is_flag=True, help="Its process may stay in memory, without weights.")
 @common
-def sleep(model: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
-    """Have the running node put a model to sleep as soon as it is idle."""
+def sleep(model: str, keep: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Have the running node put a model to sleep as soon as it is idle, and free its memory."""
     with reporter:
         reporter.step(f"waiting until {model} is asleep")
-        status = ask_node(data_dir.run, "POST", "models", model, "sleep")
+        status = ask_node(data_dir.run, "POST", "models", model, "doze" if keep else "sleep")
     emit(status) if as_json else out.print(f"Model {escape(model)} is {status['state']}")
 
 

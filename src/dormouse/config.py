@@ -33,6 +33,7 @@ _MAX_DEPTH = 20
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _DURATION_UNITS = {None: 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?")
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _SIZE_UNITS = {None: 1, "B": 1} | {
     f"{letter}{infix}B": base ** (power + 1)
     for power, letter in enumerate("KMGT")
@@ -75,6 +76,12 @@ def _finite(value: float) -> float:
     return value
 
 
+def _finite_size(value: float) -> float:
+    if math.isinf(value):
+        raise ValueError("must be a share or a size")
+    return value
+
+
 _DURATION_SCHEMA = WithJsonSchema(
     {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^(\d+(\.\d+)?\s*(ms|s|m|h|d)?)$"}]}
 )
@@ -95,6 +102,22 @@ _SIZE_SCHEMA = WithJsonSchema(
     }
 )
 
+
+def parse_allotment(value: object) -> object:
+    """A share of the memory budget from "25%" or 0.25, or bytes from "2GiB" or 2147483648. Raises ValueError."""
+    if isinstance(value, str):
+        text = value.strip()
+        if (share := _PERCENT.fullmatch(text)) and float(share[1]) <= 100:
+            return float(share[1]) / 100
+        if text.replace(".", "", 1).isdecimal():
+            return float(text)
+        try:
+            return parse_size(text)
+        except ValueError:
+            raise ValueError("is neither a share such as 25% nor a size such as 2GiB") from None
+    return value
+
+
 KeepAlive = Annotated[float, BeforeValidator(parse_duration), Field(ge=0), _KEEP_ALIVE_SCHEMA]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0), AfterValidator(_finite), _DURATION_SCHEMA]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), _SIZE_SCHEMA]
@@ -112,6 +135,21 @@ SizeOrNone = Annotated[
     ),
 ]
 """A size that may be 0."""
+Allotment = Annotated[
+    float,
+    BeforeValidator(parse_allotment),
+    Field(ge=0),
+    AfterValidator(_finite_size),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0},
+                {"type": "string", "pattern": r"^\d+(\.\d+)?\s*(%|[KMGT]i?B|B)?$"},
+            ]
+        }
+    ),
+]
+"""A share of the memory budget (up to 1, or with %), or bytes."""
 UserPath = Annotated[Path, AfterValidator(_expanded)]
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
@@ -139,6 +177,8 @@ class ModelConfig(_Settings):
     """On a GPU: room for as many tokens as fit in this part of its memory (0..1), when kv_tokens is left out."""
     snapshot: bool = True
     """true: an idle model is captured and wakes from its snapshot. false: it is stopped and starts cold."""
+    sleep: bool = True
+    """true: an idle model's process stays in memory, without weights, while there is room (`sleep_memory`)."""
     max_concurrent: Annotated[int, Field(ge=1, le=1024)] = 16
     """Requests the worker handles at once (1..1024); more of them wait in the queue."""
     adapters: tuple[ModelName, ...] = ()
@@ -174,8 +214,12 @@ class ServeConfig(_Settings):
     """Memory that all workers together may take: bytes or a size such as 8GiB. Left out: 80 % of the machine's."""
     templates: bool = True
     """true: a started engine without a model is captured, too; models without a snapshot of their own start from it."""
-    adapter_memory: Size = 1 << 30
-    """Memory for adapters that no worker uses at the moment: bytes or a size such as 1GiB. Those used last stay."""
+    sleep_memory: Allotment = 0.25
+    """Memory for the processes of idle models, without weights: a share of `memory` (25%) or a size. 0: none stays."""
+    kept_weights: Allotment = 0.25
+    """Memory for weights of models and adapters that no worker uses now: a share of `memory` (25%) or a size."""
+    gpu_memory: Size | None = None
+    """Memory of each GPU that models may take: bytes or a size such as 70GiB. Left out: 95 % of it."""
     dram_tier: SizeOrNone | None = None
     """Pinned memory for coded weights of models on GPUs: a size such as 64GiB, or 0. Left out: 15 % of all memory."""
     adapter_routes: bool = False

@@ -64,6 +64,8 @@ class StandInHost:
     kinds: dict[str, str] = field(default_factory=dict)
     quarantined: dict[str, str] = field(default_factory=dict)
     pinned: set[str] = field(default_factory=set)
+    kept_weights: dict[str, int] = field(default_factory=dict)
+    gpu_bytes: int = 80 << 30
     clean_up_gates: list[threading.Event] = field(default_factory=list)
 
     async def _enter(self, call: str) -> None:
@@ -98,7 +100,7 @@ class StandInHost:
         return self._spawn()
 
     async def capture(
-        self, worker: WorkerHandle, *, model: str, key: dict[str, str], kind: str = SNAPSHOT_KIND
+        self, worker: WorkerHandle, *, model: str, key: dict[str, str], kind: str = SNAPSHOT_KIND, keep: bool = False
     ) -> CaptureResult:
         await self._enter("capture" if kind == SNAPSHOT_KIND else f"capture {kind}")
         prefix = "snap" if kind == SNAPSHOT_KIND else kind
@@ -106,7 +108,8 @@ class StandInHost:
         self.kinds[snapshot_id] = kind
         self.snapshots[snapshot_id] = key
         self.models[snapshot_id] = model
-        await self._kill(worker)
+        if not keep:
+            await self._kill(worker)
         return CaptureResult(snapshot_id, raw_bytes=1000, stored_bytes=300, phases={"dump": 0.003})
 
     async def restore(
@@ -121,8 +124,10 @@ class StandInHost:
             raise IncompatibleError(f"snapshot {snapshot_id} does not fit this host")
         return self._spawn("--restored")
 
-    async def take_segment(self, worker: WorkerHandle, checkpoint: str) -> SegmentHandle:
-        await self._enter("take_segment")
+    async def take_segment(
+        self, worker: WorkerHandle, checkpoint: str, *, adapter: bool = True, device: str = "cpu"
+    ) -> SegmentHandle:
+        await self._enter("take_segment" if adapter else "take_segment of the model")
         segment = Segment.create("stand-in", 384)
         try:
             return segment.handle(None)
@@ -131,6 +136,15 @@ class StandInHost:
 
     async def drop_segment(self, worker: WorkerHandle | None, checkpoint: str, *, keep: bool = False) -> None:
         await self._enter(f"drop_segment {checkpoint}{', keep' if keep else ''}")
+        if not keep:
+            self.kept_weights.pop(checkpoint, None)
+
+    async def drop_segments(self, worker: WorkerHandle) -> None:
+        await self._enter("drop_segments")
+
+    async def gpu_memory(self, device: str) -> int:
+        await self._enter(f"gpu_memory {device}")
+        return self.gpu_bytes
 
     async def stop_worker(self, worker: WorkerHandle) -> None:
         await self._enter("stop_worker")
@@ -203,9 +217,9 @@ class StandInHost:
 
 
 def configure(data_dir: Path, models: dict[str, ModelConfig] | None = None, **settings: object) -> ServeConfig:
-    """A configuration for tests; one model named "mouse" unless told otherwise."""
+    """A configuration for tests; one model named "mouse" unless told otherwise, and no process stays."""
     chosen = models if models is not None else {"mouse": ModelConfig()}
-    return ServeConfig.model_validate({"data_dir": data_dir, "models": chosen, **settings})
+    return ServeConfig.model_validate({"data_dir": data_dir, "models": chosen, "sleep_memory": 0, **settings})
 
 
 def fake_adapter(name: str) -> ImportedAdapter:

@@ -35,6 +35,7 @@ def new_replica(
     max_concurrent: int = 2,
     snapshots: bool = True,
     snapshot_id: str | None = None,
+    dozes: bool = False,
 ) -> Replica:
     return Replica(
         "mouse",
@@ -44,6 +45,7 @@ def new_replica(
         snapshots=snapshots,
         snapshot_id=snapshot_id,
         now=0.0,
+        dozes=dozes,
     )
 
 
@@ -436,7 +438,163 @@ def test_shutdown_fails_waiters_stops_and_refuses() -> None:
     assert replica.state is State.ASLEEP
 
 
-OPERATIONS = (r.StartCold, r.Restore, r.RestoreTemplate, r.Quiesce, r.Capture, r.Resume, r.Stop)
+def dozing_replica(**options: float | bool | str | None) -> Replica:
+    """One whose process stayed when it fell asleep, with the snapshot `s`."""
+    replica = ready_replica(dozes=True, snapshot_id="s", **options)
+    assert replica.handle(r.Tick(), 12.0) == [r.Quiesce()]
+    assert replica.handle(r.Done(keep=True), 12.1) == []
+    assert (replica.state, replica.deadline, replica.sleeps) == (State.DOZING, None, 1)
+    return replica
+
+
+def test_first_idle_captures_and_the_process_stays() -> None:
+    replica = ready_replica(dozes=True)
+    assert replica.handle(r.Tick(), 12.0) == [r.Quiesce()]
+    assert replica.handle(r.Done(keep=True), 12.1) == [r.Capture(keep=True)]
+    assert replica.handle(r.Done(snapshot_id="s"), 12.5) == []
+    assert (replica.state, replica.snapshot_id) == (State.DOZING, "s")
+
+
+def test_a_process_that_has_no_room_is_ended_as_ever() -> None:
+    replica = ready_replica(dozes=True)
+    replica.handle(r.Tick(), 12.0)
+    assert replica.handle(r.Done(keep=False), 12.1) == [r.Capture()]
+    replica.handle(r.Done(snapshot_id="s"), 12.5)
+    assert replica.state is State.ASLEEP
+    replica.handle(r.Request(1), 13.0)
+    replica.handle(r.Done(), 14.0)
+    replica.handle(r.Leave(1), 14.0)
+    assert replica.handle(r.Tick(), 24.0) == [r.Quiesce()], "what it takes is known only when it is parked"
+    assert replica.handle(r.Done(keep=False), 24.1) == [r.Stop()]
+
+
+def test_a_request_wakes_the_process_by_the_path_sleep() -> None:
+    replica = dozing_replica()
+    assert replica.handle(r.Request(1), 20.0) == [r.Wake()]
+    assert replica.state is State.WAKING
+    start = Start("sleep", 0.5)
+    assert replica.handle(r.Done(phases={"resume": 0.5}), 20.5) == [r.Ready(start, {"resume": 0.5}), r.Serve(1, start)]
+
+
+def test_a_wake_that_fails_falls_back_to_the_snapshot_and_on() -> None:
+    replica = dozing_replica()
+    replica.handle(r.OfferTemplate("t"), 13.0)
+    replica.handle(r.Request(1), 20.0)
+    error = EngineError("killed")
+    assert replica.handle(r.Failed(error), 20.5) == [r.Fallback("sleep", "", error), r.Restore("s")]
+    damage = DamagedError("flipped")
+    effects = replica.handle(r.Failed(damage), 21.0)
+    assert effects == [r.Quarantine("s", damage), r.Fallback("snapshot", "s", damage), r.RestoreTemplate("t")]
+    assert replica.handle(r.Done(), 22.0)[-1] == r.Serve(1, Start("template", 2.0))
+
+
+def test_a_wake_that_fails_when_nobody_waits_any_more_leaves_it_asleep() -> None:
+    replica = dozing_replica()
+    replica.handle(r.Request(1), 20.0)
+    replica.handle(r.Leave(1), 20.1)
+    error = EngineError("killed")
+    assert replica.handle(r.Failed(error), 20.5) == [r.Fallback("sleep", "", error)]
+    assert (replica.state, replica.snapshot_id) == (State.ASLEEP, "s")
+
+
+def test_a_wake_that_nobody_wants_any_more_leaves_the_process_as_it_was() -> None:
+    replica = dozing_replica()
+    replica.handle(r.Request(1), 20.0)
+    replica.handle(r.Leave(1), 20.1)
+    assert replica.handle(r.Abandoned(), 20.2) == []
+    assert replica.state is State.DOZING
+    assert replica.handle(r.Request(2), 21.0) == [r.Wake()]
+
+
+def test_a_process_whose_room_is_needed_is_ended_and_restored_later() -> None:
+    replica = dozing_replica()
+    assert replica.handle(r.Sleep(), 20.0) == [r.Stop()]
+    replica.handle(r.Done(), 20.1)
+    assert replica.handle(r.Request(1), 21.0) == [r.Restore("s")]
+
+
+@pytest.mark.parametrize("when", ["quiescing", "capturing"])
+def test_a_process_whose_room_is_needed_meanwhile_does_not_stay(when: str) -> None:
+    replica = ready_replica(dozes=True)
+    replica.handle(r.Tick(), 12.0)
+    if when == "quiescing":
+        replica.handle(r.Sleep(), 12.05)
+        assert replica.handle(r.Done(keep=True), 12.1) == [r.Capture()]
+        assert replica.handle(r.Done(snapshot_id="s"), 12.5) == []
+    else:
+        assert replica.handle(r.Done(keep=True), 12.1) == [r.Capture(keep=True)]
+        replica.handle(r.Sleep(), 12.2)
+        assert replica.handle(r.Done(snapshot_id="s"), 12.5) == [r.Stop()]
+        replica.handle(r.Done(), 12.6)
+    assert (replica.state, replica.snapshot_id) == (State.ASLEEP, "s")
+
+
+def test_a_request_during_a_capture_after_which_the_process_stays_waits_for_no_restore() -> None:
+    replica = ready_replica(dozes=True)
+    replica.handle(r.Tick(), 12.0)
+    replica.handle(r.Done(keep=True), 12.1)
+    replica.handle(r.Request(1), 12.2)
+    assert replica.handle(r.Done(snapshot_id="s"), 12.5) == [r.Wake()]
+
+
+def test_a_failed_capture_lets_the_process_doze_and_is_tried_again_the_next_time() -> None:
+    replica = ready_replica(dozes=True)
+    error = DiskFullError("no room")
+    for attempt in range(r.MAX_CAPTURE_FAILURES):
+        now = 100.0 * (attempt + 1)
+        replica.handle(r.Sleep(keep=True), now)
+        assert replica.handle(r.Done(keep=True), now) == [r.Capture(keep=True)]
+        assert replica.handle(r.Failed(error), now) == [r.CaptureFailed(error)]
+        assert (replica.state, replica.snapshot_id) == (State.DOZING, None)
+        assert replica.handle(r.Request(attempt), now) == [r.Wake()]
+        replica.handle(r.Done(), now)
+        replica.handle(r.Leave(attempt), now)
+    replica.handle(r.Sleep(keep=True), 900.0)
+    assert replica.handle(r.Done(keep=True), 900.0) == [], "no capture any more, but the process may stay"
+    assert replica.state is State.DOZING
+
+
+def test_the_death_of_a_process_that_dozes_costs_nothing_but_the_process() -> None:
+    replica = new_replica(snapshot_id="s", dozes=True)
+    for waiter in range(4):
+        assert replica.handle(r.Request(waiter), 0.0) == [r.Restore("s")]
+        replica.handle(r.Leave(waiter), 0.5)
+        replica.handle(r.Done(), 1.0)  # and so it has not answered anyone
+        replica.handle(r.Sleep(keep=True), 1.1)
+        replica.handle(r.Done(keep=True), 1.2)
+        assert replica.handle(r.WorkerDied(EngineError("killed")), 2.0) == [r.Stop()]
+        replica.handle(r.Done(), 2.1)
+        assert (replica.state, replica.snapshot_id) == (State.ASLEEP, "s")
+
+
+def test_a_snapshot_can_be_asked_for_while_it_dozes() -> None:
+    replica = dozing_replica()
+    assert replica.handle(r.Sleep(capture=True), 20.0) == [r.Capture()]
+    replica.handle(r.Done(snapshot_id="s2"), 20.5)
+    assert (replica.state, replica.snapshot_id) == (State.ASLEEP, "s2")
+
+
+def test_a_quiescing_that_fails_with_a_valid_snapshot_is_no_failed_capture() -> None:
+    replica = ready_replica(dozes=True, snapshot_id="s")
+    replica.handle(r.Tick(), 12.0)
+    assert replica.handle(r.Failed(EngineError("stuck")), 12.1) == [r.Stop()]
+    replica.handle(r.Done(), 12.2)
+    assert (replica.state, replica.snapshot_id) == (State.ASLEEP, "s")
+
+
+def test_shutdown_ends_a_process_that_dozes() -> None:
+    replica = dozing_replica()
+    assert replica.handle(r.Shutdown(), 20.0) == [r.Stop()]
+
+
+def test_what_a_return_costs_is_what_it_took_the_last_time() -> None:
+    replica = dozing_replica()
+    assert replica.cost_of_return == 1.0, "the first start took so long"
+    replica.handle(r.Withdraw("s"), 13.0)
+    assert replica.cost_of_return == 5.0, "a guess"
+
+
+OPERATIONS = (r.StartCold, r.Restore, r.RestoreTemplate, r.Wake, r.Quiesce, r.Capture, r.Resume, r.Stop)
 STARTS = (r.StartCold, r.Restore, r.RestoreTemplate)
 ERRORS: tuple[DormouseError, ...] = (
     EngineError("by chance"),
@@ -454,7 +612,7 @@ class AnyOrder(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.replica = new_replica(max_queue=3, max_concurrent=2)
+        self.replica = new_replica(max_queue=3, max_concurrent=2, dozes=True)
         self.operation: r.Operation | None = None
         self.workers = 0
         self.parked = False
@@ -513,11 +671,11 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.suspicions.get(effect.snapshot_id, 0) < 2, "a third try"
         if isinstance(effect, r.RestoreTemplate):
             assert effect.template_id not in self.quarantined, "a quarantined template is used"
-        if isinstance(effect, r.Quiesce):
+        if isinstance(effect, r.Capture):
             assert not self.hopeless, "captured although no capture was any good"
         if isinstance(effect, r.Quiesce | r.Capture):
             assert not self.served, "captured with a request in flight"
-        if isinstance(effect, r.Capture | r.Resume):
+        if isinstance(effect, r.Capture | r.Resume | r.Wake):
             assert self.workers == 1 and self.parked
         if isinstance(effect, r.Stop):
             self.served.clear()
@@ -541,8 +699,8 @@ class AnyOrder(RuleBasedStateMachine):
             self.send(r.Leave(waiter))
 
     @precondition(lambda self: self.operation is not None)
-    @rule(judged=st.booleans())
-    def succeed(self, judged: bool) -> None:
+    @rule(judged=st.booleans(), room=st.booleans())
+    def succeed(self, judged: bool, room: bool) -> None:
         operation = self.operation
         self.proven = isinstance(operation, r.Restore) and judged
         if self.proven:
@@ -556,18 +714,23 @@ class AnyOrder(RuleBasedStateMachine):
                 self.parked = True
             case r.Resume():
                 self.parked = False
+            case r.Wake():
+                self.parked, self.restored = False, None
             case r.Capture() | r.Stop():
-                self.workers = 0
+                self.workers = int(isinstance(operation, r.Capture) and operation.keep)
         captured = self.new_id("s") if isinstance(operation, r.Capture) else None
-        self.send(r.Done(snapshot_id=captured, proven=self.proven))
+        keep = room and isinstance(operation, r.Quiesce)
+        self.send(r.Done(snapshot_id=captured, proven=self.proven, keep=keep))
         if isinstance(operation, r.Capture) and self.operation is None:
-            assert self.replica.state is State.ASLEEP
+            assert self.replica.state is (State.DOZING if operation.keep else State.ASLEEP)
 
     @precondition(lambda self: self.operation is not None)
     @rule(error=st.sampled_from(ERRORS), restored=st.booleans())
     def fail(self, error: DormouseError, restored: bool) -> None:
         operation = self.operation
-        self.word_due = isinstance(operation, r.Restore | r.RestoreTemplate)
+        self.word_due = isinstance(operation, r.Restore | r.RestoreTemplate | r.Wake)
+        if isinstance(operation, r.Wake):
+            self.workers = 0
         if isinstance(operation, r.Restore) and r.judge(error) is r.Verdict.SUSPECT and not restored:
             self.suspect(operation.snapshot_id)
         self.send(r.Failed(error, restored=restored))
@@ -600,18 +763,26 @@ class AnyOrder(RuleBasedStateMachine):
     def abandon(self) -> None:
         self.send(r.Abandoned())
 
-    @precondition(lambda self: self.replica.state is State.READY)
+    @precondition(lambda self: isinstance(self.operation, r.Wake) and not self.waiting)
+    @rule()
+    def abandon_a_wake(self) -> None:
+        self.send(r.Abandoned())
+        assert self.replica.state is State.DOZING or isinstance(self.operation, r.Stop | r.Capture)
+
+    @precondition(lambda self: self.replica.state in (State.READY, State.DOZING))
     @rule()
     def die(self) -> None:
         self.served.clear()
-        if self.restored is not None and not self.proven:
+        if self.restored is not None and not self.proven and self.replica.state is State.READY:
             self.suspect(self.restored)
         self.send(r.WorkerDied(EngineError("killed")))
 
-    @rule(capture=st.booleans())
-    def press(self, capture: bool) -> None:
+    @rule(capture=st.booleans(), keep=st.booleans())
+    def press(self, capture: bool, keep: bool) -> None:
         self.hopeless &= not (capture and self.replica.state is not State.ASLEEP)
-        self.send(r.Sleep(capture))
+        dozes = self.replica.state is State.DOZING
+        self.send(r.Sleep(capture, keep))
+        assert not dozes or (self.replica.state is State.DOZING) is (keep and not capture)
 
     @rule()
     def tick(self) -> None:
@@ -638,6 +809,8 @@ class AnyOrder(RuleBasedStateMachine):
     def asleep_means_no_worker(self) -> None:
         if self.replica.state is State.ASLEEP:
             assert self.workers == 0 and self.operation is None
+        if self.replica.state is State.DOZING:
+            assert self.workers == 1 and self.parked and self.operation is None and not self.closing
         if self.closing:
             assert not self.waiting
 
@@ -645,11 +818,11 @@ class AnyOrder(RuleBasedStateMachine):
         """Whatever happened: when all goes well from here on, everyone is served or failed and nothing stays."""
         for _ in range(40):
             if self.operation is not None:
-                self.succeed(False)
+                self.succeed(False, False)
             elif self.served:
                 self.leave(0)
             elif self.replica.state is not State.ASLEEP:
-                self.press(False)
+                self.press(False, False)
                 self.tick()
         assert not self.waiting and not self.served and self.workers == 0
 

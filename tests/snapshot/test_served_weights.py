@@ -52,18 +52,26 @@ def segments() -> int:
     return len(found)
 
 
-def serving(data: DataDir) -> ServeConfig:
-    return ServeConfig(data_dir=data.root, models={NAME: ModelConfig(keep_alive=float("inf"))})
+def serving(data: DataDir, kept_weights: float = 0) -> ServeConfig:
+    models = {NAME: ModelConfig(keep_alive=float("inf"))}
+    return ServeConfig(data_dir=data.root, kept_weights=kept_weights, models=models)
 
 
-def test_a_model_sleeps_without_its_weights_and_wakes_with_them(data_dir: DataDir, model: ImportedModel) -> None:
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_model_sleeps_without_its_weights_and_wakes_with_them(
+    data_dir: DataDir, model: ImportedModel, kept: int
+) -> None:
+    """`kept`: they stay in memory meanwhile, until somebody has them freed."""
+
     async def body() -> None:
-        async with await assemble_node(serving(data_dir)) as node:
+        async with await assemble_node(serving(data_dir, kept_weights=float(kept))) as node:
             first = await ask(node)
             assert await asyncio.to_thread(segments) == 1
             for _ in range(2):
                 assert (await node.sleep(NAME)).snapshot_id
-                assert await asyncio.to_thread(segments) == 0
+                assert await asyncio.to_thread(segments) == kept == len(node.kept_weights())
+                await node.free_weights()
+                assert await asyncio.to_thread(segments) == 0 == len(node.kept_weights())
                 assert await ask(node) == ("snapshot", first[1])
             assert first[0] != "snapshot"
 

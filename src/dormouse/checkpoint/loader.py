@@ -103,6 +103,15 @@ class Loader:
         if process is not None and process.ended is None:
             process.ask(messages.Forget(call=process.new_call(), checkpoint=checkpoint), self._call_seconds)
 
+    def memory_of(self, device: str) -> int:
+        """The bytes that a GPU has in all. Raises HostError."""
+        self.warm(device)
+        told = self.describe()
+        found = {gpu.device: gpu.total for gpu in told.gpus} if told is not None else {}
+        if device not in found:
+            raise HostError(f"the loader knows nothing of {device}", remedy="Try again; see the node's log")
+        return found[device]
+
     def describe(self) -> messages.Statistics | None:
         """Figures of a loader that runs. Raises HostError."""
         process = self._process

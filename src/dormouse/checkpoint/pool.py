@@ -4,8 +4,9 @@
 
 Segments of this machine's memory are made here; those on a GPU by the loader, which has a pool like this one for each.
 
-A segment that was taken with `keep` (an adapter's) stays for a while when its last user has gone, so that the next one
-finds it in memory: the kept ones together take at most `keep_bytes`, and those that were longest unused go first.
+A segment that was taken with `keep` stays for a while when its last user has gone, so that the next one finds it in
+memory, decoded: the kept ones together take at most `keep_bytes`, and those that were longest unused go first. Whoever
+keeps accounts of memory is told what they take (`kept`), and may have any of them go (`forget`).
 
 The handle's pipe tells when the segment is filled, or why it never will be. A failed fill is forgotten at once: who
 has its handle is told, and the next `take` begins anew.
@@ -32,6 +33,7 @@ _MODEL_REMEDY = "Restart `dormouse serve` if the model was imported anew; else i
 _ADAPTER_REMEDY = (
     "Unload the adapter and load it again if it was imported anew; else import it again with --replace first"
 )
+_MAX_KEPT = 256  # every answer of the host service names all of them
 log = logging.getLogger(__name__)
 
 
@@ -106,7 +108,9 @@ class SegmentPool:
         self._lock = threading.Lock()
         self._segments: dict[str, _Shared] = {}  # kept ones too, in the order in which they were last used
 
-    def take(self, checkpoint: str, user: str, *, keep: bool = False, device: str = "cpu") -> SegmentHandle:
+    def take(
+        self, checkpoint: str, user: str, *, keep: bool = False, adapter: bool = False, device: str = "cpu"
+    ) -> SegmentHandle:
         """The segment of a checkpoint for `user`, filled or filling. On a GPU nothing is kept that nobody uses. Raises
         NotFoundError, DamagedError, HostError."""
         if device != "cpu":
@@ -115,7 +119,7 @@ class SegmentPool:
             return self._loader.take(checkpoint, user, device)
         try:
             with self._lock:
-                shared = self._segments.get(checkpoint) or self._begin(checkpoint, adapter=keep)
+                shared = self._segments.get(checkpoint) or self._begin(checkpoint, adapter=adapter)
                 shared.users.add(user)
                 shared.keep = keep
                 return _handle(shared)
@@ -145,9 +149,13 @@ class SegmentPool:
                     self._retire(checkpoint, shared)
 
     @property
-    def kept_bytes(self) -> int:
-        """What the segments without a user take."""
-        return sum(shared.segment.size for shared in self._segments.values() if not shared.users)
+    def kept(self) -> dict[str, int]:
+        """The segments without a user and the bytes they take, the longest unused first."""
+        with self._lock:
+            return self._unused()
+
+    def _unused(self) -> dict[str, int]:
+        return {name: shared.segment.size for name, shared in self._segments.items() if not shared.users}
 
     def _retire(self, checkpoint: str, shared: _Shared) -> None:
         """The last user has gone: keep the segment, as the one used last, or free it."""
@@ -156,12 +164,12 @@ class SegmentPool:
             _free(shared)
             return
         self._segments[checkpoint] = shared
-        for name, other in list(self._segments.items()):
-            if self.kept_bytes <= self._keep_bytes:
+        unused = self._unused()
+        for name in list(unused):
+            if sum(unused.values()) <= self._keep_bytes and len(unused) <= _MAX_KEPT:
                 return
-            if not other.users:
-                del self._segments[name]
-                _free(other)
+            del unused[name]
+            _free(self._segments.pop(name))
 
     def _begin(self, checkpoint: str, *, adapter: bool) -> _Shared:
         manifest = self._manifest(checkpoint, _ADAPTER_REMEDY if adapter else _MODEL_REMEDY)

@@ -65,6 +65,10 @@ class SegmentArena(Protocol):
     def mapped(self) -> bool:
         """Whether something is behind the addresses."""
 
+    @property
+    def device_bytes(self) -> int:
+        """What is taken of a GPU while all is mapped."""
+
     def map(self, handles: Sequence[SegmentHandle]) -> None:
         """Put segments behind the addresses, which are taken the first time, and close the handles."""
 
@@ -113,6 +117,11 @@ class Arena:
     def mapped(self) -> bool:
         """Whether something is behind the addresses."""
         return self._mapped or not self._slots
+
+    @property
+    def device_bytes(self) -> int:
+        """Nothing: it is the machine's memory."""
+        return 0
 
     def map(self, handles: Sequence[SegmentHandle]) -> None:
         """Put segments behind the slots, reserving these the first time, and close the handles.

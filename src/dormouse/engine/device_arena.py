@@ -78,6 +78,11 @@ class DeviceArena:
         return self._mapped
 
     @property
+    def device_bytes(self) -> int:
+        """What weights and scratch take while they are mapped."""
+        return sum(self._rounded(slot.size) for slot in self._slots) + self.scratch_bytes
+
+    @property
     def scratch_bytes(self) -> int:
         """What all scratch takes while it is mapped."""
         with self._lock:

@@ -175,11 +175,13 @@ class Prepared(_Message, frozen=True, tag="prepared"):
 
 
 class Loaded(_Message, frozen=True, tag="loaded"):
-    """The model is ready. `context` is the longest prompt + answer in tokens; `phases` are seconds by name."""
+    """The model is ready. `context` is the longest prompt + answer in tokens; `phases` are seconds by name;
+    `device_bytes` is what it takes of a GPU while it is awake, weights included."""
 
     context: int
     kv_tokens: int
     phases: dict[str, float]
+    device_bytes: int = 0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -231,9 +233,10 @@ class Quiesced(_Message, frozen=True, tag="quiesced"):
 
 
 class Resumed(_Message, frozen=True, tag="resumed"):
-    """Running again. `phases` are seconds by name."""
+    """Running again. `phases` are seconds by name, `device_bytes` as in `Loaded`."""
 
     phases: dict[str, float]
+    device_bytes: int = 0
 
 
 class WorkerError(_Message, frozen=True, tag="worker_error"):

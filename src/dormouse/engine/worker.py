@@ -254,7 +254,7 @@ class Worker:
         with phases.time("weights"):
             arena.wait()
         self._engine = engine
-        self._send(msgspec.structs.replace(loaded, phases=phases))
+        self._send(msgspec.structs.replace(loaded, phases=phases, device_bytes=arena.device_bytes))
 
     def _fitting_engine(self, spec: Load) -> Engine:
         if self._prepared is None:
@@ -314,7 +314,7 @@ class Worker:
             with phases.time("engine"):
                 self._engine.resume()
         self._parked = False
-        self._send(Resumed(phases=phases))
+        self._send(Resumed(phases=phases, device_bytes=self._arena.device_bytes if self._arena is not None else 0))
 
     def _wake_arena(self) -> None:
         assert self._arena is not None

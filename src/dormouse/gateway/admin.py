@@ -105,6 +105,7 @@ class _Routes:
         self._model_actions: dict[str, Callable[[str], Awaitable[object]]] = {
             "snapshot": node.snapshot,
             "sleep": node.sleep,
+            "doze": lambda name: node.sleep(name, keep=True),
             "wake": node.wake,
         }
         self._adapter_actions: dict[str, Callable[[str], Awaitable[object]]] = {

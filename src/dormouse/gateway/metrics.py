@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import Metric
 
 from dormouse.errors import DormouseError
 from dormouse.node.node import Node
+from dormouse.node.parts import Evicted
 from dormouse.node.replica import Start, StartPath, State
 from dormouse.snapshot.service import CaptureResult
 
@@ -71,6 +72,12 @@ class Metrics:
             ("model", "reason"),
             registry=registry,
         )
+        self._evictions = Counter(
+            "dormouse_evictions",
+            "What was let go of to make room: weights, process (it dozed) or model (it was ready).",
+            ("model", "what"),
+            registry=registry,
+        )
         self._captures = Counter("dormouse_captures", "Captures by outcome.", ("model", "outcome"), registry=registry)
         self._captured_bytes = Counter(
             "dormouse_captured_bytes", "Bytes of captured images.", ("model", "kind"), registry=registry
@@ -122,6 +129,9 @@ class Metrics:
     def capture_failed(self, model: str, error: DormouseError) -> None:
         self._captures.labels(model, error.code).inc()
 
+    def evicted(self, model: str, what: Evicted) -> None:
+        self._evictions.labels(model, what).inc()
+
     def adapter_loaded(self, model: str, adapter: str, seconds: float) -> None:
         self._adapter_loads.labels(model, adapter).observe(seconds)
 
@@ -151,4 +161,9 @@ class _NodeGauges:
             memory.add_metric([status.name], status.rss_bytes)
             for name in State:
                 state.add_metric([status.name, name.value], float(status.state == name.value))
-        yield from (waiting, in_flight, memory, state)
+        kept = GaugeMetricFamily(
+            "dormouse_kept_weights_bytes",
+            "Weights in memory that no worker uses.",
+            value=sum(self._node.kept_weights().values()),
+        )
+        yield from (waiting, in_flight, memory, state, kept)

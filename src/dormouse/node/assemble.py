@@ -10,7 +10,7 @@ from dormouse.config import DataDir, ModelConfig, ServeConfig, gpus_of
 from dormouse.engine.identity import PACKAGES, worker_identity
 from dormouse.errors import ConfigError
 from dormouse.node.catalog import StoreCatalog
-from dormouse.node.memory import dram_tier
+from dormouse.node.memory import allotted, budget, dram_tier
 from dormouse.node.node import Node
 from dormouse.node.parts import Model
 from dormouse.node.templates import TemplateSpec
@@ -27,7 +27,10 @@ async def assemble_node(config: ServeConfig) -> Node:
     return Node(
         config,
         lambda: HostService.start(
-            folders.root, keep_bytes=config.adapter_memory, dram_tier=dram_tier(config), devices=gpus_of(config)
+            folders.root,
+            keep_bytes=allotted(config.kept_weights, budget(config)),
+            dram_tier=dram_tier(config),
+            devices=gpus_of(config),
         ),
         models,
         StoreCatalog(folders.store),

@@ -129,6 +129,18 @@ class _SegmentSender:
         except OSError as error:
             raise EngineError(f"the worker of {self._model} is gone: {error.strerror}") from error
 
+    def give_back(self) -> None:
+        """Let go of the descriptors: the worker has none behind its addresses, and the memory may be freed."""
+        for handle in self._handles:
+            handle.close()
+        self._handles = ()
+
+    def replace(self, handles: Sequence[SegmentHandle]) -> None:
+        """Take others of the same sizes for the worker that has let go of its own."""
+        self.give_back()
+        self._handles = handles
+        self._there = not handles
+
     def taken_away(self) -> None:
         """The worker has let go of them."""
         self._there = not self._handles
@@ -257,6 +269,15 @@ class WorkerLink:
         if "weights" in resumed.phases:  # it has a model and so has waited for them; a template waits at its load
             self._segments.filled()
         return resumed
+
+    def give_back_segments(self) -> None:
+        """Let go of the segments of a parked worker, so that their memory can be freed; it can't be resumed before it
+        has them again. Idempotent."""
+        self._segments.give_back()
+
+    def take_segments(self, handles: Sequence[SegmentHandle]) -> None:
+        """Own these segments of a parked worker; `resume` sends them."""
+        self._segments.replace(handles)
 
     async def load_adapter(self, name: str, adapter: ImportedAdapter, segment: SegmentHandle) -> None:
         """Have a worker that runs load an adapter, whose segment is filled. Raises EngineError, also when it does not

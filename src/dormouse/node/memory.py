@@ -15,6 +15,16 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _OVERHEAD = {"transformers": 1 << 30, "null": 64 << 20}
 
 
+def budget(config: ServeConfig) -> int:
+    """Bytes that all workers and what is kept for them may take together."""
+    return config.memory or int(host_memory.total() * 0.8)
+
+
+def allotted(setting: float, whole: int) -> int:
+    """Bytes of a setting that is a share of the budget (up to 1) or bytes."""
+    return int(setting * whole) if setting <= 1 else int(setting)
+
+
 def estimate(model: Model, engine: str) -> int:
     """Bytes a worker of this model is expected to take."""
     return model.weight_bytes + engine_bytes(engine)
@@ -32,6 +42,23 @@ def dram_tier(config: ServeConfig) -> int:
     return int(host_memory.total() * 0.15) if gpus_of(config) else 0
 
 
+CONTEXT_BYTES = 1 << 30
+"""What a process takes of a GPU before it has anything there: CUDA's context, code, libraries' workspaces."""
+
+_ON_GPU = {"null": 64 << 20}
+"""Beside the weights: CUDA's context, cache and scratch of a model that has not been loaded yet."""
+
+
+def gpu_estimate(model: Model, engine: str) -> int:
+    """Bytes of a GPU that a worker of this model is expected to take before it has told."""
+    return model.weight_bytes + _ON_GPU.get(engine, 3 << 30)
+
+
+def gpu_budget(config: ServeConfig, total: int) -> int:
+    """Bytes of a GPU that models may take."""
+    return min(config.gpu_memory or total, int(total * 0.95))
+
+
 def oom_kills() -> int:
     """How many processes this kernel has killed for want of memory; 0 where it does not tell."""
     try:
@@ -39,6 +66,17 @@ def oom_kills() -> int:
     except OSError:
         return 0
     return int(words[words.index("oom_kill") + 1]) if "oom_kill" in words else 0
+
+
+def own_bytes(pid: int) -> int:
+    """The memory that only this process keeps from being freed: its anonymous pages, in memory and in swap; 0 when it
+    has gone. Pages of files don't count, which the kernel can drop, nor segments, which others own."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    fields = dict(line.split(":", 1) for line in lines)
+    return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "VmSwap") if name in fields)
 
 
 def resident_bytes(pid: int) -> int:

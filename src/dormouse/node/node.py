@@ -17,17 +17,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from dataclasses import replace
 from typing import Any, Self
 
-from dormouse import host_memory
 from dormouse.config import DataDir, ModelConfig, ServeConfig
 from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError, RequestError, SnapshotError
 from dormouse.node.adapters import OpenAdapter, Served, Shelf
-from dormouse.node.memory import engine_bytes
-from dormouse.node.parts import Catalog, Host, Model, Observer
+from dormouse.node.memory import allotted, budget, engine_bytes, gpu_budget
+from dormouse.node.parts import Catalog, Evicted, Host, Model, Observer
 from dormouse.node.presence import NodeState, hold_lock, publish, withdraw
 from dormouse.node.replica import Offer, OfferTemplate, Start, State, Withdraw
 from dormouse.node.runner import AbandonedError, Lease, ModelStatus, Runner, Surroundings
 from dormouse.node.templates import Templates, TemplateSpec, spec_of
-from dormouse.schedule.eviction import Resident, plan_eviction
+from dormouse.schedule.dozing import displaced, may_stay
+from dormouse.schedule.eviction import Dozer, Plan, Resident, plan_eviction
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,11 @@ class Node:
         self._shelf = Shelf()
         self._wall_clock = wall_clock
         self.started = wall_clock()
-        self._budget = config.memory or int(host_memory.total() * 0.8)
+        self._budget = budget(config)
+        self._sleep_limit = allotted(config.sleep_memory, self._budget)
+        self._gpu_budgets: dict[str, int] = {}
+        self._in_need: set[Runner] = set()
+        self._host: Host | None = None
         self._observers: list[Observer] = []
         self._runners: dict[str, Runner] = {}
         self._specs: dict[str, TemplateSpec | None] = {}
@@ -80,14 +84,17 @@ class Node:
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as exits:
             exits.enter_context(hold_lock(self._data_dir.create().run))
-            host = await self._start_host()
+            host = self._host = await self._start_host()
             exits.push_async_callback(host.close)
             around = Surroundings(
                 host=host,
                 observers=self._observers,
                 step_timeout=self._config.start_timeout,
                 max_queue=self._config.max_queue,
+                processes_stay=self._sleep_limit > 0,
                 make_room=self._make_room,
+                may_doze=self._may_doze,
+                dozed=lambda: asyncio.get_running_loop().call_soon(self._displace),
                 changed=self._notify,
                 captured=self._retire_older,
                 quarantine=self._quarantine,
@@ -190,10 +197,13 @@ class Node:
         async with self.replica(name) as lease:
             return lease.start
 
-    async def sleep(self, name: str) -> ModelStatus:
-        """Put the model to sleep once no request runs, and wait for it. Raises what kept it from being captured."""
+    async def sleep(self, name: str, *, keep: bool = False) -> ModelStatus:
+        """Put the model to sleep once no request runs, and wait for it; `keep`: its process stays if there is room.
+        Raises what kept it from being captured."""
         runner = self._runner(name)
-        await self._slept(runner, self._press(runner, capture=False))
+        sleeps = runner.replica.sleeps
+        runner.press(keep=keep)
+        await self._slept(runner, sleeps, keep=keep)
         if (error := runner.missing_snapshot) is not None:
             raise error
         return runner.status()
@@ -207,9 +217,9 @@ class Node:
         before = runner.replica.snapshot_id
         if runner.replica.state in (State.ASLEEP, State.STOPPING):
             async with self.replica(name):  # it may have no keep-alive: it must be told before the lease ends
-                sleeps = self._press(runner, capture=True)
+                sleeps = self._press_for_capture(runner)
         else:
-            sleeps = self._press(runner, capture=True)
+            sleeps = self._press_for_capture(runner)
         await self._slept(runner, sleeps)
         if runner.replica.snapshot_id in (None, before):
             raise runner.replica.last_error or SnapshotError(
@@ -314,14 +324,13 @@ class Node:
     def _is_quiet(self) -> bool:
         replicas = [runner.replica for runner in self._runners.values()]
         return all(
-            replica.state in (State.ASLEEP, State.READY) and not replica.waiting and not replica.in_flight
+            replica.state in (State.ASLEEP, State.DOZING, State.READY) and not replica.waiting and not replica.in_flight
             for replica in replicas
         )
 
     def _may_make_template(self, spec: TemplateSpec) -> bool:
         """Whether a model that could use it has been awake here, and there is room for a worker without a model."""
-        taken = sum(resident.bytes for resident in self._residents())
-        return taken + engine_bytes(spec.engine) <= self._budget and any(
+        return engine_bytes(spec.engine) <= self._free() and any(
             self._specs[name] == spec and runner.replica.sleeps for name, runner in self._runners.items()
         )
 
@@ -331,15 +340,27 @@ class Node:
                 runner.note(OfferTemplate(template_id))
 
     @staticmethod
-    def _press(runner: Runner, *, capture: bool) -> int:
-        """Tell it to sleep; how often it had slept by then."""
-        runner.press(capture=capture)
+    def _press_for_capture(runner: Runner) -> int:
+        """Tell it to be captured and sleep; how often it had slept by then."""
+        runner.press(capture=True)
         return runner.replica.sleeps
 
-    async def _slept(self, runner: Runner, sleeps: int) -> None:
-        """Wait until it has been asleep; a request that waits may have woken it again by then."""
-        while runner.replica.state is not State.ASLEEP and runner.replica.sleeps == sleeps:
+    async def _slept(self, runner: Runner, sleeps: int, *, keep: bool = False) -> None:
+        """Wait until it has been asleep (dozing counts when it may `keep` its process); a request that waits may have
+        woken it again by then."""
+        done = (State.ASLEEP, State.DOZING) if keep else (State.ASLEEP,)
+        while runner.replica.state not in done and runner.replica.sleeps == sleeps:
             await self._changed.wait()
+
+    def kept_weights(self) -> Mapping[str, int]:
+        """The bytes of weights in memory that no worker uses, by checkpoint, the longest unused first."""
+        return self._host.kept_weights if self._host is not None else {}
+
+    async def free_weights(self) -> None:
+        """Let go of all weights in memory that no worker uses: the next starts read them again."""
+        if self._host is not None:
+            for checkpoint in list(self._host.kept_weights):
+                await self._host.drop_segment(None, checkpoint)
 
     def _runner(self, name: str) -> Runner:
         runner = self._runners.get(name)
@@ -352,15 +373,25 @@ class Node:
         return runner
 
     async def _make_room(self, runner: Runner) -> None:
-        """Wait until the runner's worker fits the budget, putting idle ones to sleep for it. What such a model is
-        expected to take must fit; that it once took more only makes more room for it, as far as there is any. Raises
-        HostError when it never can, AbandonedError when nobody waits for it any more."""
+        """Wait until the runner's worker fits the budget, freeing weights, ending processes that doze and putting idle
+        models to sleep for it. What such a model is expected to take must fit; that it once took more only makes more
+        room for it, as far as there is any.
+
+        Raises HostError when it never can, and when a process that dozes would wait for others (it goes, so that no two
+        of them wait for each other); AbandonedError when nobody waits for it any more."""
         needed = runner.expected
         if needed > self._budget:
             raise HostError(
                 f"model {runner.model.name} needs about {needed >> 20} MiB, the budget is {self._budget >> 20} MiB",
                 remedy="Raise `memory`, or serve a smaller model",
             )
+        await self._check_gpu(runner)
+        try:
+            await self._until_room(runner, needed)
+        finally:
+            self._in_need.discard(runner)
+
+    async def _until_room(self, runner: Runner, needed: int) -> None:
         while runner.replica.waiting > 0:
             kept = sum(other.held for other in self._runners.values() if self._is_kept(other))
             if needed + kept > self._budget:
@@ -370,32 +401,150 @@ class Node:
                     remedy="Raise `memory`, or give one of them a keep_alive",
                 )
             room = min(runner.peak, self._budget - kept)
-            plan = plan_eviction(self._residents(), needed=room, budget=self._budget)
-            if plan.fits:
+            plan, on_gpu = self._plan_for(runner, room), self._plan_on_gpu(runner)
+            if plan.fits:  # a process that dozes is in nobody's way then
+                self._in_need.discard(runner)
+            else:
+                self._in_need.add(runner)
+            if plan.fits and on_gpu.fits:
                 runner.admitted = True
                 return
-            for name in plan.evict:
-                log.info("model %s must sleep to make room for %s", name, runner.model.name)
-                self._runners[name].press()
-            await self._changed.wait()
+            changed = self._changed
+            await self._make_way(plan, runner)
+            self._make_way_on_gpu(on_gpu, runner, besides=plan.evict)
+            leaving = any(resident.leaving for resident in self._residents(but=runner))
+            if runner.replica.state is State.WAKING and not (plan.weights or plan.evict or on_gpu.evict or leaving):
+                raise HostError(
+                    f"there is no room for {runner.model.name} to wake beside what others take",
+                    remedy="Raise `memory`; it waits for room without its process",
+                )
+            if not plan.weights:
+                await changed.wait()
         raise AbandonedError
+
+    async def _check_gpu(self, runner: Runner) -> None:
+        """Whether its GPU is there and large enough at all. Raises HostError."""
+        if runner.gpu is None:
+            return
+        if runner.gpu not in self._gpu_budgets:
+            assert self._host is not None
+            self._gpu_budgets[runner.gpu] = gpu_budget(self._config, await self._host.gpu_memory(runner.gpu))
+        most = self._gpu_budgets[runner.gpu]
+        if runner.gpu_bytes > most:
+            raise HostError(
+                f"model {runner.model.name} needs about {runner.gpu_bytes >> 20} MiB of {runner.gpu}, its budget is"
+                f" {most >> 20} MiB",
+                remedy="Raise `gpu_memory`, give it a smaller cache (kv_tokens), or serve a smaller model",
+            )
+
+    def _plan_on_gpu(self, runner: Runner) -> Plan:
+        """Which models on its GPU must sleep for it. What dozes holds nothing there.
+
+        Raises HostError when models that are kept forever leave it no room."""
+        if runner.gpu is None:
+            return Plan(fits=True)
+        there = [
+            (name, other)
+            for name, other in self._runners.items()
+            if other is not runner and other.admitted and other.gpu == runner.gpu
+        ]
+        most = self._gpu_budgets[runner.gpu]
+        kept = sum(other.gpu_bytes for _name, other in there if self._is_kept(other))
+        if runner.gpu_bytes + kept > most:
+            raise HostError(
+                f"model {runner.model.name} needs about {runner.gpu_bytes >> 20} MiB of {runner.gpu}; models that are"
+                f" kept forever take {kept >> 20} MiB of its budget of {most >> 20} MiB",
+                remedy="Raise `gpu_memory`, or give one of them a keep_alive or another GPU",
+            )
+        residents = [replace(self._resident(name, other), bytes=other.gpu_bytes) for name, other in there]
+        return plan_eviction(residents, needed=runner.gpu_bytes, budget=most)
+
+    def _make_way_on_gpu(self, plan: Plan, runner: Runner, *, besides: Sequence[str]) -> None:
+        """Put models to sleep for their GPU; their processes may stay."""
+        for name in plan.evict:
+            if name not in besides:
+                log.info("model %s must sleep to make room on %s for %s", name, runner.gpu, runner.model.name)
+                self._runners[name].press(keep=True)
+                self._tell_evicted(name, "model")
+
+    def _plan_for(self, runner: Runner, needed: int) -> Plan:
+        """Who goes for it. Its own weights, if they are kept, are part of what it needs."""
+        own = runner.model.checkpoint
+        return plan_eviction(
+            self._residents(but=runner),
+            needed=needed,
+            budget=self._budget,
+            dozers=self._dozers(),
+            weights={name: size for name, size in self.kept_weights().items() if name != own},
+            now=asyncio.get_running_loop().time(),
+        )
+
+    async def _make_way(self, plan: Plan, runner: Runner) -> None:
+        assert self._host is not None
+        owners = {model.checkpoint: name for name, model in self.models.items()}
+        for checkpoint in plan.weights:
+            name = owners.get(checkpoint, "other")
+            log.info("kept weights (%s) are freed to make room for %s", checkpoint, runner.model.name)
+            await self._host.drop_segment(None, checkpoint)
+            self._tell_evicted(name, "weights")
+        for name in plan.evict:
+            dozing = self._runners[name].replica.state is State.DOZING
+            log.info("model %s must sleep to make room for %s", name, runner.model.name)
+            self._runners[name].press()
+            self._tell_evicted(name, "process" if dozing else "model")
+
+    def _tell_evicted(self, name: str, what: Evicted) -> None:
+        for observer in self._observers:
+            observer.evicted(name, what)
+
+    def _may_doze(self, runner: Runner, own: int) -> bool:
+        """Whether a process that was parked may stay, with so many bytes of its own."""
+        return may_stay(own, limit=self._sleep_limit, free=self._free(but=runner), wanted=bool(self._in_need))
+
+    def _displace(self) -> None:
+        """One more process dozes: others go for it if they are too many."""
+        now = asyncio.get_running_loop().time()
+        for name in displaced(self._dozers(), limit=self._sleep_limit, now=now):
+            log.info("the process of model %s goes, for others doze within `sleep_memory`", name)
+            self._runners[name].press()
+            self._tell_evicted(name, "process")
+
+    def _free(self, but: Runner | None = None) -> int:
+        """What of the budget nobody takes."""
+        residents = self._residents(but=but)
+        held = sum(resident.bytes for resident in residents) + sum(dozer.bytes for dozer in self._dozers())
+        return self._budget - held - sum(self.kept_weights().values())
+
+    def _dozers(self) -> list[Dozer]:
+        """The processes that doze."""
+        return [
+            Dozer(name, size, runner.replica.since, runner.replica.cost_of_return)
+            for name, runner in self._runners.items()
+            if runner.replica.state is State.DOZING and (size := runner.dozing_bytes)
+        ]
 
     @staticmethod
     def _is_kept(runner: Runner) -> bool:
         """Whether a worker holds memory that only the end of the node gives back."""
         return runner.admitted and runner.replica.kept_forever and runner.replica.state is State.READY
 
-    def _residents(self) -> list[Resident]:
-        return [
-            Resident(
-                name=name,
-                bytes=runner.held if runner.replica.kept_forever else runner.peak,
-                idle_since=None if runner.replica.kept_forever else runner.replica.idle_since,
-                leaving=runner.replica.leaving,
-            )
-            for name, runner in self._runners.items()
-            if runner.admitted
+    def _residents(self, but: Runner | None = None) -> list[Resident]:
+        """What holds memory and does not doze; a process on its way from or out of its doze can't be told to go."""
+        there = [(name, runner) for name, runner in self._runners.items() if runner is not but]
+        return [self._resident(name, runner) for name, runner in there if runner.admitted] + [
+            Resident(name, size, leaving=runner.replica.leaving)
+            for name, runner in there
+            if runner.replica.state is not State.DOZING and (size := runner.dozing_bytes)
         ]
+
+    @staticmethod
+    def _resident(name: str, runner: Runner) -> Resident:
+        return Resident(
+            name=name,
+            bytes=runner.held if runner.replica.kept_forever else runner.peak,
+            idle_since=None if runner.replica.kept_forever else runner.replica.idle_since,
+            leaving=runner.replica.leaving,
+        )
 
     def _notify(self) -> None:
         self._changed.set()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from dormouse.errors import DormouseError
 from dormouse.node.replica import Start, StartPath
@@ -15,25 +15,37 @@ from dormouse.snapshot.capture import SNAPSHOT_KIND
 from dormouse.snapshot.service import CaptureResult, WorkerHandle
 from dormouse.transfer.handles import SegmentHandle
 
+Evicted = Literal["weights", "process", "model"]
+"""What went to make room: kept weights, a process that dozed, an idle model that was ready."""
+
 
 class Host(Protocol):
     """`dormouse.snapshot.service.HostService`: see there for what each call promises."""
+
+    @property
+    def kept_weights(self) -> Mapping[str, int]: ...
 
     async def start_worker(
         self, *, log_path: Path, checkpoint: str | None = None, device: str = "cpu"
     ) -> WorkerHandle: ...
 
     async def capture(
-        self, worker: WorkerHandle, *, model: str, key: dict[str, str], kind: str = SNAPSHOT_KIND
+        self, worker: WorkerHandle, *, model: str, key: dict[str, str], kind: str = SNAPSHOT_KIND, keep: bool = False
     ) -> CaptureResult: ...
 
     async def restore(
         self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None, device: str = "cpu"
     ) -> WorkerHandle: ...
 
-    async def take_segment(self, worker: WorkerHandle, checkpoint: str) -> SegmentHandle: ...
+    async def take_segment(
+        self, worker: WorkerHandle, checkpoint: str, *, adapter: bool = True, device: str = "cpu"
+    ) -> SegmentHandle: ...
 
     async def drop_segment(self, worker: WorkerHandle | None, checkpoint: str, *, keep: bool = False) -> None: ...
+
+    async def drop_segments(self, worker: WorkerHandle) -> None: ...
+
+    async def gpu_memory(self, device: str) -> int: ...
 
     async def stop_worker(self, worker: WorkerHandle) -> None: ...
 
@@ -93,8 +105,8 @@ class Catalog(Protocol):
 
 
 class Observer(Protocol):
-    """Is told once about every start, capture and loading of an adapter, on the event loop, with the figures that are
-    also logged."""
+    """Is told once about every start, capture, loading of an adapter and whatever goes to make room, on the event loop,
+    with the figures that are also logged."""
 
     def started(self, model: str, start: Start, phases: Mapping[str, float]) -> None: ...
 
@@ -109,6 +121,8 @@ class Observer(Protocol):
     def captured(self, model: str, result: CaptureResult, phases: Mapping[str, float]) -> None: ...
 
     def capture_failed(self, model: str, error: DormouseError) -> None: ...
+
+    def evicted(self, model: str, what: Evicted) -> None: ...
 
     def adapter_loaded(self, model: str, adapter: str, seconds: float) -> None: ...
 

@@ -5,21 +5,30 @@
                  |           v                 |          v            v
                  +------> starting --Done------+------ resuming <------+        any of these -> stopping -> asleep
 
-A start takes the first path that is open: its snapshot, a template of its engine (a worker that has no model yet), or
-cold. A path that fails is told (`Fallback`) and the next one is taken, so a waiter never gets one for another.
+                                       ready -> quiescing (-> capturing) -> dozing -> waking --Done--> ready
 
-Each state but asleep and ready has exactly one operation under way; the runner (runner.py) carries it out and reports
-`Done` or `Failed`. So there is never more than one worker, and a result can't be mistaken for another's. A request
-holds a waiter's number from `Request` until `Leave`; every waiter gets exactly one `Serve` or `Fail`, unless it leaves
-first.
+A replica that is *dozing* has its process still, parked and without weights; one that is asleep has none. Whether the
+process may stay is told with the end of the quiescing (`Done.keep`), when it is known what it takes.
 
-Three choices worth knowing:
+A start takes the first path that is open: the process that dozes, its snapshot, a template of its engine (a worker
+that has no model yet), or cold. A path that fails is told (`Fallback`) and the next one is taken, so a waiter never
+gets one for another.
+
+Each state but asleep, dozing and ready has exactly one operation under way; the runner (runner.py) carries it out and
+reports `Done` or `Failed`. So there is never more than one worker, and a result can't be mistaken for another's. A
+request holds a waiter's number from `Request` until `Leave`; every waiter gets exactly one `Serve` or `Fail`, unless it
+leaves first.
+
+Choices worth knowing:
 
 - A request that arrives while the worker is being quiesced makes it resume at once: that takes milliseconds. One that
   arrives during the capture itself waits for the commit and the restore: a dump can't be interrupted safely, and with
   the snapshot committed the same wait is never paid again.
-- A capture that fails leaves the worker running; the next attempt comes after twice the keep-alive, and after three
-  failures the idle model is stopped without a snapshot, for memory held by an idle model is what users pay for.
+- A capture that fails leaves the worker there: it dozes where it may, else it runs on and the next attempt comes after
+  twice the keep-alive. After three failures the idle model is captured no more and its worker is stopped if it may not
+  doze, for memory held by an idle model is what users pay for.
+- A process that dozes is only a cache: `Sleep` (somebody needs its room) ends it at once, and its death costs nobody a
+  request and no snapshot its good name.
 - A snapshot that fails to restore, or whose worker dies before it has answered anyone, is tried once more and then
   quarantined: it is never used again, and the next idle time makes a new one. What is not the snapshot's fault (this
   host is out of something, the snapshot belongs to another host) never counts against it; damage does so at once.
@@ -54,8 +63,9 @@ MAX_RESTORE_FAILURES = 2
 MAX_QUARANTINES = 3
 STOP_RETRY = 5.0
 _FIRST_GUESS = 5.0
+_GUESSES: Mapping[str, float] = {"snapshot": 1.0, "template": 3.0, "cold": _FIRST_GUESS}
 
-StartPath = Literal["hot", "snapshot", "template", "cold"]
+StartPath = Literal["hot", "sleep", "snapshot", "template", "cold"]
 
 
 class State(StrEnum):
@@ -64,9 +74,11 @@ class State(StrEnum):
     ASLEEP = "asleep"
     STARTING = "starting"
     RESTORING = "restoring"
+    WAKING = "waking"
     READY = "ready"
     QUIESCING = "quiescing"
     CAPTURING = "capturing"
+    DOZING = "dozing"
     RESUMING = "resuming"
     STOPPING = "stopping"
 
@@ -127,17 +139,18 @@ class Leave:
 @dataclass(frozen=True)
 class Done:
     """The operation under way has succeeded; `snapshot_id` is a capture's. `proven`: the restored worker has answered
-    a known question as it should."""
+    a known question as it should. `keep`: there is room for the process that has been parked."""
 
     snapshot_id: str | None = None
     proven: bool = False
+    keep: bool = False
     phases: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The operation under way has failed. After a failed start nothing runs; after a failed capture the worker does.
-    `restored`: a worker had been restored and answered, what failed came after that."""
+    """The operation under way has failed. After a failed start nothing runs; after a failed capture the worker is
+    there. `restored`: a worker had been restored and answered, what failed came after that."""
 
     error: DormouseError
     restored: bool = False
@@ -145,21 +158,24 @@ class Failed:
 
 @dataclass(frozen=True)
 class Abandoned:
-    """The start under way was given up before it did anything: nobody wants it any more."""
+    """The start under way was given up before it did anything (a process that dozed is as it was): nobody wants it any
+    more."""
 
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """The worker of a ready replica has ended by itself."""
+    """The worker of a ready or dozing replica has ended by itself."""
 
     error: DormouseError
 
 
 @dataclass(frozen=True)
 class Sleep:
-    """Sleep as soon as no request runs, whatever the keep-alive says; `capture`: and make a new snapshot."""
+    """Sleep as soon as no request runs, whatever the keep-alive says; `capture`: and make a new snapshot; `keep`: the
+    process may stay."""
 
     capture: bool = False
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -232,13 +248,20 @@ class RestoreTemplate:
 
 
 @dataclass(frozen=True)
+class Wake:
+    """Give the process that dozes its weights and resume it."""
+
+
+@dataclass(frozen=True)
 class Quiesce:
     """Ask the worker to park."""
 
 
 @dataclass(frozen=True)
 class Capture:
-    """Capture the parked worker and end it."""
+    """Capture the parked worker and end it; `keep`: leave it parked."""
+
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -277,7 +300,8 @@ class Ready:
 
 @dataclass(frozen=True)
 class Fallback:
-    """Tell: a start path was not taken to its end, another follows if anyone still waits."""
+    """Tell: a start path was not taken to its end, another follows if anyone still waits. `snapshot_id` is empty for a
+    process that dozed."""
 
     path: StartPath
     snapshot_id: str
@@ -321,12 +345,23 @@ class GiveUp:
     quarantined: int
 
 
-Starting = StartCold | Restore | RestoreTemplate
+Starting = StartCold | Restore | RestoreTemplate | Wake
 Operation = Starting | Quiesce | Capture | Resume | Stop
 Told = Ready | Fallback | Retry | Quarantine | CaptureFailed | GiveUp
 Effect = Operation | Serve | Fail | Told | Discard
 
-_PATHS: Mapping[type[Starting], StartPath] = {StartCold: "cold", Restore: "snapshot", RestoreTemplate: "template"}
+_PATHS: Mapping[type[Starting], StartPath] = {
+    StartCold: "cold",
+    Restore: "snapshot",
+    RestoreTemplate: "template",
+    Wake: "sleep",
+}
+_STARTS_IN: Mapping[type[Starting], State] = {
+    StartCold: State.STARTING,
+    Restore: State.RESTORING,
+    RestoreTemplate: State.RESTORING,
+    Wake: State.WAKING,
+}
 
 
 @dataclass(frozen=True)
@@ -348,6 +383,7 @@ class Replica:
         snapshots: bool,
         snapshot_id: str | None,
         now: float,
+        dozes: bool = False,
     ) -> None:
         self.model = model
         self.state = State.ASLEEP
@@ -361,6 +397,7 @@ class Replica:
         self._max_queue = max_queue
         self._max_concurrent = max_concurrent
         self._snapshots = snapshots
+        self._dozes = dozes
         self._waiters: dict[int, _Waiter] = {}
         self._running: set[int] = set()
         self._attempt: Starting = StartCold()
@@ -368,12 +405,14 @@ class Replica:
         self._restore_failures = 0
         self._capture_failures = 0
         self._quarantines = 0
-        self._pressed = False
+        self._pressed = self._kept_when_pressed = False
+        self._keeping = False
         self._recapture = False
         self._closing = False
         self._began = now
         self._starts = 0
         self._last_start: Start | None = None
+        self._took: dict[str, float] = {}
         self._retry_stop_at: float | None = None
         self._effects: list[Effect] = []
 
@@ -388,8 +427,14 @@ class Replica:
         return len(self._running)
 
     @property
+    def cost_of_return(self) -> float:
+        """Seconds that a start without a process is expected to take."""
+        path = "snapshot" if self.snapshot_id else "template" if self.template_id else "cold"
+        return self._took.get(path, _GUESSES[path])
+
+    @property
     def leaving(self) -> bool:
-        """Its memory is about to be freed."""
+        """Its memory is about to be freed, or most of it."""
         return self.state in (State.QUIESCING, State.CAPTURING, State.STOPPING)
 
     @property
@@ -418,12 +463,12 @@ class Replica:
             case Failed():
                 self._failed(event, now)
             case Abandoned():
-                self._enter(State.ASLEEP, now)
+                self._enter(State.DOZING if self.state is State.WAKING else State.ASLEEP, now)
             case WorkerDied():
-                if self.state is State.READY:
+                if self.state in (State.READY, State.DOZING):
                     self._worker_died(event.error, now)
             case Sleep():
-                self._press(event.capture)
+                self._press(event)
             case Offer() | Withdraw() | OfferTemplate():
                 self._take_note(event)
             case Shutdown():
@@ -463,9 +508,12 @@ class Replica:
         if isinstance(self._attempt, Restore):
             self._quarantines = 0
 
-    def _press(self, capture: bool) -> None:
-        self._pressed = self.state is not State.ASLEEP
-        if self._pressed and capture:
+    def _press(self, event: Sleep) -> None:
+        if self.state is State.ASLEEP or (self.state is State.DOZING and event.keep and not event.capture):
+            return
+        self._kept_when_pressed = event.keep and (self._kept_when_pressed or not self._pressed)
+        self._pressed = True
+        if event.capture:
             self._recapture = True
             self._capture_failures = self._quarantines = 0
 
@@ -487,32 +535,52 @@ class Replica:
 
     def _worker_died(self, error: DormouseError, now: float) -> None:
         self.last_error = error
-        if isinstance(self._attempt, Restore) and not self._proven and judge(error) is Verdict.SUSPECT:
-            self._suspect(self._attempt.snapshot_id, error)
+        attempt = self._attempt
+        unproven = self.state is State.READY and not self._proven  # one that dozes did nothing
+        if unproven and isinstance(attempt, Restore) and judge(error) is Verdict.SUSPECT:
+            self._suspect(attempt.snapshot_id, error)
         self._operate(State.STOPPING, Stop(), now)
 
     def _done(self, event: Done, now: float) -> None:
         match self.state:
-            case State.STARTING | State.RESTORING:
+            case State.STARTING | State.RESTORING | State.WAKING:
                 self._started(event, now)
             case State.QUIESCING:
-                if self._closing:
-                    self._operate(State.STOPPING, Stop(), now)
-                elif self._waiters:
-                    self._operate(State.RESUMING, Resume(), now)
-                else:
-                    self._operate(State.CAPTURING, Capture(), now)
+                self._parked(event.keep, now)
             case State.CAPTURING:
                 self._use(event.snapshot_id)
                 self._capture_failures = 0
-                self._enter(State.ASLEEP, now)
+                self._recapture = False
+                if self._keeping:
+                    self._lie_down(now)
+                else:
+                    self._enter(State.ASLEEP, now)
             case State.RESUMING:
                 self._enter(State.READY, now)
             case State.STOPPING:
                 self._enter(State.ASLEEP, now)
 
+    def _parked(self, room: bool, now: float) -> None:
+        self._keeping = room and self._may_keep
+        if self._closing:
+            self._operate(State.STOPPING, Stop(), now)
+        elif self._waiters:
+            self._operate(State.RESUMING, Resume(), now)
+        elif self._wants_capture:
+            self._operate(State.CAPTURING, Capture(keep=self._keeping), now)
+        else:
+            self._lie_down(now)
+
+    def _lie_down(self, now: float) -> None:
+        """The process is there and parked: it dozes if it still may."""
+        if self._keeping and self._may_keep:
+            self._enter(State.DOZING, now)
+        else:
+            self._operate(State.STOPPING, Stop(), now)
+
     def _started(self, event: Done, now: float) -> None:
         self._last_start = Start(_PATHS[type(self._attempt)], now - self._began)
+        self._took[self._last_start.path] = self._last_start.seconds
         self._proven = False
         if event.proven:
             self._prove()
@@ -524,17 +592,21 @@ class Replica:
     def _failed(self, event: Failed, now: float) -> None:
         error = self.last_error = event.error
         match self.state:
-            case State.RESTORING:
+            case State.RESTORING | State.WAKING:
                 self._restore_failed(event, now)
             case State.STARTING:
                 self._fail_waiters(error)
                 self._enter(State.ASLEEP, now)
             case State.QUIESCING:
-                self._capture_failed(error)
+                if self._wants_capture:
+                    self._capture_failed(error)
                 self._operate(State.STOPPING, Stop(), now)
             case State.CAPTURING:
                 self._capture_failed(error)
-                if self._waiters or not (self._pressed or self._closing):
+                if self._keeping and self._may_keep and not self._waiters:
+                    self._recapture = False
+                    self._lie_down(now)
+                elif self._waiters or not (self._pressed or self._closing):
                     self._operate(State.RESUMING, Resume(), now)
                 else:
                     self._operate(State.STOPPING, Stop(), now)
@@ -547,12 +619,16 @@ class Replica:
     def _restore_failed(self, event: Failed, now: float) -> None:
         attempt = self._attempt
         assert not isinstance(attempt, StartCold)
-        if isinstance(attempt, Restore):
-            again = self._snapshot_failed(attempt.snapshot_id, event)
-            following: Starting = RestoreTemplate(self.template_id) if self.template_id else StartCold()
-        else:
-            again, following = False, StartCold()
-            self._template_failed(attempt.template_id, event)
+        again, following = False, self._first_path()
+        match attempt:
+            case Wake():
+                self._effects.append(Fallback("sleep", "", event.error))
+            case Restore():
+                again = self._snapshot_failed(attempt.snapshot_id, event)
+                following = RestoreTemplate(self.template_id) if self.template_id else StartCold()
+            case RestoreTemplate():
+                self._template_failed(attempt.template_id, event)
+                following = StartCold()
         if not self._waiters:
             self._enter(State.ASLEEP, now)
         else:
@@ -617,12 +693,9 @@ class Replica:
         """What follows from the state alone, whichever event led to it."""
         if self.state is State.ASLEEP and self._waiters:
             self._began = now
-            if self.snapshot_id is not None:
-                self._start(Restore(self.snapshot_id), now)
-            elif self.template_id is not None:
-                self._start(RestoreTemplate(self.template_id), now)
-            else:
-                self._start(StartCold(), now)
+            self._start(self._first_path(), now)
+        elif self.state is State.DOZING:
+            self._stir(now)
         elif self.state is State.READY and self._closing:
             self._operate(State.STOPPING, Stop(), now)
         elif self.state is State.READY:
@@ -636,6 +709,27 @@ class Replica:
             if self._pressed or (deadline is not None and now >= deadline):
                 self._fall_asleep(now)
 
+    def _first_path(self) -> Starting:
+        """Where there is no process."""
+        if self.snapshot_id is not None:
+            return Restore(self.snapshot_id)
+        return RestoreTemplate(self.template_id) if self.template_id is not None else StartCold()
+
+    def _stir(self, now: float) -> None:
+        """What a process that dozes is roused by."""
+        if self._closing:
+            self._operate(State.STOPPING, Stop(), now)
+        elif self._waiters:
+            self._began = now
+            self._start(Wake(), now)
+        elif self._recapture and self._wants_capture:
+            self._keeping = False
+            self._operate(State.CAPTURING, Capture(), now)
+        elif not self._may_keep:
+            self._operate(State.STOPPING, Stop(), now)
+        else:
+            self._pressed = self._kept_when_pressed = self._recapture = False
+
     def _serve(self, now: float) -> None:
         while self._waiters and len(self._running) < self._max_concurrent:
             number = next(iter(self._waiters))
@@ -644,10 +738,18 @@ class Replica:
             start = self._last_start if waiter.starts < self._starts else None
             self._effects.append(Serve(number, start or Start("hot", now - waiter.arrived)))
 
-    def _fall_asleep(self, now: float) -> None:
-        wanted = self.snapshot_id is None or self._recapture
+    @property
+    def _wants_capture(self) -> bool:
         hopeful = self._capture_failures < MAX_CAPTURE_FAILURES and self._quarantines < MAX_QUARANTINES
-        if self._snapshots and wanted and hopeful:
+        return self._snapshots and hopeful and (self.snapshot_id is None or self._recapture)
+
+    @property
+    def _may_keep(self) -> bool:
+        """Whether nobody wants the process gone."""
+        return self._dozes and not self._closing and (self._kept_when_pressed or not self._pressed)
+
+    def _fall_asleep(self, now: float) -> None:
+        if self._wants_capture or self._may_keep:
             self._operate(State.QUIESCING, Quiesce(), now)
         else:
             self._operate(State.STOPPING, Stop(), now)
@@ -658,7 +760,7 @@ class Replica:
 
     def _start(self, attempt: Starting, now: float) -> None:
         self._attempt = attempt
-        self._operate(State.STARTING if isinstance(attempt, StartCold) else State.RESTORING, attempt, now)
+        self._operate(_STARTS_IN[type(attempt)], attempt, now)
 
     def _operate(self, state: State, operation: Operation, now: float) -> None:
         self._enter(state, now)
@@ -671,7 +773,8 @@ class Replica:
         self.idle_since = None
         self._retry_stop_at = None
         if state is State.ASLEEP:
-            self._pressed = self._recapture = False
+            self._pressed = self._kept_when_pressed = self._recapture = False
+        if state in (State.ASLEEP, State.DOZING):
             self.sleeps += 1
 
 

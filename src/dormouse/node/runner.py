@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from dormouse.config import ModelConfig
-from dormouse.engine.messages import Delta, Finished, Load, Prompt, Resumed, Sampling
+from dormouse.engine.messages import Delta, Finished, Load, Loaded, Prompt, Resumed, Sampling
 from dormouse.errors import DeadlineError, DormouseError, EngineError, HostError, StoreError
 from dormouse.node import canary
 from dormouse.node import replica as machine
 from dormouse.node.adapters import Fitting, Served
 from dormouse.node.link import WorkerLink
-from dormouse.node.memory import estimate, oom_kills, resident_bytes
+from dormouse.node.memory import CONTEXT_BYTES, estimate, gpu_estimate, oom_kills, own_bytes, resident_bytes
 from dormouse.node.parts import Host, Model, Observer
 from dormouse.node.replica import Replica, Start, State
 from dormouse.phases import Phases
@@ -62,7 +62,10 @@ class Surroundings:
     observers: list[Observer]
     step_timeout: float
     max_queue: int
+    processes_stay: bool
     make_room: Callable[[Runner], Awaitable[None]]
+    may_doze: Callable[[Runner, int], bool]
+    dozed: Callable[[], object]
     changed: Callable[[], None]
     captured: Callable[[str, str, str], None]
     quarantine: Callable[[str, DormouseError], None]
@@ -137,6 +140,7 @@ class Runner:
             snapshots=settings.snapshot,
             snapshot_id=snapshot_id,
             now=self._loop.time(),
+            dozes=settings.sleep and around.processes_stay,
         )
         self._wants_snapshot = settings.snapshot
         self._numbers = itertools.count(1)
@@ -145,10 +149,13 @@ class Runner:
         self._link: WorkerLink | None = None
         self._fitting: Fitting | None = None
         self._operation: asyncio.Task[machine.Done] | None = None
+        self._giving_back: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._restored = self._judged = False
         self._oom_kills = 0
         self.expected = self._peak = estimate(model, self._load.engine)
+        self.gpu = _gpu(self._load.device)
+        self.gpu_bytes = gpu_estimate(model, self._load.engine) if self.gpu else 0
 
     # For the node
 
@@ -158,6 +165,11 @@ class Runner:
         held = max(self.expected, resident_bytes(self._handle.pid) if self._handle is not None else 0)
         self._peak = max(self._peak, held)
         return held
+
+    @property
+    def dozing_bytes(self) -> int:
+        """What its parked process takes, as long as no room has been made for more."""
+        return own_bytes(self._handle.pid) if self._handle is not None and not self.admitted else 0
 
     @property
     def peak(self) -> int:
@@ -209,9 +221,9 @@ class Runner:
         if not shared:
             await self._around.host.drop_segment(self._handle, served.adapter.checkpoint)
 
-    def press(self, *, capture: bool = False) -> None:
-        """Sleep as soon as no request runs; `capture`: and make a new snapshot."""
-        self._dispatch(machine.Sleep(capture))
+    def press(self, *, capture: bool = False, keep: bool = False) -> None:
+        """Sleep as soon as no request runs; `capture`: and make a new snapshot; `keep`: the process may stay."""
+        self._dispatch(machine.Sleep(capture, keep))
 
     def note(self, event: machine.Offer | machine.Withdraw | machine.OfferTemplate) -> None:
         """Which snapshot or template there is."""
@@ -228,6 +240,9 @@ class Runner:
         if self._operation is not None:
             self._operation.cancel()
             await asyncio.wait([self._operation])
+        if self._giving_back is not None:
+            self._giving_back.cancel()
+            await asyncio.wait([self._giving_back])
         if self._fitting is not None:
             await self._fitting.close()
         if self._link is not None:
@@ -243,6 +258,8 @@ class Runner:
     def _dispatch(self, event: machine.Event) -> None:
         for effect in self.replica.handle(event, self._loop.time()):
             self._carry_out(effect)
+        if self.replica.state is State.DOZING and self.admitted:
+            self._doze()
         if self._timer is not None:
             self._timer.cancel()
         deadline = self.replica.deadline
@@ -276,7 +293,8 @@ class Runner:
                 for observer in self._around.observers:
                     observer.started(name, effect.start, effect.phases)
             case machine.Fallback():
-                log.warning("%s %s of model %s was not used: %s", effect.path, effect.snapshot_id, name, effect.error)
+                what = f"{effect.path} {effect.snapshot_id}" if effect.snapshot_id else "the process that dozed"
+                log.warning("%s of model %s was not used: %s", what, name, effect.error)
                 for observer in self._around.observers:
                     observer.fell_back(name, effect.path, effect.error)
             case machine.Retry():
@@ -299,12 +317,12 @@ class Runner:
 
     def _work(self, operation: machine.Operation) -> Coroutine[Any, Any, machine.Done]:
         match operation:
-            case machine.StartCold() | machine.Restore() | machine.RestoreTemplate():
+            case machine.StartCold() | machine.Restore() | machine.RestoreTemplate() | machine.Wake():
                 return self._bring_up(operation)
             case machine.Quiesce():
                 return self._quiesce()
             case machine.Capture():
-                return self._capture()
+                return self._capture(keep=operation.keep)
             case machine.Resume():
                 return self._resume()
             case machine.Stop():
@@ -323,7 +341,9 @@ class Runner:
             return
         self._dispatch(self._outcome(operation))
         link = self._link
-        if self.replica.state is State.READY and link is not None and link.lost is not None:
+        if self.replica.state is State.DOZING and link is None:
+            self._dispatch(machine.WorkerDied(self.replica.last_error or self._given_up()))
+        if self.replica.state in (State.READY, State.DOZING) and link is not None and link.lost is not None:
             self._dispatch(machine.WorkerDied(self._of_the_host(link.lost)))
 
     def _outcome(self, operation: asyncio.Task[machine.Done]) -> machine.Done | machine.Failed | machine.Abandoned:
@@ -338,7 +358,7 @@ class Runner:
         elif not isinstance(error, DormouseError):
             log.error("%s of model %s failed", self.replica.state, self.model.name, exc_info=error)
             error = EngineError(f"internal error while {self.replica.state} model {self.model.name}: {error!r}")
-        if self.replica.state in (State.STARTING, State.RESUMING, State.STOPPING):
+        if self.replica.state in (State.STARTING, State.QUIESCING, State.RESUMING, State.STOPPING):
             log.error("model %s, %s: %s", self.model.name, self.replica.state, error)
         if self.replica.state is State.STARTING:
             for observer in self._around.observers:
@@ -350,9 +370,10 @@ class Runner:
     async def _bring_up(self, operation: machine.Starting) -> machine.Done:
         phases = Phases()
         self._restored = self._judged = False
-        await self._end_worker()
+        if not isinstance(operation, machine.Wake):
+            await self._end_worker()
         with phases.time("room"):
-            await self._around.make_room(self)
+            await self._room_for(operation)
         self._oom_kills = oom_kills()
         try:
             async with asyncio.timeout(self._around.step_timeout):
@@ -363,10 +384,67 @@ class Runner:
                         await self._restore(operation.snapshot_id, phases)
                     case machine.RestoreTemplate():
                         await self._start_from_template(operation.template_id, phases)
+                    case machine.Wake():
+                        await self._wake(phases)
         except BaseException:
             await self._end_worker()
             raise
         return machine.Done(phases=phases, proven=self._judged)
+
+    async def _room_for(self, operation: machine.Starting) -> None:
+        try:
+            await self._around.make_room(self)
+        except AbandonedError:
+            raise
+        except DormouseError:
+            if isinstance(operation, machine.Wake):
+                await self._end_worker()  # what another path starts must find no process
+            raise
+
+    async def _wake(self, phases: Phases) -> None:
+        """Weights for the process that dozes, and on it goes: nothing of it was away, so no canary is asked."""
+        link = self._link
+        if link is None:
+            raise self._given_up()
+        with phases.time("segments"):
+            await self._have_segments(link)
+        with phases.time("resume"), self._judging_ends():
+            resumed = await link.resume(str(self._log_path))
+        self._note_gpu(resumed.device_bytes)
+        phases |= _details("resume", resumed.phases)
+
+    async def _have_segments(self, link: WorkerLink) -> None:
+        """Take those of the model anew, if they have been given back."""
+        if self._giving_back is None:
+            return
+        await asyncio.wait([self._giving_back])
+        assert self._handle is not None
+        if self.model.checkpoint is not None:
+            segment = await self._around.host.take_segment(
+                self._handle, self.model.checkpoint, adapter=False, device=self._load.device
+            )
+            link.take_segments([segment])
+        self._giving_back = None
+
+    def _doze(self) -> None:
+        """The process is parked and stays: let go of what it holds besides its own memory."""
+        assert self._link is not None and self._handle is not None
+        self.admitted = False
+        self._link.give_back_segments()
+        self._giving_back = asyncio.create_task(self._give_back(self._handle), name=f"give back {self.model.name}")
+        log.info("model %s sleeps, its process stays: %d bytes", self.model.name, self.dozing_bytes)
+        self._around.dozed()
+
+    async def _give_back(self, handle: WorkerHandle) -> None:
+        try:
+            async with asyncio.timeout(self._around.step_timeout):
+                await self._around.host.drop_segments(handle)
+        except (DormouseError, TimeoutError) as error:  # they stay with the worker: memory, but nothing wrong
+            log.warning("the weights of model %s were not given back: %s", self.model.name, error)
+        self._around.changed()
+
+    def _given_up(self) -> EngineError:
+        return EngineError(f"the worker of {self.model.name} was given up with its capture")
 
     async def _start_cold(self, phases: Phases) -> None:
         with phases.time("host"):
@@ -375,8 +453,18 @@ class Runner:
             )
         link = await self._connect(self._handle, fresh=True)
         with phases.time("load"):
-            loaded = await link.load(self._load)
+            loaded = await self._loaded(link)
         phases |= _details("host", self._handle.phases) | _details("load", loaded.phases)
+
+    async def _loaded(self, link: WorkerLink) -> Loaded:
+        loaded = await link.load(self._load)
+        self._note_gpu(loaded.device_bytes)
+        return loaded
+
+    def _note_gpu(self, device_bytes: int) -> None:
+        """The worker has told what it takes of its GPU while it is awake."""
+        if device_bytes:
+            self.gpu_bytes = device_bytes + CONTEXT_BYTES
 
     async def _restore(self, snapshot_id: str, phases: Phases) -> None:
         expected = asyncio.create_task(self._answer_of(snapshot_id))
@@ -395,6 +483,7 @@ class Runner:
         link = await self._connect(self._handle, fresh=False)
         with phases.time("resume"):
             resumed = await self._resume_restored(link)
+        self._note_gpu(resumed.device_bytes)
         with phases.time("canary"):
             if (answer := await expected) is not None:
                 await canary.judge(link, answer, f"snapshot {snapshot_id} of {self.model.name}")
@@ -424,7 +513,7 @@ class Runner:
             await link.resume(str(self._log_path))
         self._restored = True
         with phases.time("load"):
-            loaded = await link.load(self._load)
+            loaded = await self._loaded(link)
         phases |= _details("host", self._handle.phases) | _details("load", loaded.phases)
 
     async def _connect(self, handle: WorkerHandle, *, fresh: bool) -> WorkerLink:
@@ -467,22 +556,26 @@ class Runner:
             self._canary = await canary.ask(self._link)
             quiesced = await self._link.quiesce()
             self._fitting.taken_away()
-        return machine.Done(phases=quiesced.phases)
+        own = own_bytes(self._handle.pid) if self._handle is not None else 0
+        return machine.Done(phases=quiesced.phases, keep=self._around.may_doze(self, own))
 
-    async def _capture(self) -> machine.Done:
+    async def _capture(self, *, keep: bool) -> machine.Done:
         assert self._link is not None and self._handle is not None
         phases = Phases()
         try:
             async with asyncio.timeout(self._around.step_timeout):
                 with phases.time("host"):
-                    result = await self._around.host.capture(self._handle, model=self.model.name, key=self._full_key())
+                    result = await self._around.host.capture(
+                        self._handle, model=self.model.name, key=self._full_key(), keep=keep
+                    )
         except TimeoutError:
             await self._end_worker()  # the capture may yet go on: its worker must never serve again
             raise
         phases |= _details("host", result.phases)
-        self._handle = None
         self._answers = {result.snapshot_id: self._canary}
-        await self._end_worker()
+        if not keep:
+            self._handle = None
+            await self._end_worker()
         self._tell_captured(result, phases)
         return machine.Done(snapshot_id=result.snapshot_id, phases=phases)
 
@@ -502,9 +595,11 @@ class Runner:
 
     async def _resume(self) -> machine.Done:
         if self._link is None:
-            raise EngineError(f"the worker of {self.model.name} was given up with its capture")
+            raise self._given_up()
         async with asyncio.timeout(self._around.step_timeout):
+            await self._have_segments(self._link)
             resumed = await self._link.resume(str(self._log_path))
+        self.admitted = True
         return machine.Done(phases=resumed.phases)
 
     async def _stop(self) -> machine.Done:
@@ -513,6 +608,9 @@ class Runner:
 
     async def _end_worker(self) -> None:
         """Make sure that no worker is left. A worker that could not be stopped is tried again by the next call."""
+        if self._giving_back is not None:
+            await asyncio.wait([self._giving_back])
+            self._giving_back = None
         if self._fitting is not None:
             await self._fitting.close()
             self._fitting = None
@@ -525,6 +623,11 @@ class Runner:
                 await self._around.host.stop_worker(self._handle)
             self._handle = None
         self.admitted = False
+
+
+def _gpu(device: str) -> str | None:
+    """The GPU of a device as all name it, None for the CPU."""
+    return None if not device.startswith("cuda") else device if ":" in device else f"{device}:0"
 
 
 def _details(step: str, phases: dict[str, float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -70,12 +70,20 @@ class HostService:
     async def start(
         cls, data_dir: Path, *, keep_bytes: int = 0, dram_tier: int = 0, devices: Sequence[str] = ()
     ) -> Self:
-        """Start the service and wait until it has checked the host. `keep_bytes`: what the adapters may take in memory
-        that no worker uses at the moment; `dram_tier`: what the loader may take for coded weights of models on GPUs;
-        `devices`: the GPUs it gets ready for now, not at the first need. Raises HostError or StoreError."""
+        """Start the service and wait until it has checked the host. `keep_bytes`: what weights of models and adapters
+        may take in memory that no worker uses at the moment; `dram_tier`: what the loader may take for coded weights of
+        models on GPUs; `devices`: the GPUs it gets ready for now, not at the first need. Raises HostError or
+        StoreError."""
         service = cls(data_dir, ServiceOptions(keep_bytes, dram_tier, tuple(devices)))
         await service._living()
         return service
+
+    @property
+    def kept_weights(self) -> Mapping[str, int]:
+        """The bytes of weights in memory that no worker uses, by checkpoint, the longest unused first; as of the last
+        call that was answered. `drop_segment` frees any of them."""
+        process = self._process
+        return process.kept if process is not None and process.ended is None else {}
 
     async def start_worker(self, *, log_path: Path, checkpoint: str | None = None, device: str = "cpu") -> WorkerHandle:
         """A new cell with a fresh worker in it (its first message is Hello); its output goes to `log_path`.
@@ -92,10 +100,10 @@ class HostService:
         return _handle(*await process.ask(request))
 
     async def capture(
-        self, worker: WorkerHandle, *, model: str, key: dict[str, str], kind: str = SNAPSHOT_KIND
+        self, worker: WorkerHandle, *, model: str, key: dict[str, str], kind: str = SNAPSHOT_KIND, keep: bool = False
     ) -> CaptureResult:
-        """Snapshot a quiesced worker, commit, then kill it. `key` is the compatibility key; `kind` and `model` are the
-        manifest's kind and name.
+        """Snapshot a quiesced worker, commit, then kill it, or leave it as it was if it is to `keep`. `key` is the
+        compatibility key; `kind` and `model` are the manifest's kind and name.
 
         On any error (SnapshotError, DiskFullError, StoreError, HostError) the worker is alive and as it was: send it
         Resume. (Only when CRIU itself was killed or hung at work in it, its cell is closed.)
@@ -104,7 +112,7 @@ class HostService:
         if process is None or process.ended is not None:
             raise HostError(f"the worker of {model} is gone, and the service that made it")
         request = messages.CaptureWorker(
-            call=process.new_call(), cell_id=worker.cell_id, kind=kind, model=model, key=key
+            call=process.new_call(), cell_id=worker.cell_id, kind=kind, model=model, key=key, keep=keep
         )
         reply, _none = await process.ask(request)
         assert isinstance(reply, messages.Captured)
@@ -125,20 +133,29 @@ class HostService:
         )
         return _handle(*await process.ask(request))
 
-    async def take_segment(self, worker: WorkerHandle, checkpoint: str) -> SegmentHandle:
-        """The segment of an adapter's checkpoint for this worker, filled or filling; it is the worker's until its cell
-        ends or `drop_segment`. Raises WeightsError, HostError, EngineError when the worker is gone."""
+    async def take_segment(
+        self, worker: WorkerHandle, checkpoint: str, *, adapter: bool = True, device: str = "cpu"
+    ) -> SegmentHandle:
+        """The segment of a checkpoint on a device for this worker, filled or filling: an adapter's, or its model's when
+        it has given that back; it is the worker's until its cell ends, `drop_segment` or `drop_segments`. Raises
+        WeightsError, HostError, EngineError when the worker is gone."""
         process = self._process
         if process is None or process.ended is not None:
             raise HostError("the worker is gone, and the service that made it", remedy="Try again")
-        request = messages.TakeSegment(call=process.new_call(), cell_id=worker.cell_id, checkpoint=checkpoint)
+        request = messages.TakeSegment(
+            call=process.new_call(),
+            cell_id=worker.cell_id,
+            checkpoint=checkpoint,
+            adapter=adapter,
+            device=device,
+        )
         reply, descriptors = await process.ask(request)
         assert isinstance(reply, messages.SegmentTaken)
         return adopt([reply.segment], iter(descriptors))[0]
 
     async def drop_segment(self, worker: WorkerHandle | None, checkpoint: str, *, keep: bool = False) -> None:
-        """An adapter's segment is not this worker's any more, and need not be kept, unless told to `keep` it within the
-        budget for that. Idempotent."""
+        """A segment is not this worker's any more (None: it is no worker's), and need not be kept, unless told to
+        `keep` it within the budget for that. Idempotent."""
         process = self._process
         if process is None or process.ended is not None:
             return
@@ -146,6 +163,19 @@ class HostService:
         await process.ask(
             messages.DropSegment(call=process.new_call(), cell_id=cell_id, checkpoint=checkpoint, keep=keep)
         )
+
+    async def drop_segments(self, worker: WorkerHandle) -> None:
+        """A parked worker gives back all of its segments; they are kept within the budget for that. Idempotent."""
+        process = self._process
+        if process is not None and process.ended is None:
+            await process.ask(messages.DropSegments(call=process.new_call(), cell_id=worker.cell_id))
+
+    async def gpu_memory(self, device: str) -> int:
+        """The bytes that a GPU has in all. Waits until the loader can use it. Raises HostError."""
+        process = await self._living()
+        reply, _none = await process.ask(messages.DescribeGpu(call=process.new_call(), device=device))
+        assert isinstance(reply, messages.GpuDescribed)
+        return reply.total
 
     async def stop_worker(self, worker: WorkerHandle) -> None:
         """Kill the cell with all in it and wait until its memory is free. Idempotent."""
@@ -182,6 +212,7 @@ class _Process:
 
     def __init__(self, child: subprocess.Popen[bytes], sock: socket.socket) -> None:
         self.ended: str | None = None
+        self.kept: dict[str, int] = {}
         self._child = child
         self._sock = sock
         self._calls = itertools.count()
@@ -261,6 +292,7 @@ class _Process:
             self._end("it closed its socket")
             return
         reply = messages.decode_reply(packet)
+        self.kept = reply.kept
         self._pending.pop(reply.call).set_result((reply, fds))
 
     def _end(self, why: str) -> None:

@@ -10,6 +10,7 @@ whatever way the node died, this process exits and with it every cell.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import secrets
@@ -22,6 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
+
+import msgspec
 
 from dormouse.checkpoint.loader import Loader, loader_command
 from dormouse.checkpoint.pool import SegmentPool
@@ -44,7 +47,7 @@ from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import note_damage, restore
 from dormouse.snapshot.shortage import REMEDY, is_shortage
-from dormouse.snapshot.tree import External, ProcessTree
+from dormouse.snapshot.tree import External, ProcessTree, continue_tree
 from dormouse.snapshot.work_folder import criu_folders, sweep_work_folders
 from dormouse.store.store import Store
 from dormouse.transfer.handles import SegmentHandle
@@ -146,12 +149,18 @@ class Service:
         self._lock = threading.Lock()
         self._workers: dict[str, ProcessTree] = {}
         self._damaged: set[str] = set()
+        self._loader = loader
         self._segments = SegmentPool(store, keep_bytes=keep_bytes, loader=loader)
         self._latest: dict[str, str] = {}  # by engine, the snapshot that was captured or restored last
 
     def close(self) -> None:
         """End what no worker uses. Workers are the caller's to stop."""
         self._spare.close()
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """The weights that no worker uses, see `SegmentPool.kept`."""
+        return self._segments.kept
 
     def prepare(self) -> None:
         """Work that a later call gains from, done after an answer."""
@@ -175,15 +184,23 @@ class Service:
                 return messages.Stopped(call=request.call), []
             case messages.TakeSegment():
                 return self._take_segment(request)
-            case messages.DropSegment():
-                if request.cell_id is not None:
-                    self._segments.release(request.cell_id, request.checkpoint)
-                if not request.keep:
-                    self._segments.forget(request.checkpoint)
+            case messages.DropSegment() | messages.DropSegments():
+                self._drop(request)
                 return messages.SegmentDropped(call=request.call), []
+            case messages.DescribeGpu():
+                return messages.GpuDescribed(call=request.call, total=self._loader.memory_of(request.device)), []
+
+    def _drop(self, request: messages.DropSegment | messages.DropSegments) -> None:
+        if isinstance(request, messages.DropSegments):
+            self._segments.release(request.cell_id)
+            return
+        if request.cell_id is not None:
+            self._segments.release(request.cell_id, request.checkpoint)
+        if not request.keep:
+            self._segments.forget(request.checkpoint)
 
     def _take_segment(self, request: messages.TakeSegment) -> Answer:
-        handle = self._weights(request.checkpoint, request.cell_id, request.device, keep=True)
+        handle = self._weights(request.checkpoint, request.cell_id, request.device, adapter=request.adapter)
         with self._lock:
             alive = request.cell_id in self._workers
         if not alive:  # what it was given is given back with the cell, and that has been
@@ -214,11 +231,11 @@ class Service:
         )
         return started, [control.detach(), *(fd for handle in handles for fd in handle.descriptors())]
 
-    def _weights(self, checkpoint: str, cell_id: str, device: str, *, keep: bool = False) -> SegmentHandle:
+    def _weights(self, checkpoint: str, cell_id: str, device: str, *, adapter: bool = False) -> SegmentHandle:
         """The segment. What is wrong with the weights must not be taken for a fault of the snapshot, nor a checkpoint
         that is gone for a model that is not served."""
         try:
-            return self._segments.take(checkpoint, cell_id, keep=keep, device=device)
+            return self._segments.take(checkpoint, cell_id, keep=True, adapter=adapter, device=device)
         except (NotFoundError, StoreError) as error:
             raise WeightsError(error.message, remedy=error.remedy) from error
 
@@ -295,7 +312,10 @@ class Service:
             like=self._latest.get(request.key.get("engine", "")),
         )
         self._latest[request.key.get("engine", "")] = result.snapshot_id
-        self._stop(request.cell_id)
+        if request.keep:
+            self._go_on(request.cell_id, result.snapshot_id)
+        else:
+            self._stop(request.cell_id)
         return messages.Captured(
             call=request.call,
             snapshot_id=result.snapshot_id,
@@ -303,6 +323,15 @@ class Service:
             stored_bytes=result.stored_bytes,
             phases=result.phases,
         )
+
+    def _go_on(self, cell_id: str, snapshot_id: str) -> None:
+        """The worker runs on, parked as it was; its next capture shares pages with this one."""
+        with self._lock:
+            worker = self._workers.get(cell_id)
+            if worker is None:  # it has been stopped meanwhile
+                return
+            self._workers[cell_id] = dataclasses.replace(worker, snapshot_id=snapshot_id)
+        continue_tree(worker.home)
 
     def _started(self, cell_id: str, worker: ProcessTree) -> int:
         pid = worker.home.outer_pid(worker.pid)
@@ -336,7 +365,8 @@ def serve(sock: socket.socket, service: Service) -> None:
                 log.exception("%s failed", type(request).__name__)
                 reply = messages.refused(request.call, _unexpected(error))
             with sending:
-                socket.send_fds(sock, [messages.encode(reply)], descriptors)
+                told = msgspec.structs.replace(reply, kept=service.kept)  # the latest in the last packet
+                socket.send_fds(sock, [messages.encode(told)], descriptors)
         except OSError as error:
             log.warning("an answer could not be sent, the node is gone: %s", error)
         finally:
@@ -398,7 +428,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--keep-bytes", type=int, default=0, help="memory for adapters that no worker uses now")
+    parser.add_argument("--keep-bytes", type=int, default=0, help="memory for weights that no worker uses now")
     parser.add_argument("--dram-tier", type=int, default=0, help="memory for coded weights of models on GPUs")
     parser.add_argument("--device", action="append", default=[], help="a GPU to be ready for")
     arguments = parser.parse_args()

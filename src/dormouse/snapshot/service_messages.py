@@ -2,7 +2,7 @@
 
 Every request carries a `call` number and gets exactly one reply with it, in any order. `Started` comes with
 descriptors: the node's end of the worker's control socket, then those of its segments (transfer/handles.py).
-`SegmentTaken` comes with those of its segment.
+`SegmentTaken` comes with those of its segment. Every reply tells which weights are kept in memory that no worker uses.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ class StartWorker(_Message, frozen=True, tag="start_worker"):
 
 
 class CaptureWorker(_Message, frozen=True, tag="capture"):
-    """Snapshot the quiesced worker of a cell, then kill it."""
+    """Snapshot the quiesced worker of a cell, then kill it, or let it be as it was, if it is to `keep`."""
 
     cell_id: str
     kind: str
     model: str
     key: dict[str, str]
+    keep: bool = False
 
 
 class RestoreSnapshot(_Message, frozen=True, tag="restore"):
@@ -54,23 +55,42 @@ class StopCell(_Message, frozen=True, tag="stop"):
 
 
 class TakeSegment(_Message, frozen=True, tag="take_segment"):
-    """One more segment for the worker of a cell, filled or filling: an adapter's checkpoint."""
+    """One more segment for the worker of a cell, filled or filling: an adapter's checkpoint, or that of its model when
+    it has given it back."""
 
     cell_id: str
     checkpoint: str
+    adapter: bool = True
     device: str = "cpu"
 
 
 class DropSegment(_Message, frozen=True, tag="drop_segment"):
-    """An adapter's segment is not needed any more: by the worker of this cell (None: of none), nor to be kept for the
-    next one, unless `keep`."""
+    """A segment is not needed any more: by the worker of this cell (None: of none), nor to be kept for the next one,
+    unless `keep`."""
 
     cell_id: str | None
     checkpoint: str
     keep: bool = False
 
 
-class Started(_Message, frozen=True, tag="started"):
+class DropSegments(_Message, frozen=True, tag="drop_segments"):
+    """The worker of this cell has unmapped all of its segments and gives them back; they are kept within the budget."""
+
+    cell_id: str
+
+
+class DescribeGpu(_Message, frozen=True, tag="describe_gpu"):
+    """Tell what memory a GPU ("cuda:N") has."""
+
+    device: str
+
+
+class _Reply(_Message, frozen=True, kw_only=True):
+    kept: dict[str, int] = {}
+    """The bytes of the weights that no worker uses now, by checkpoint, the longest unused first."""
+
+
+class Started(_Reply, frozen=True, kw_only=True, tag="started"):
     """A worker runs; the packet carries its control socket and segments. `pid` is the host's."""
 
     cell_id: str
@@ -79,8 +99,8 @@ class Started(_Message, frozen=True, tag="started"):
     segments: list[SegmentInfo]
 
 
-class Captured(_Message, frozen=True, tag="captured"):
-    """The snapshot is committed and the worker is gone."""
+class Captured(_Reply, frozen=True, kw_only=True, tag="captured"):
+    """The snapshot is committed and the worker is gone, or kept."""
 
     snapshot_id: str
     raw_bytes: int
@@ -88,21 +108,27 @@ class Captured(_Message, frozen=True, tag="captured"):
     phases: dict[str, float]
 
 
-class SegmentTaken(_Message, frozen=True, tag="segment_taken"):
+class SegmentTaken(_Reply, frozen=True, kw_only=True, tag="segment_taken"):
     """The packet carries the segment."""
 
     segment: SegmentInfo
 
 
-class SegmentDropped(_Message, frozen=True, tag="segment_dropped"):
+class SegmentDropped(_Reply, frozen=True, kw_only=True, tag="segment_dropped"):
     """It is freed, or will be with its last user."""
 
 
-class Stopped(_Message, frozen=True, tag="stopped"):
+class GpuDescribed(_Reply, frozen=True, kw_only=True, tag="gpu_described"):
+    """Its bytes in all."""
+
+    total: int
+
+
+class Stopped(_Reply, frozen=True, kw_only=True, tag="stopped"):
     """The cell is gone and its memory free."""
 
 
-class Refused(_Message, frozen=True, tag="refused"):
+class Refused(_Reply, frozen=True, kw_only=True, tag="refused"):
     """The call failed. `kind` is a class name in dormouse.errors."""
 
     kind: str
@@ -110,8 +136,10 @@ class Refused(_Message, frozen=True, tag="refused"):
     remedy: str
 
 
-Request = StartWorker | CaptureWorker | RestoreSnapshot | StopCell | TakeSegment | DropSegment
-Reply = Started | Captured | Stopped | SegmentTaken | SegmentDropped | Refused
+Request = (
+    StartWorker | CaptureWorker | RestoreSnapshot | StopCell | TakeSegment | DropSegment | DropSegments | DescribeGpu
+)
+Reply = Started | Captured | Stopped | SegmentTaken | SegmentDropped | GpuDescribed | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -1,0 +1,361 @@
+"""Processes that stay when their model falls asleep: when they do, how they wake, and what becomes of them when
+something fails or their room is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dormouse.config import ModelConfig, ServeConfig
+from dormouse.errors import (
+    DiskFullError,
+    DormouseError,
+    HostError,
+    SnapshotError,
+    StoppingError,
+    WeightsError,
+)
+from dormouse.node.node import Node
+from dormouse.node.parts import Evicted
+from dormouse.node.replica import Start, StartPath
+from dormouse.schedule.dozing import displaced, may_stay
+from dormouse.schedule.eviction import Dozer, Plan, Resident, plan_eviction
+from tests.node.standin import FakeModel, StandInHost, configure, on_loop, run_node, until
+from tests.node.test_node import ask, state
+
+PARKED = {"mouse": ModelConfig(keep_alive=0.05)}
+
+
+class Told:
+    """An observer that remembers what it was told of starts and evictions."""
+
+    def __init__(self, node: Node) -> None:
+        self.fallbacks: list[tuple[str, str]] = []
+        self.evictions: list[tuple[str, Evicted]] = []
+        self.phases: dict[StartPath, Any] = {}
+        self.failed_captures = 0
+        node.observe(self)
+
+    def started(self, model: str, start: Start, phases: Any) -> None:
+        self.phases[start.path] = phases
+
+    def fell_back(self, model: str, path: StartPath, error: DormouseError) -> None:
+        self.fallbacks.append((path, type(error).__name__))
+
+    def evicted(self, model: str, what: Evicted) -> None:
+        self.evictions.append((model, what))
+
+    def capture_failed(self, model: str, error: DormouseError) -> None:
+        self.failed_captures += 1
+
+    def _other(self, *_told: object) -> None:
+        pass
+
+    start_failed = retried = quarantined = captured = adapter_loaded = adapter_failed = _other
+
+
+def dozy(tmp_path: Path, *names: str, memory: str = "4GiB", snapshot: bool = True, **settings: object) -> ServeConfig:
+    """Models that fall asleep only when they are told to, and whose processes may stay."""
+    models = {name: ModelConfig(keep_alive=float("inf"), snapshot=snapshot) for name in names or ("mouse",)}
+    return configure(tmp_path, models, **({"memory": memory, "sleep_memory": 0.5} | settings))
+
+
+@on_loop
+async def test_an_idle_model_keeps_its_process_and_wakes_without_a_restore(tmp_path: Path) -> None:
+    host = StandInHost()
+    models = {"mouse": FakeModel("mouse", checkpoint="c")}
+    async with run_node(configure(tmp_path, PARKED, sleep_memory=0.5), host, models) as node:
+        told = Told(node)
+        assert await ask(node) == ("a b a", "cold")
+        await until(lambda: state(node) == "dozing")
+        assert host.alive() == 1 and list(host.snapshots) == ["snap1"], "captured, and still there"
+        for _ in range(3):
+            assert await ask(node) == ("a b a", "sleep")
+            await until(lambda: state(node) == "dozing")
+        assert host.calls.count("capture") == 1 and "restore" not in host.calls
+        assert host.calls.count("take_segment of the model") == 3 and "stop_worker" not in host.calls
+        assert {"room", "segments", "resume"} <= set(told.phases["sleep"])
+        assert node.statuses()[0].rss_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"sleep_memory": 0}, {"sleep_memory": 4096}, {"models": {"mouse": {"keep_alive": 0.05, "sleep": False}}}],
+)
+@on_loop
+async def test_no_process_stays_where_it_may_not(tmp_path: Path, settings: dict[str, Any]) -> None:
+    host = StandInHost()
+    config = ServeConfig.model_validate({"data_dir": tmp_path, "models": PARKED, **settings})
+    async with run_node(config, host) as node:
+        await ask(node)
+        await until(lambda: state(node) == "asleep")
+        assert host.alive() == 0
+        assert (await ask(node))[1] == "snapshot"
+
+
+@pytest.mark.parametrize("snapshot", [True, False])
+@on_loop
+async def test_a_process_that_is_killed_while_it_dozes_is_cleared_away(tmp_path: Path, snapshot: bool) -> None:
+    host = StandInHost()
+    config = dozy(tmp_path, snapshot=snapshot)
+    async with run_node(config, host) as node:
+        for _ in range(3):
+            await ask(node)
+            assert (await node.sleep("mouse", keep=True)).state == "dozing"
+            (process,) = (process for process in host.processes.values() if process.poll() is None)
+            process.send_signal(signal.SIGKILL)
+            await until(lambda: state(node) == "asleep")
+        assert (await ask(node))[1] == ("snapshot" if snapshot else "cold")
+        assert host.quarantined == {}
+
+
+@pytest.mark.parametrize("fault", ["resume", "resume-exit", "resume-garbage"])
+@on_loop
+async def test_a_worker_that_cannot_go_on_is_replaced_and_the_request_answered(tmp_path: Path, fault: str) -> None:
+    host = StandInHost(worker_fault=fault)
+    async with run_node(dozy(tmp_path), host) as node:
+        told = Told(node)
+        await ask(node)
+        await node.sleep("mouse", keep=True)
+        assert await ask(node) == ("a b a", "snapshot")
+        assert told.fallbacks == [("sleep", "EngineError")]
+        assert host.alive() == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [("take_segment of the model", WeightsError("gone")), ("take_segment of the model", HostError("no descriptors"))],
+)
+@on_loop
+async def test_weights_that_cannot_be_had_again_are_a_fallback(tmp_path: Path, call: str, error: DormouseError) -> None:
+    host = StandInHost(faults={call: error})
+    async with run_node(dozy(tmp_path), host, {"mouse": FakeModel("mouse", checkpoint="c")}) as node:
+        told = Told(node)
+        await ask(node)
+        await node.sleep("mouse", keep=True)
+        assert await ask(node) == ("a b a", "snapshot")
+        assert told.fallbacks == [("sleep", type(error).__name__)]
+
+
+@on_loop
+async def test_weights_that_could_not_be_given_back_are_no_harm(tmp_path: Path) -> None:
+    host = StandInHost(faults={"drop_segments": HostError("busy")})
+    async with run_node(dozy(tmp_path), host) as node:
+        await ask(node)
+        await node.sleep("mouse", keep=True)
+        assert await ask(node) == ("a b a", "sleep")
+
+
+@on_loop
+async def test_a_wake_that_hangs_ends_at_its_deadline(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(dozy(tmp_path, start_timeout=4.0), host) as node:
+        told = Told(node)
+        await ask(node)
+        await node.sleep("mouse", keep=True)
+        (process,) = host.processes.values()
+        os.kill(process.pid, signal.SIGSTOP)
+        assert await ask(node) == ("a b a", "snapshot")
+        assert told.fallbacks == [("sleep", "DeadlineError")]
+
+
+@on_loop
+async def test_a_failed_capture_lets_the_process_sleep_all_the_same(tmp_path: Path) -> None:
+    host = StandInHost(lasting_faults={"capture": DiskFullError("no room")})
+    async with run_node(configure(tmp_path, PARKED, sleep_memory=0.5), host) as node:
+        told = Told(node)
+        for number in range(5):
+            assert (await ask(node))[1] == ("sleep" if number else "cold")
+            await until(lambda: state(node) == "dozing")
+        assert told.failed_captures == 3, "after that it is tried no more"
+        assert node.statuses()[0].snapshot_id is None
+
+
+@on_loop
+async def test_a_capture_that_ends_badly_takes_the_process_along(tmp_path: Path) -> None:
+    host = StandInHost(gates={"capture": asyncio.Event()})
+    async with run_node(dozy(tmp_path, start_timeout=4.0), host) as node:
+        await ask(node)
+        with pytest.raises(DormouseError, match="took longer than"):
+            await node.sleep("mouse", keep=True)
+        await until(lambda: state(node) == "asleep")
+        assert (await ask(node))[1] == "cold"
+
+
+@on_loop
+async def test_told_to_sleep_a_model_gives_up_its_process(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(dozy(tmp_path), host) as node:
+        await ask(node)
+        assert (await node.sleep("mouse", keep=True)).state == "dozing"
+        assert (await node.sleep("mouse", keep=True)).state == "dozing"
+        assert (await node.sleep("mouse")).state == "asleep" and host.alive() == 0
+
+
+@on_loop
+async def test_a_snapshot_is_made_of_the_process_that_dozes(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(dozy(tmp_path), host) as node:
+        await ask(node)
+        await node.sleep("mouse", keep=True)
+        assert (await node.snapshot("mouse")).snapshot_id == "snap2"
+        assert (await ask(node))[1] == "snapshot"
+
+
+@on_loop
+async def test_fifty_requests_share_one_wake(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(dozy(tmp_path), host) as node:
+        await ask(node)
+        await node.sleep("mouse", keep=True)
+        answers = await asyncio.gather(*(ask(node, f"w{number} x") for number in range(50)))
+        assert answers == [(f"w{number} x w{number}", "sleep") for number in range(50)]
+
+
+@on_loop
+async def test_room_for_another_comes_from_weights_then_processes_then_models(tmp_path: Path) -> None:
+    host = StandInHost()
+    names = ("one", "two", "three")
+    models = {name: FakeModel(name, weight_bytes=400 << 20) for name in names}
+    config = configure(tmp_path, {name: ModelConfig() for name in names}, memory="930MiB", sleep_memory=0.5)
+    async with run_node(config, host, models) as node:
+        told = Told(node)
+        await ask(node, model="one")
+        await node.sleep("one", keep=True)
+        await ask(node, model="two")
+        host.kept_weights = {"old": 4 << 20, "older": 4 << 20}
+        assert state(node, "one") == "dozing" and told.evictions == [], "there is room for all that"
+        await ask(node, model="three")
+        assert told.evictions == [("other", "weights"), ("other", "weights"), ("one", "process")]
+        assert host.kept_weights == {} and state(node, "one") == "asleep" and state(node, "two") == "ready"
+        await ask(node, model="one")
+        assert told.evictions[3:] == [("two", "model")]
+
+
+@on_loop
+async def test_a_wake_makes_room_for_what_the_model_takes_awake(tmp_path: Path) -> None:
+    host = StandInHost()
+    models = {name: FakeModel(name, weight_bytes=400 << 20) for name in ("one", "two")}
+    config = configure(tmp_path, {name: ModelConfig() for name in models}, memory="700MiB", sleep_memory=0.5)
+    async with run_node(config, host, models) as node:
+        await ask(node, model="one")
+        await node.sleep("one", keep=True)
+        await ask(node, model="two")
+        assert (state(node, "one"), state(node, "two")) == ("dozing", "ready")
+        assert (await ask(node, model="one"))[1] == "sleep"
+        assert state(node, "two") == "asleep", "what waits for room ends no process to keep another"
+
+
+@on_loop
+async def test_two_that_wake_at_once_do_not_wait_for_each_other_for_ever(tmp_path: Path) -> None:
+    host = StandInHost()
+    models = {name: FakeModel(name, weight_bytes=400 << 20) for name in ("one", "two")}
+    config = configure(tmp_path, {name: ModelConfig() for name in models}, memory="480MiB", sleep_memory=0.5)
+    async with run_node(config, host, models) as node:
+        for name in models:
+            await ask(node, model=name)
+            await node.sleep(name, keep=True)
+        assert host.alive() >= 1
+        answers = await asyncio.gather(*(ask(node, model=name) for name in ("one", "two") for _ in range(3)))
+        assert {text for text, _path in answers} == {"a b a"}
+
+
+@on_loop
+async def test_the_newest_displaces_the_least_useful_within_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dormouse.node.runner.own_bytes", lambda _pid: 20 << 20)
+    names = ("one", "two", "three")
+    async with run_node(dozy(tmp_path, *names, sleep_memory=50 << 20), StandInHost()) as node:
+        told = Told(node)
+        for name in names:
+            await ask(node, model=name)
+        for name in names:
+            await node.sleep(name, keep=True)
+            await asyncio.sleep(0.01)
+        await until(lambda: [state(node, name) for name in names] == ["asleep", "dozing", "dozing"])
+        assert told.evictions == [("one", "process")]
+
+
+@on_loop
+async def test_shutting_down_ends_processes_that_doze(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(dozy(tmp_path), host) as node:
+        await ask(node)
+        await node.sleep("mouse", keep=True)
+    with pytest.raises(StoppingError):
+        await ask(node)
+
+
+@on_loop
+async def test_a_bad_snapshot_matters_only_when_the_process_has_gone(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(dozy(tmp_path), host) as node:
+        await ask(node)
+        await node.sleep("mouse", keep=True)
+        await node.remove("snap1", force=False)
+        assert (await ask(node))[1] == "sleep"
+        await node.sleep("mouse")
+        host.lasting_faults["restore"] = SnapshotError("criu failed")
+        assert (await ask(node))[1] == "cold"
+
+
+# The policy alone
+
+dozers = st.lists(
+    st.builds(
+        Dozer,
+        name=st.text(min_size=1, max_size=4),
+        bytes=st.integers(1, 100),
+        since=st.floats(0, 100),
+        cost_of_return=st.floats(0.1, 10),
+    ),
+    max_size=6,
+    unique_by=lambda dozer: dozer.name,
+)
+
+
+def test_long_unused_large_and_cheap_to_have_again_goes_first() -> None:
+    old, large, cheap, plain = (
+        Dozer("old", 10, since=0.0, cost_of_return=1.0),
+        Dozer("large", 100, since=90.0, cost_of_return=1.5),
+        Dozer("cheap", 10, since=90.0, cost_of_return=0.2),
+        Dozer("plain", 10, since=90.0, cost_of_return=1.0),
+    )
+    plan = plan_eviction([], needed=130, budget=130, dozers=[plain, cheap, large, old], now=100.0)
+    assert plan == Plan(fits=False, evict=("old", "large", "cheap", "plain"))
+
+
+def test_what_is_cheapest_to_have_again_goes_first() -> None:
+    idle, dozer = Resident("idle", 10, idle_since=0.0), Dozer("dozer", 10, since=50.0, cost_of_return=1.0)
+    weights = {"old": 10, "new": 10}
+
+    def plan(needed: int) -> Plan:
+        return plan_eviction([idle], needed=needed, budget=40, dozers=[dozer], weights=weights, now=60.0)
+
+    assert plan(10) == Plan(fits=False, weights=("old",))
+    assert plan(20) == Plan(fits=False, weights=("old", "new"))
+    assert plan(30) == Plan(fits=False, weights=("old", "new"), evict=("dozer",))
+    assert plan(40) == Plan(fits=False, weights=("old", "new"), evict=("dozer", "idle"))
+    assert plan(41) == Plan(fits=False), "nobody goes when it would not be enough"
+
+
+@given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 100), st.booleans())
+def test_a_process_stays_within_both_limits_and_in_nobodys_way(own: int, limit: int, free: int, wanted: bool) -> None:
+    assert may_stay(own, limit=limit, free=free, wanted=wanted) is (not wanted and own <= min(limit, free))
+
+
+@given(dozers, st.integers(0, 400))
+def test_no_more_are_displaced_than_must_be(there: list[Dozer], limit: int) -> None:
+    sizes = {dozer.name: dozer.bytes for dozer in there}
+    gone = displaced(there, limit=limit, now=100.0)
+    left = sum(sizes.values()) - sum(sizes[name] for name in gone)
+    assert left <= limit
+    assert not gone or left + sizes[gone[-1]] > limit
