@@ -36,6 +36,7 @@ SHAPE = {
 }
 LENGTHS = (5, 31, 70, 900)
 COUNT = 40
+_KEPT: list[Any] = []  # what collecting garbage in any order would not be good for, as in a worker
 
 
 def model_of(window: int | None = None) -> Any:
@@ -131,6 +132,7 @@ def scratch_may_have_any_content() -> None:
 def an_arena_may_take_its_scratch_away() -> None:
     arena = DeviceArena(Cuda(), 0)
     run = Run(model_of(), arena.scratch_pool())
+    _KEPT.append((arena, run))
     run.batch.warm((3, 64, 500))
     before = run.answer((31,)), run.answer(LENGTHS)
     ranges = list(arena._scratch.items())
