@@ -25,6 +25,7 @@ def test_a_part_of_the_gpu_is_taken_beside_the_weights(monkeypatch: pytest.Monke
     assert room(monkeypatch, 123 * GIB, kv_share=0.8) == 112 * GIB // TOKEN
     assert room(monkeypatch, 123 * GIB, kv_tokens=500_000, kv_share=0.8) == 500_000
     assert room(monkeypatch, 123 * GIB) == DEFAULT_KV_TOKENS
+    assert room(monkeypatch, 4 * GIB) == GIB // TOKEN
 
 
 def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -452,7 +452,7 @@ def _kv_tokens(spec: Load, model: Any, bytes_per_token: int) -> int:
 
         free, total = torch.cuda.mem_get_info(model.device)
         most = max(free - _GPU_RESERVE, 0) // bytes_per_token
-        default = min(DEFAULT_KV_TOKENS, int(free * _MAX_KV_SHARE) // bytes_per_token)
+        default = min(DEFAULT_KV_TOKENS, int(free * _MAX_KV_SHARE) // bytes_per_token, most)
         wanted = spec.kv_tokens or (int(total * spec.kv_share) // bytes_per_token if spec.kv_share else default)
     else:
         free = total = host_memory.available()
