@@ -172,7 +172,9 @@ class ModelConfig(_Settings):
     context: Annotated[int, Field(ge=16)] | None = None
     """Longest prompt and answer together, in tokens (16 or more). Left out: the model's own limit, if memory allows."""
     kv_tokens: Annotated[int, Field(ge=16)] | None = None
-    """Room for this many tokens of all requests together (16 or more). Left out: the engine's default."""
+    """Room for this many tokens of all requests together (16 or more). Left out: kv_share, or the engine's default."""
+    kv_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """On a GPU: room for as many tokens as fit in this part of its memory (0..1), when kv_tokens is left out."""
     snapshot: bool = True
     """true: an idle model is captured and wakes from its snapshot. false: it is stopped and starts cold."""
     sleep: bool = True

@@ -62,6 +62,7 @@ def _key(model: Model, settings: ModelConfig) -> dict[str, str]:
         options={
             "context": settings.context,
             "device": settings.device,
+            "kv_share": settings.kv_share,
             "kv_tokens": settings.kv_tokens,
             "path": model.path,
             "threads": settings.threads,

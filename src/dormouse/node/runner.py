@@ -130,6 +130,7 @@ class Runner:
             threads=settings.threads,
             context=settings.context,
             kv_tokens=settings.kv_tokens,
+            kv_share=settings.kv_share,
         )
         self.replica = Replica(
             model.name,
