@@ -16,6 +16,7 @@ knows a restore thread. So machines and trees without a GPU never load the drive
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import re
@@ -44,6 +45,11 @@ Verb = Literal["lock", "checkpoint", "restore", "unlock"]
 _DEVICE = re.compile(r"/dev/nvidia(\d*)")
 _PROC = Path("/proc/driver/nvidia")
 _INSTALL = "pip install 'dormouse[cuda]'"
+_CALLS = (
+    *("cuCheckpointProcessLock", "cuCheckpointProcessCheckpoint", "cuCheckpointProcessRestore"),
+    *("cuCheckpointProcessUnlock", "cuCheckpointProcessGetState", "cuCheckpointProcessGetRestoreThreadId"),
+    "CUcheckpointGpuPair",
+)
 
 
 class CudaError(Exception):
@@ -113,7 +119,9 @@ class Limits:
 
 # Refusals
 
-_MANAGED = "it uses what the driver can't checkpoint: managed memory (UVM), memory shared between processes (CUDA IPC), or MPS"
+_MANAGED = (
+    "it uses what the driver can't checkpoint: managed memory (UVM), memory shared between processes (CUDA IPC), or MPS"
+)
 _NOT_SUPPORTED = (
     _MANAGED,
     "Have the program do without (cudaMallocManaged, cudaIpc…, NCCL and UCX across processes); "
@@ -249,11 +257,14 @@ def cuda_driver() -> Driver:
     """This host's driver, initialised in this process at the first call; no context is made and no GPU memory taken.
     Raises HostError."""
     try:
-        from cuda.bindings import driver as api
+        api = importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
         raise HostError(
             f"a process uses CUDA, and the bindings to its driver are not installed: {error}", remedy=_INSTALL
         ) from error
+    missing = [name for name in _CALLS if not hasattr(api, name)]
+    if missing:
+        raise HostError(f"the bindings to the CUDA driver are too old: they lack {missing[0]}", remedy=_INSTALL)
     call = _Call(partial(_initialise, api))
     if not call.done(Limits().call):
         raise HostError("the CUDA driver does not answer", remedy="See `nvidia-smi` and the kernel's log (NVRM)")
@@ -267,7 +278,9 @@ def _initialise(api: Any) -> None:
         (code,) = api.cuInit(0)
         _same, version = api.cuDriverGetVersion()
     except (RuntimeError, OSError) as error:
-        raise HostError(f"there is no CUDA driver: {error}", remedy="Install the NVIDIA driver, r570 or newer") from error
+        raise HostError(
+            f"there is no CUDA driver: {error}", remedy="Install the NVIDIA driver, r570 or newer"
+        ) from error
     if int(code) != 0:
         raise HostError(
             f"the CUDA driver can't be initialised: {getattr(code, 'name', code)}",
@@ -284,8 +297,8 @@ def _initialise(api: Any) -> None:
 class Cuda:
     """How CUDA is reached. `uses_gpu` is the cheap look that comes before the driver is loaded at all."""
 
-    driver: Callable[[], Driver] = field(default=lambda: cuda_driver())
-    uses_gpu: Callable[[int], bool] = field(default=lambda pid: bool(devices(pid)))
+    driver: Callable[[], Driver] = cuda_driver
+    uses_gpu: Callable[[int], bool] = field(default=lambda pid: devices(pid) != set())
     limits: Limits = Limits()
 
     def find(self, pids: Iterable[int]) -> dict[int, int]:
@@ -306,6 +319,10 @@ class Cuda:
         except CudaError as error:
             log.info("process %d has a GPU's device file open, and no CUDA state: %s", pid, error.name)
             return None
+
+
+CUDA = Cuda()
+"""The driver of this host."""
 
 
 def _thread_here(pid: int, thread: int) -> int | None:
@@ -456,8 +473,8 @@ class CudaTree:
                 self._do("unlock", pid, partial(self._driver.unlock, pid), self._limits.call)
 
     def bring_back(self, phases: Phases) -> str | None:
-        """After a failure: whatever was done to a process is undone, where it was. Where that can't be, the tree is given
-        up, and the words for that are returned."""
+        """After a failure: whatever was done to a process is undone, where it was. Where that can't be, the tree is
+        given up, and the words for that are returned."""
         with phases.time("cuda restore"):
             for pid in reversed(self._pids):
                 if self._given_up:

@@ -1,6 +1,6 @@
 """Holds the threads of stopped processes while one thread of each may run: CUDA's, which brings the GPU state back.
 
-    stopped by CRIU --seize all threads but one--> SIGCONT --the one runs--> let go: all run on as if nothing had happened
+    stopped by CRIU --seize all threads but one--> SIGCONT --the one runs--> let go: all run on as if nothing was
 
 CRIU leaves a restored tree in a group stop, and SIGCONT, the only way out of it, is for whole processes. So all other
 threads are seized by ptrace while the stop lasts: each then sits in a stop of the tracer's, which SIGCONT does not end.
@@ -51,8 +51,8 @@ def held_threads(runners: Mapping[int, int], *, timeout: float, die_with_us: boo
     """Within, of each process in `runners` (host pid -> host thread id) only that thread may run; it takes no signals.
 
     The processes should be stopped when it begins, and the caller sends them SIGCONT within; what they are sent
-    otherwise waits for the end. Threads that the runner makes are free. They must not be children of this process, which
-    could lose their exit status. Raises SnapshotError when a thread can't be
+    otherwise waits for the end. Threads that the runner makes are free. They must not be children of this process,
+    which could lose their exit status. Raises SnapshotError when a thread can't be
     held, or not within `timeout` seconds; then none is.
     """
     tracer = _Tracer(runners, timeout, die_with_us)
@@ -150,7 +150,8 @@ class _Tracer(threading.Thread):
     def _take(self) -> None:
         for pid, runner in self._runners.items():
             while new := [tid for tid in thread_ids(pid) if tid not in self._owner and tid != runner]:
-                if not any([self._seize(pid, tid) for tid in new]):
+                seized = [self._seize(pid, tid) for tid in new]
+                if not any(seized):
                     break
                 self._wait_for_stops()
             self._mask(pid, runner)
