@@ -544,8 +544,9 @@ class CudaTree:
         )
 
     def _end(self) -> None:
-        self._given_up = True
-        self._give_up()
+        if not self._given_up:
+            self._given_up = True
+            self._give_up()
 
     def _given_up_in(self, error: DormouseError) -> bool:
         return isinstance(error, _GivenUp)
