@@ -115,7 +115,7 @@ def test_what_can_not_be_brought_back_is_ended(tree: Tree, verb: str, how: str) 
         tree.driver.fails[verb, tree.pids[0]] = "CUDA_ERROR_UNKNOWN"
     else:
         tree.driver.hangs[verb, tree.pids[0]] = never
-    with pytest.raises(SnapshotError, match="cut up by MIG.*its processes were ended"):
+    with pytest.raises(SnapshotError, match=r"cut up by MIG.*its processes were ended"):
         tree.cuda.suspend(Phases())
     assert tree.ended == 1
 
