@@ -14,7 +14,10 @@ import pytest
 from tests.jobs.conftest import eventually
 from tests.snapshot.fake_cuda import FakeDriver, lives, never
 
+from dormouse.doctor import cuda_checkpoint
 from dormouse.errors import DormouseError, HostError, IncompatibleError, NotFoundError, SnapshotError
+from dormouse.jobs.cuda_rescue import rescue
+from dormouse.jobs.foreign import HostHome
 from dormouse.phases import Phases
 from dormouse.snapshot.cuda_checkpoint import (
     REFUSALS,
@@ -232,6 +235,27 @@ def test_devices_are_open_files_and_mappings() -> None:
     assert devices(os.getpid()) == set() and devices(2**22 + 1) == set()
 
 
+def test_a_rescue_frees_what_a_dead_capturer_has_left(tree: Tree) -> None:
+    first, second, third = tree.pids
+    shell = subprocess.Popen(["/bin/sh", "-c", "sleep 600 & sleep 600 & wait"])
+    try:
+        eventually(lambda: len(HostHome(shell.pid).processes()) == 3, "two children")
+        first, second, third = HostHome(shell.pid).processes()
+        tree.driver.states = {second: "checkpointed", third: "locked"}
+        rescue(shell.pid, Cuda(driver=lambda: tree.driver, uses_gpu=lambda _pid: True, limits=QUICK))
+        assert tree.driver.states == {second: "running", third: "running"} and lives(first)
+        tree.driver.states[second], tree.driver.states[third] = "locked", "failed"
+        rescue(shell.pid, Cuda(driver=lambda: tree.driver, uses_gpu=lambda _pid: True, limits=QUICK))
+        assert not any(map(lives, (first, second, third)))
+    finally:
+        shell.kill()
+        shell.wait()
+
+
+def test_a_rescue_of_a_tree_without_cuda_is_none() -> None:
+    rescue(os.getpid())
+
+
 # GPUs
 
 GPUS = [Gpu(0, "GPU-aaaaaaaa-0000-0000-0000-000000000000", "H200"), Gpu(1, "GPU-bbbbbbbb-0000", "H200")]
@@ -297,3 +321,13 @@ def test_without_bindings_the_error_names_what_to_install(monkeypatch: pytest.Mo
     with pytest.raises(HostError, match="bindings to its driver are not installed") as caught:
         cuda_driver()
     assert "dormouse[cuda]" in caught.value.remedy
+
+
+def test_the_doctor_tells_whether_cuda_programs_can_be_captured() -> None:
+    def missing() -> None:
+        raise HostError("no bindings", remedy="install them")
+
+    assert cuda_checkpoint([], missing).ok is None
+    bad, good = cuda_checkpoint(GPUS, missing), cuda_checkpoint(GPUS, lambda: None)
+    assert (bad.ok, bad.value, bad.remedy, bad.needed) == (False, "no bindings", "install them", False)
+    assert good.ok and good.value.startswith("2 x H200, driver ")

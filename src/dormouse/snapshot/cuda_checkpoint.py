@@ -347,6 +347,14 @@ def devices(pid: int) -> set[str]:
     return found
 
 
+def knows_cuda(pid: int) -> bool:
+    """Whether the driver's library is in a process: so it is also when its state is checkpointed."""
+    try:
+        return b"/libcuda.so" in Path(f"/proc/{pid}/maps").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def gpus(driver: Path = _PROC) -> list[Gpu]:
     """The GPUs of this host, in the order of their device files; none without a driver."""
     found = []
