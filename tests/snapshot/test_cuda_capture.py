@@ -32,13 +32,15 @@ from dormouse.transfer.ingest import Ingest
 pytestmark = pytest.mark.root
 
 LIMITS = Limits(lock=2, memory=2, call=2, grace=1)
-# Two processes, each with three threads that count for ever in memory of their own; the child does as its parent.
+# Two processes, each with three threads that count for ever in memory of their own; the child does as its parent. The
+# first threads make a file again and again.
 PROGRAM = """
-import os, threading, time
+import os, sys, threading, time
 counts = [0] * 3
 def count(place):
     while True:
         counts[place] += 1
+        if not place: os.close(os.open(sys.argv[1], os.O_CREAT | os.O_RDWR))
         time.sleep(0.002)
 os.fork()
 for place in (1, 2): threading.Thread(target=count, args=(place,), daemon=True).start()
@@ -52,6 +54,7 @@ class Host:
     def __init__(self, store: Store, criu: Criu, folder: Path) -> None:
         self.store, self.criu = store, criu
         self.digests, self.folders = DigestCache(folder / "digests"), folder / "criu"
+        self.sign = folder / "sign"
         self.driver = FakeDriver()
         self.cuda = Cuda(driver=lambda: self.driver, uses_gpu=lambda pid: pid > 0, limits=LIMITS)
         self.cells: list[Cell] = []
@@ -60,7 +63,11 @@ class Host:
         cell = Cell.create()
         self.cells.append(cell)
         spawned = cell.spawn(
-            [sys.executable, "-c", PROGRAM], env={}, pid_floor=worker_pid_floor(), cwd="/", io_uring=False
+            [sys.executable, "-c", PROGRAM, str(self.sign)],
+            env={},
+            pid_floor=worker_pid_floor(),
+            cwd="/",
+            io_uring=False,
         )
         tree = ProcessTree(cell, spawned.pid)
         eventually(lambda: [len(thread_ids(pid)) for pid in cell.processes()] == [3, 3], "two processes of 3 threads")
@@ -243,9 +250,11 @@ def test_after_a_failure_at_a_restore_nothing_is_left(host: Host, verb: str, how
             eventually(lambda: not lives(pid), "killed")
 
     host.driver.watch = at
+    host.sign.unlink()
     begin = time.monotonic()
     with pytest.raises((SnapshotError, HostError), match=f"{verb}"):
         host.restore(captured.snapshot_id)
+    assert not host.sign.exists(), "a thread of the program has run without its GPU state"
     assert host.cells[-1].processes() == [] and time.monotonic() - begin < 20
 
 

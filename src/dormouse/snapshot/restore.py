@@ -159,10 +159,14 @@ class _CudaWaking:
         tree = CudaTree(runners, self.cuda.driver(), home.close, self.cuda.limits)
         # The home is this restore's own: it dies with us, and what is half awake must die before it can run.
         with held_threads(runners, timeout=self.cuda.limits.call, die_with_us=True):
-            for pid in runners:
-                os.kill(pid, signal.SIGCONT)
-            tree.resume(phases, self.gpus)
-            let_run()
+            try:
+                for pid in runners:
+                    os.kill(pid, signal.SIGCONT)
+                tree.resume(phases, self.gpus)
+                let_run()
+            except BaseException:
+                home.close()  # while they are held: none may run on half a state
+                raise
 
 
 def note_damage(store: Store, snapshot_id: str) -> None:
