@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -22,12 +23,13 @@ from tests.jobs.conftest import eventually
 from tests.snapshot.fake_cuda import lives
 from tests.snapshot.test_cuda_capture import Host, fail_in_attach
 
-from dormouse.errors import DormouseError, HostError, SnapshotError
+from dormouse.errors import DormouseError, SnapshotError
 from dormouse.phases import Phases
 from dormouse.snapshot.capture import run_on
 from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
+from dormouse.snapshot.compatibility import gpu_key
 from dormouse.snapshot.criu_setup import Criu
-from dormouse.snapshot.cuda_checkpoint import CUDA, CudaError, CudaTree, Driver, State, devices, gpus
+from dormouse.snapshot.cuda_checkpoint import CUDA, CudaError, CudaTree, Driver, Limits, State, devices, gpus
 from dormouse.snapshot.held_threads import thread_ids
 from dormouse.snapshot.images import decode_body
 from dormouse.snapshot.restore import restore
@@ -38,7 +40,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.root,
     pytest.mark.timeout(90),
-    pytest.mark.skipif(not gpus(), reason="no NVIDIA GPU"),
+    pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no NVIDIA GPU"),
 ]
 
 SIZE = 512 << 20
@@ -135,7 +137,7 @@ class Program:
         self.pid = tree.home.outer_pid(tree.pid)
 
     def ask(self, word: str = "digest") -> str:
-        self._control.settimeout(60)
+        self._control.settimeout(30)
         self._control.sendall(f"{word}\n".encode())
         data = b""
         while not data.endswith(b"\n"):
@@ -257,7 +259,8 @@ def test_a_torch_program_with_a_cuda_graph_wakes_bit_for_bit_and_again(host: Gpu
     program.close()
     body = decode_body(host.store.manifest(captured.snapshot_id).body, captured.snapshot_id)
     facts(capture=captured.phases, raw=captured.raw_bytes, stored=captured.stored_bytes, cuda=body.cuda, key=body.key)
-    assert body.cuda is not None and body.cuda.processes[0].gpus == [gpus()[0].uuid]
+    assert body.cuda is not None and len(body.cuda.processes) == 1
+    assert body.cuda.processes[0].gpus == [gpu.uuid for gpu in gpus()[:1]]
     assert body.key["gpu_driver"] == body.cuda.driver and body.key["gpu"]
     woken, phases = host.wake(captured.snapshot_id)
     facts(restore=phases)
@@ -324,10 +327,16 @@ def test_managed_memory_is_refused_clearly_and_the_program_goes_on(host: GpuHost
     program = host.plain()
     before = program.ask()
     program.ask("managed")
-    with pytest.raises(SnapshotError, match=r"CUDA could not (lock|checkpoint) process .*managed memory") as caught:
-        host.capture(program.tree)
-    facts(error=caught.value, alive=lives(program.pid))
-    assert program.ask() == before
+    try:
+        captured = host.capture(program.tree)
+    except SnapshotError as error:
+        facts(error=error, alive=lives(program.pid))
+        assert f"process {program.pid}: it uses what the driver can't checkpoint: managed memory" in error.message
+        assert program.ask() == before
+        return
+    facts(managed_memory="this driver can checkpoint it")  # then it has to be right
+    program.close()
+    assert host.wake(captured.snapshot_id)[0].ask() == before
 
 
 def test_a_program_that_does_not_come_to_rest_is_refused_in_time_and_goes_on(host: GpuHost) -> None:
@@ -349,24 +358,30 @@ def test_a_kill_at_any_phase_gives_the_gpus_memory_back(host: GpuHost, verb: str
     program = host.plain()
 
     def at(call: str, pid: int) -> None:
-        if call == verb:
+        if call == verb and verb in ("lock", "unlock"):
             os.kill(pid, signal.SIGKILL)
             eventually(lambda: not lives(pid), "killed")
+        elif call == verb:  # while the driver is at work
+            threading.Timer(0.02, os.kill, (pid, signal.SIGKILL)).start()
 
     driver = CUDA.driver()
-    watched = replace(CUDA, driver=lambda: Watched(driver, at))
+    limits = Limits(lock=5, memory=20, call=5, grace=3)
+    watched = replace(CUDA, driver=lambda: Watched(driver, at), limits=limits)
     begin = time.monotonic()
-    if verb in ("lock", "checkpoint"):
-        host.cuda = watched
-        with pytest.raises(DormouseError) as caught:
+    error = None
+    try:
+        if verb in ("lock", "checkpoint"):
+            host.cuda = watched
             host.capture(program.tree)
-    else:
-        captured = host.capture(program.tree)
-        program.close()
-        host.cuda = watched
-        with pytest.raises((SnapshotError, HostError)) as caught:
+        else:
+            captured = host.capture(program.tree)
+            program.close()
+            host.cuda = watched
             host.wake(captured.snapshot_id)
-    facts(error=caught.value, seconds=time.monotonic() - begin)
+    except DormouseError as caught:
+        error = caught
+    facts(error=error, seconds=time.monotonic() - begin)
+    assert error is not None or verb == "restore"  # which may be quicker than the kill
     eventually(lambda: used_memory()[0] < idle + SIZE // 2, f"memory back to {idle}", patience=20)
 
 
@@ -394,6 +409,28 @@ def test_what_the_driver_says_of_processes_without_cuda() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+NVML = """
+import ctypes, sys
+print(ctypes.CDLL("libnvidia-ml.so.1").nvmlInit_v2(), flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_program_with_nvml_alone_has_no_cuda_state() -> None:
+    with subprocess.Popen([sys.executable, "-c", NVML], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        answer = process.stdout.readline()
+        facts(nvml=answer, devices=devices(process.pid), found=CUDA.find([process.pid]))
+        assert CUDA.find([process.pid]) == {}
+        process.kill()
+
+
+def test_the_gpus_are_listed_with_uuid_and_model() -> None:
+    facts(gpus=gpus(), key=gpu_key())
+    assert gpus() and all(gpu.uuid.startswith("GPU-") and gpu.model for gpu in gpus())
+    assert gpu_key()["gpu_driver"][0].isdigit()
 
 
 @pytest.mark.skipif(len(gpus()) < 2, reason="needs two GPUs")
