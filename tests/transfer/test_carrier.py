@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from dormouse.store.key import Key
 from dormouse.store.pack import ALIGNMENT
 from dormouse.store.store import Store
 from dormouse.transfer import carrier, pinned
-from dormouse.transfer.carrier import PIECE_BYTES, PIECES, shared_out, stretches
+from dormouse.transfer.carrier import BLOCK_BYTES, COPIER_BLOCKS, shared_out, stretches
 from dormouse.transfer.load_device import carry_out
 from dormouse.transfer.plan import LoadPlan
 from dormouse.transfer.report import LoadReport
@@ -34,14 +35,15 @@ from dormouse.transfer.source_files import SourceFile, room_for
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small files have many."""
     monkeypatch.setattr(carrier, "_LEAST", 2 * ALIGNMENT)
-    monkeypatch.setattr(carrier, "PIECE_BYTES", 4 * ALIGNMENT)
+    monkeypatch.setattr(carrier, "BLOCK_BYTES", 8 * ALIGNMENT)
 
 
 @pytest.fixture(params=["direct", "cached"])
 def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether files are read past the page cache."""
+    """Whether files are read past the page cache, by readers in any case."""
     wanted: bool = request.param == "direct"
     monkeypatch.setattr(SourceFile, "is_resident", lambda _self, _offset, _length: not wanted)
+    monkeypatch.setattr(SourceFile, "cached", lambda _self, _offset, _length: False)
     return wanted
 
 
@@ -93,19 +95,22 @@ def test_stretches_are_all_of_it_and_can_be_read_past_the_page_cache(offset: int
     assert max(room_for(low, high - low) for low, high in parts) <= pages * ALIGNMENT
 
 
-@given(budget=st.integers(0, 1 << 30), threads=st.integers(1, 64))
-def test_pinned_memory_is_shared_out_among_readers(budget: int, threads: int) -> None:
+@given(budget=st.integers(0, 1 << 30), readers=st.integers(0, 64), copier=st.booleans())
+def test_pinned_memory_is_shared_out(budget: int, readers: int, copier: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(carrier, "_LEAST", 64 << 10)
-        patch.setattr(carrier, "PIECE_BYTES", PIECE_BYTES)
+        patch.setattr(carrier, "BLOCK_BYTES", BLOCK_BYTES)
         try:
-            readers, size = shared_out(budget, threads)
+            shares = shared_out(budget, readers=readers, copier=copier)
         except ConfigError as error:
-            assert budget < 2 * PIECES * ALIGNMENT and str(budget) in str(error)
+            assert budget < 6 * ALIGNMENT and str(budget) in str(error)
             return
-    assert 1 <= readers <= threads and readers * PIECES * size <= budget
-    assert 2 * ALIGNMENT <= size <= PIECE_BYTES and size % ALIGNMENT == 0
-    assert budget < threads * PIECES * PIECE_BYTES or (readers, size) == (threads, PIECE_BYTES)
+    blocks = shares.readers + shares.copier_blocks
+    assert blocks * shares.block_bytes <= budget or not blocks
+    assert shares.block_bytes % (2 * ALIGNMENT) == 0 and shares.block_bytes <= BLOCK_BYTES
+    assert (shares.readers > 0, shares.copier_blocks > 0) == (readers > 0, copier)
+    enough = budget >= (readers + COPIER_BLOCKS) * BLOCK_BYTES
+    assert not enough or (shares.readers, shares.block_bytes) == (readers, BLOCK_BYTES)
 
 
 @pytest.mark.parametrize("pinned_bytes", [64 << 10, 300_000, 8 << 20])
@@ -197,3 +202,48 @@ def test_several_readers_are_in_one_parcel_at_once(
     found, report = load(plan, threads=4, pinned_bytes=32 * ALIGNMENT)
     assert found == content
     assert report.peak_pinned_bytes <= 32 * ALIGNMENT
+
+
+class TestFromPageCache:
+    """Loads of what the page cache has, and of what it has in part."""
+
+    @pytest.mark.parametrize("pinned_bytes", [64 << 10, 1 << 20])
+    def test_nothing_is_read(self, store: Store, monkeypatch: pytest.MonkeyPatch, pinned_bytes: int) -> None:
+        chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(12)])
+        monkeypatch.setattr(os, "preadv", None)
+        found, report = load(chunks.plan(extent_bytes=90_000), chunks.key, pinned_bytes=pinned_bytes)
+        assert found == chunks.content
+        assert (report.direct_bytes, report.cached_bytes >= report.stored_bytes) == (0, True)
+        assert 0 < report.peak_pinned_bytes <= pinned_bytes
+
+    def test_some_parts_are_read_and_others_mapped(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        chunks = stored(store, mixed(8, 60))
+        monkeypatch.setattr(SourceFile, "cached", lambda _self, offset, _length: bool(offset // 100_000 % 2))
+        monkeypatch.setattr("dormouse.transfer.load_device.AT_ONCE", 50_000)
+        for kernels in (False, True):
+            found, report = load(chunks.plan(extent_bytes=50_000), chunks.key, kernels=kernels)
+            assert found == chunks.content
+            assert 0 < report.peak_pinned_bytes <= 1 << 20
+
+    @pytest.mark.parametrize("left", [0, 1, 300_000, 999_999])
+    def test_a_file_that_became_short(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+        plan = plain_file(tmp_path / "plain", random.Random(1).randbytes(1_000_000), [])
+        os.truncate(tmp_path / "plain", left)
+        monkeypatch.setattr(SourceFile, "cached", lambda _self, _offset, _length: True)
+        with pytest.raises(DamagedError, match=f"plain is damaged: it ends at {left}, and was to go on to"):
+            load(plan)
+
+    def test_cancel_between_two_parcels(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(12)])
+        monkeypatch.setattr("dormouse.transfer.load_device.AT_ONCE", 90_000)
+        cancelled, original, calls = threading.Event(), SourceFile.mapped, []
+
+        def mapped(file: SourceFile, offset: int, length: int) -> Any:
+            calls.append(offset)
+            cancelled.set()
+            return original(file, offset, length)
+
+        monkeypatch.setattr(SourceFile, "mapped", mapped)
+        with pytest.raises(StoreError, match="not needed any more"):
+            load(chunks.plan(extent_bytes=90_000), chunks.key, cancelled=cancelled)
+        assert len(calls) < 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
@@ -27,6 +28,7 @@ from dormouse.transfer.lane import copy_rows
 from dormouse.transfer.load_device import carry_out, load_device
 from dormouse.transfer.plan import Copy, LoadPlan
 from dormouse.transfer.report import LoadReport
+from dormouse.transfer.source_files import SourceFile
 
 DONE = "FakeStream.finish.<locals>.<lambda>"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -70,6 +72,18 @@ def loaded(
     options.setdefault("threads", 3)
     report = carry_out(plan, memory, gpus, pinner, key=key, **options)
     return [each.numpy().tobytes() for each in memory], report
+
+
+@pytest.fixture(autouse=True)
+def little_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small plans have many parcels."""
+    monkeypatch.setattr("dormouse.transfer.load_device.AT_ONCE", 100_000)
+
+
+@pytest.fixture
+def not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that readers read."""
+    monkeypatch.setattr(SourceFile, "cached", lambda _self, _offset, _length: False)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -198,7 +212,9 @@ def test_what_a_dead_device_may_still_read_is_never_used_again(store: Store, mon
     assert alive.streams and not undone
     for stream in dead.streams:
         stream.work.clear()  # what it was to copy
-    abandoned[0].close()
+    gc.collect()
+    for block in abandoned:
+        block.close()
 
 
 def test_an_error_without_a_word_is_told_by_its_name() -> None:
@@ -221,6 +237,7 @@ def test_memory_that_can_not_be_pinned(store: Store) -> None:
     assert pinned.idle_bytes() == 0
 
 
+@pytest.mark.usefixtures("not_cached")
 @pytest.mark.parametrize("failing", [0, 3, 11])
 def test_a_read_that_fails_ends_all(
     store: Store, pinner: FakePinner, monkeypatch: pytest.MonkeyPatch, failing: int
@@ -238,6 +255,7 @@ def test_a_read_that_fails_ends_all(
         loaded(chunks.plan(extent_bytes=80_000), [FakeGpu(late=True)], pinner, chunks.key, pinned_bytes=400_000)
 
 
+@pytest.mark.usefixtures("not_cached")
 @pytest.mark.parametrize("late", [False, True])
 def test_cancel_in_the_middle(store: Store, pinner: FakePinner, late: bool) -> None:
     chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(20)])

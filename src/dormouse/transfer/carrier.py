@@ -1,16 +1,20 @@
-"""One reader's way from files to GPUs: pinned memory of its own, and streams of its own.
+"""Bytes of files on their way to GPUs, through pinned memory. Two ways, for a thread that must ask for Python's lock
+pays some 50 µs for each time, when others want it too:
 
-    a stretch of a file -> read into one of two pieces of pinned memory -> over the link, on the reader's stream
-    a parcel that the CPU decodes -> read and decoded in plain memory -> piece by piece the same way
+    not in memory:      Carrier, one for each of many readers: a stretch of the file -> one of two pieces of its own
+                        -> over the link, on a stream of its own
+    in the page cache:  Copier, the caller's: the file, mapped -> by all processors in one call -> one of a few pieces
+                        -> over the link
+    the CPU decodes it: Carrier: read and decoded in plain memory, then piece by piece
 
-While the link takes one piece, the reader fills the other, and neither asks anyone. The pieces are few and small, so
-that all of them together stay in the processor's cache: what was just read is taken from there, not from memory. (16
-threads copied 81 GB/s out of the page cache into 128 MiB, 47 GB/s into 512 MiB.)
+While the link takes one piece, the next is filled. A copier's pieces are small enough to stay in the processor's cache
+all together: what was just copied is taken from there, not from memory. (On a Xeon of 2023, 16 threads copied 81 GB/s
+out of the page cache into 128 MiB of pinned memory, and 47 GB/s into 512 MiB.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,31 +30,44 @@ from dormouse.transfer.pinned import PinnedMemory
 from dormouse.transfer.plan import Extent
 from dormouse.transfer.source_files import SourceFiles, room_for
 
-PIECE_BYTES = 4 << 20
-"""Large enough that Python's share of a read is small: all readers have one interpreter."""
+BLOCK_BYTES = 17 << 20
+"""Pinned memory is taken in blocks of this size, all alike, so that later loads use them again. One is a reader's, in
+two pieces, or one of the copier's pieces: large enough that Python's share is small, and a quarter of a parcel."""
 
-PIECES = 2
+COPIER_BLOCKS = 6
 _LEAST = 64 << 10
 
+Marks = list[list[Mark]]
 
-class Pieces(NamedTuple):
-    """How many readers there are, and how large the pieces of each."""
+
+class Shares(NamedTuple):
+    """How many readers there are, how many blocks the copier has (0: there is none), and the size of a block."""
 
     readers: int
-    size: int
+    copier_blocks: int
+    block_bytes: int
+
+    @property
+    def stretch_bytes(self) -> int:
+        """What a reader reads at once."""
+        return self.block_bytes // 2
 
 
-def shared_out(budget: int, threads: int) -> Pieces:
-    """The pinned memory of a load, shared out among at most so many readers. Raises ConfigError when there is not
-    enough for one."""
-    readers = max(1, min(threads, budget // (PIECES * _LEAST)))
-    size = min(PIECE_BYTES, budget // (PIECES * readers) // ALIGNMENT * ALIGNMENT)
-    if size < 2 * ALIGNMENT:
-        raise ConfigError(
-            f"{budget} bytes of pinned memory are too few: a load needs {2 * PIECES * ALIGNMENT} at least",
-            remedy="Allow more pinned memory",
-        )
-    return Pieces(readers, size)
+def most_readers(lengths: Iterable[int]) -> int:
+    """How many have something to do, for parcels of so many bytes each."""
+    return sum(-(-length // (BLOCK_BYTES // 2)) for length in lengths)
+
+
+def shared_out(budget: int, *, readers: int, copier: bool) -> Shares:
+    """The pinned memory of a load, shared out among at most so many readers, and the copier if there is one. Raises
+    ConfigError when there is not enough."""
+    blocks = min(COPIER_BLOCKS, max(2, budget // 2 // _LEAST)) if copier else 0
+    readers = min(readers, max(1, budget // _LEAST - blocks))
+    size = min(BLOCK_BYTES, budget // max(1, readers + blocks))
+    size -= size % (2 * ALIGNMENT)
+    if not size:
+        raise ConfigError(f"{budget} bytes of pinned memory are too few for a load", remedy="Allow more pinned memory")
+    return Shares(readers, blocks, size)
 
 
 def stretches(offset: int, length: int, most: int) -> Iterator[tuple[int, int]]:
@@ -73,67 +90,104 @@ class _Piece:
         self.marks: list[Mark] = []
 
 
+class _Outlet:
+    """Pinned memory in pieces that are filled and sent in turn, on one stream of each device. Used by one thread."""
+
+    def __init__(self, pieces: Iterable[memoryview], streams: Sequence[Any]) -> None:
+        self._pieces = [_Piece(view) for view in pieces]
+        self.size = len(self._pieces[0].view)
+        self._streams = streams
+        self._turn = 0
+
+    def piece(self) -> _Piece:
+        """The one that was sent first; waits until its bytes have crossed the link."""
+        self._turn = (self._turn + 1) % len(self._pieces)
+        piece = self._pieces[self._turn]
+        while piece.marks:
+            piece.marks.pop().wait()
+        return piece
+
+    def send(
+        self, piece: _Piece, begin: int, end: int, offset: int, parcel: Parcel, lanes: Sequence[Lane], marks: Marks
+    ) -> None:
+        """Bytes `begin` to `end` of a parcel, which begin `offset` bytes into the piece. Adds to `marks`, one list for
+        each part of the parcel, where they have come."""
+        source = Source(begin, end, piece.tensor, offset)
+        for part, taken in zip(parcel.parts, marks, strict=True):
+            taken.append(lanes[part.device].take(part, source, self._streams[part.device]))
+            piece.marks.append(taken[-1])
+
+
+class Copier:
+    """Brings what the page cache holds. `blocks`: pinned, of which `size` bytes each are used; `streams`: one of each
+    device."""
+
+    def __init__(self, blocks: Sequence[PinnedMemory], size: int, streams: Sequence[Any], files: SourceFiles) -> None:
+        self._outlet = _Outlet([block.view[:size] for block in blocks], streams)
+        self._files = files
+
+    def carry(self, parcel: Parcel, lanes: Sequence[Lane]) -> Marks:
+        """Bring a parcel to the devices. Returns the marks at which it has come, for each of its parts."""
+        marks: Marks = [[] for _ in parcel.parts]
+        size = self._outlet.size
+        for begin in range(0, parcel.length, size):
+            length = min(size, parcel.length - begin)
+            piece = self._outlet.piece()
+            with self._files[parcel.extent.file].mapped(parcel.extent.offset + begin, length) as found:
+                _copy(found, piece.tensor[:length])
+            self._outlet.send(piece, begin, begin + length, 0, parcel, lanes, marks)
+        return marks
+
+
+def _copy(found: memoryview, target: torch.Tensor) -> None:
+    """By all processors, if it is much."""
+    target.copy_(torch.frombuffer(found, dtype=torch.uint8))
+
+
 class Carrier:
-    """Used by one thread. `memory`: pinned, for its pieces; `streams`: one of each device."""
+    """Brings stretches, or whole parcels that the CPU decodes. Used by one thread. `block`: pinned, of which `size`
+    bytes are used; `streams`: one of each device."""
 
     def __init__(
-        self, memory: PinnedMemory, size: int, streams: Sequence[Any], files: SourceFiles, checker: Checker
+        self, block: PinnedMemory, size: int, streams: Sequence[Any], files: SourceFiles, checker: Checker
     ) -> None:
-        self._pieces = [_Piece(memory.view[n * size : (n + 1) * size]) for n in range(PIECES)]
-        self._size = size
-        self._streams = streams
+        self._outlet = _Outlet([block.view[: size // 2], block.view[size // 2 : size]], streams)
         self._files = files
         self._checker = checker
         self._own: dict[str, memoryview] = {}
-        self._turn = 0
 
     def carry(
         self, parcel: Parcel, begin: int, end: int, lanes: Callable[[], Sequence[Lane]], *, direct: bool
-    ) -> list[list[Mark]]:
+    ) -> Marks:
         """Bring bytes `begin` to `end` of the parcel's file, read past the page cache if `direct`, to the devices that
-        want them; `lanes` tells each device's, when they are there. Returns for each part of the parcel the marks at
-        which its bytes have come."""
-        piece = self._free_piece()
+        want them; `lanes` tells each device's, when they are there. Returns the marks at which the bytes have come, for
+        each part of the parcel."""
+        piece = self._outlet.piece()
         file = self._files[parcel.extent.file]
         file.read_around(piece.view, begin, end - begin, direct=direct)
         offset = parcel.extent.offset
-        source = Source(begin - offset, end - offset, piece.tensor, file.lead(begin, direct=direct))
-        return self._send(piece, parcel, source, lanes(), [[] for _ in parcel.parts])
+        marks: Marks = [[] for _ in parcel.parts]
+        lead = file.lead(begin, direct=direct)
+        self._outlet.send(piece, begin - offset, end - offset, lead, parcel, lanes(), marks)
+        return marks
 
-    def carry_decoded(self, parcel: Parcel, lanes: Callable[[], Sequence[Lane]]) -> list[list[Mark]]:
+    def carry_decoded(self, parcel: Parcel, lanes: Callable[[], Sequence[Lane]]) -> Marks:
         """Read, check and decode a parcel here, and bring its plain bytes to the devices."""
         extent = parcel.extent
         stored = read_stored(extent, self._files, self._memory("stored", room_for(extent.offset, extent.length)))
-        marks: list[list[Mark]] = [[] for _ in parcel.parts]
+        marks: Marks = [[] for _ in parcel.parts]
         for each, start in zip(extent.pieces, parcel.starts, strict=True):
             at = each.offset - extent.offset
             found = stored[at : at + each.stored_length]
             self._checker.check(each, found)
             plain = self._memory("plain", each.plain_length)[: each.plain_length]
             self._checker.decode_into(each, found, plain)
-            for begin in range(0, len(plain), self._size):
-                part = plain[begin : begin + self._size]
-                piece = self._free_piece()
+            for begin in range(0, len(plain), self._outlet.size):
+                part = plain[begin : begin + self._outlet.size]
+                piece = self._outlet.piece()
                 piece.view[: len(part)] = part
-                source = Source(start + begin, start + begin + len(part), piece.tensor, 0)
-                self._send(piece, parcel, source, lanes(), marks)
+                self._outlet.send(piece, start + begin, start + begin + len(part), 0, parcel, lanes(), marks)
         return marks
-
-    def _send(
-        self, piece: _Piece, parcel: Parcel, source: Source, lanes: Sequence[Lane], marks: list[list[Mark]]
-    ) -> list[list[Mark]]:
-        for part, taken in zip(parcel.parts, marks, strict=True):
-            taken.append(lanes[part.device].take(part, source, self._streams[part.device]))
-            piece.marks.append(taken[-1])
-        return marks
-
-    def _free_piece(self) -> _Piece:
-        """The piece whose bytes were sent first; waits until they have crossed the link."""
-        self._turn = (self._turn + 1) % PIECES
-        piece = self._pieces[self._turn]
-        while piece.marks:
-            piece.marks.pop().wait()
-        return piece
 
     def _memory(self, what: str, length: int) -> memoryview:
         """Plain memory of this reader, which begins at a page."""

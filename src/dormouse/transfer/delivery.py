@@ -1,8 +1,9 @@
 """Parcels on their way to GPUs: who reads, who asks the devices, who waits for them, and what ends it all.
 
-    readers (threads): stretches of files -> carrier.py -> over the link, into the lane of the parcel
+    readers (threads): stretches of files -> Carrier -> over the link, into the lane of the parcel
                        the last stretch of a parcel --arrivals-->
-    the caller's thread: check, decode, place (lane.finish); what memory holds it also sends itself
+    the caller's thread: check, decode, place (lane.finish)
+                         what the DRAM tier or the page cache holds, it also sends itself
 
 Parcels are read in order, each into the next lane that is free: so a few are under way, however many readers there are.
 A lane is free for the next parcel as soon as its device has been asked for the last step of the one before; the order
@@ -16,13 +17,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from queue import SimpleQueue
 
 from dormouse.errors import HostError
-from dormouse.transfer.carrier import Carrier, check_again, stretches
+from dormouse.transfer.carrier import Carrier, Copier, Marks, check_again, stretches
 from dormouse.transfer.crew import Crew, given_up
 from dormouse.transfer.device_plan import Packed, Parcel
 from dormouse.transfer.gpus import Mark
@@ -32,11 +33,11 @@ from dormouse.transfer.plan import Extent
 from dormouse.transfer.report import Progress
 from dormouse.transfer.source_files import SourceFiles
 
-LANES = 8
+LANES = 4
 """Of each device, for what is read: so many parcels are under way at once."""
 
-HELD_LANES = 2
-"""Of each device, for what memory holds: the bytes of one cross the link while the other decodes."""
+OWN_LANES = 2
+"""Of each device, for what the caller's thread sends: the bytes of one cross the link while the other decodes."""
 
 
 class _Arriving:
@@ -46,11 +47,11 @@ class _Arriving:
         self.number = number
         self.parcel = parcel
         self.lane = lane
-        self.taken: list[list[Mark]] = [[] for _ in parcel.parts]
+        self.taken: Marks = [[] for _ in parcel.parts]
         self._left = left
         self._lock = threading.Lock()
 
-    def add(self, marks: list[list[Mark]]) -> bool:
+    def add(self, marks: Marks) -> bool:
         """One stretch has been sent. Whether it was the last to come."""
         with self._lock:
             for taken, more in zip(self.taken, marks, strict=True):
@@ -60,12 +61,12 @@ class _Arriving:
 
 
 class Lanes:
-    """Those of all devices: `reading[n]` has one of each device, and so has `held[n]`. They are made while the first
+    """Those of all devices: `reading[n]` has one of each device, and so has `own[n]`. They are made while the first
     bytes are read; who sends waits for that."""
 
     def __init__(self) -> None:
         self.reading: list[list[Lane]] = []
-        self.held: list[list[Lane]] = []
+        self.own: list[list[Lane]] = []
         self._there = threading.Event()
 
     def are_there(self) -> None:
@@ -81,17 +82,19 @@ class Lanes:
 
     def all(self) -> Iterator[Lane]:
         """Of all devices."""
-        return chain.from_iterable((*self.reading, *self.held))
+        return chain.from_iterable((*self.reading, *self.own))
 
 
 class Delivery:
-    """One load of parcels. `carrier`: makes one, for each reader; `forget`: told what was held in memory and is damaged
-    there."""
+    """One load of parcels. `cached`: the numbers of those that `copier` brings; `carrier`: makes one, for each reader;
+    `forget`: told what was held in memory and is damaged there."""
 
     def __init__(
         self,
         packed: Packed,
         lanes: Lanes,
+        cached: Collection[int],
+        copier: Callable[[], Copier],
         carrier: Callable[[], Carrier],
         stretch_bytes: int,
         files: SourceFiles,
@@ -100,6 +103,8 @@ class Delivery:
     ) -> None:
         self._parcels = packed.parcels
         self._lanes = lanes
+        self._cached = cached
+        self._new_copier = copier
         self._new_carrier = carrier
         self._stretch_bytes = stretch_bytes
         self._files = files
@@ -124,7 +129,7 @@ class Delivery:
         """Deliver all. `held`: for each parcel where it is in memory, None when it is to be read. `prepare`: makes the
         lanes. Raises the first error; DamagedError when a device found damage that is in the file, HostError when it
         is not."""
-        reading = [number for number, found in enumerate(held) if found is None]
+        reading = [number for number, found in enumerate(held) if found is None and number not in self._cached]
         for number in range(min(LANES, len(reading))):
             self._free.put(number)
         readers = Crew(
@@ -138,7 +143,7 @@ class Delivery:
         with readers:
             prepare()
             self._lanes.are_there()
-            self._finish_held(held, progress, cancelled)
+            self._finish_own(held, progress, cancelled)
             self._finish_read(len(reading), progress)
             readers.wait()
         while self._asked:
@@ -183,7 +188,7 @@ class Delivery:
         lanes = partial(self._lanes.await_reading, arriving.lane)
         self._add(arriving, self._carrier().carry_decoded(arriving.parcel, lanes))
 
-    def _add(self, arriving: _Arriving, marks: list[list[Mark]]) -> None:
+    def _add(self, arriving: _Arriving, marks: Marks) -> None:
         if arriving.add(marks):
             self._arrivals.put(arriving)
 
@@ -196,24 +201,27 @@ class Delivery:
 
     # What the caller's thread does
 
-    def _finish_held(
+    def _finish_own(
         self,
         held: Sequence[tuple[Source, ...] | None],
         progress: Progress | None,
         cancelled: threading.Event | None,
     ) -> None:
-        for number, sources in enumerate(held):
-            if sources is None:
-                continue
+        copier = self._new_copier() if self._cached else None
+        own = (number for number, sources in enumerate(held) if sources is not None or number in self._cached)
+        for turn, number in enumerate(own):
             if cancelled is not None and cancelled.is_set():
                 raise given_up()
-            parcel, marks = self._parcels[number], []
-            lanes = self._lanes.held[number % len(self._lanes.held)]
-            for part in parcel.parts:
-                lane = lanes[part.device]
-                for source in sources:
-                    lane.take(part, source, lane.stream)
-                marks.append(lane.finish(number, part, ()))
+            parcel, sources = self._parcels[number], held[number]
+            lanes = self._lanes.own[turn % len(self._lanes.own)]
+            if sources is not None:
+                taken = [[lanes[part.device].fetch(part, source) for source in sources] for part in parcel.parts]
+            else:
+                assert copier is not None
+                taken = copier.carry(parcel, lanes)
+            marks = [
+                lanes[part.device].finish(number, part, marks) for part, marks in zip(parcel.parts, taken, strict=True)
+            ]
             self._has_asked(marks, parcel, progress)
 
     def _finish_read(self, count: int, progress: Progress | None) -> None:
@@ -244,7 +252,7 @@ class Delivery:
 
     def _look_for_damage(self, held: Sequence[tuple[Source, ...] | None]) -> None:
         """All devices are through: did one of them find anything?"""
-        lanes = [*self._lanes.reading, *self._lanes.held]
+        lanes = [*self._lanes.reading, *self._lanes.own]
         found = {number for lane in (lanes[0] if lanes else ()) for number in lane.kernels.damaged()}
         for number in found:
             if held[number] is not None:

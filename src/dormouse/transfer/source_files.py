@@ -1,6 +1,7 @@
 """The files of a load, each range read the way that suits where its bytes are.
 
     range -> are its pages in memory? (mincore) -> yes: preadv, a copy        -> the caller's memory
+                                                        or mapped, for whoever copies by itself
                                                 -> no:  O_DIRECT, no copy in the kernel, aligned by us
 
 A file whose file system has no O_DIRECT is read through the page cache, which the report shows as `cached_bytes`.
@@ -9,6 +10,7 @@ Packs are opened as files of ours are; a user's own files as they are, whoever o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -16,7 +18,7 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Self
@@ -57,6 +59,7 @@ class SourceFile:
             with reading(path):
                 self._direct = self._open_direct()
                 self._mapped = _map(self._fd, os.fstat(self._fd).st_size)
+                self._tells = self._mapped is not None and _is_told(self._fd)
         except BaseException:
             self.close()
             raise
@@ -82,21 +85,45 @@ class SourceFile:
 
     def is_resident(self, offset: int, length: int) -> bool:
         """Whether at least half of a range is in memory, as a few probes tell."""
+        found = self._resident(offset, length, _PROBES)
+        return True if found is None else found >= 0.5  # where nothing is known, the page cache is always right
+
+    def cached(self, offset: int, length: int) -> bool:
+        """Whether a range is known to be in memory: what a probe finds."""
+        return self._tells and self._resident(offset, length, 1) == 1
+
+    @contextlib.contextmanager
+    def mapped(self, offset: int, length: int) -> Iterator[memoryview]:
+        """A range of the file in the page cache itself, to be read at once: when somebody cuts the file meanwhile, this
+        process ends (SIGBUS), as with every mapped file. Raises DamagedError when it has been cut before."""
+        lead = offset % mmap.PAGESIZE
+        with reading(self.path):
+            size = os.fstat(self._fd).st_size
+            if offset + length > size:
+                raise self._too_short(size, offset + length)
+            # Private and writable, for torch takes no other memory without a warning. Nobody writes.
+            memory = mmap.mmap(self._fd, lead + length, access=mmap.ACCESS_COPY, offset=offset - lead)
+        with memory, memoryview(memory) as view, view[lead:] as found:
+            yield found
+        self._count(cached=length)
+
+    def _resident(self, offset: int, length: int, probes: int) -> float | None:
+        """The share of the probed pages that are in memory, None when nothing is known."""
         if self._mapped is None:
-            return False
+            return 0.0
         base, size = self._mapped
         begin, end = offset // mmap.PAGESIZE * mmap.PAGESIZE, min(offset + length, size)
-        step = max(_PROBE, (end - begin) // _PROBES // mmap.PAGESIZE * mmap.PAGESIZE)
+        step = max(_PROBE, (end - begin) // probes // mmap.PAGESIZE * mmap.PAGESIZE)
         found = pages = 0
         marks = ctypes.create_string_buffer(_PROBE // mmap.PAGESIZE)
         for at in range(begin, end, step):
             probe = min(_PROBE, end - at)
             if _libc().mincore(base + at, probe, marks) != 0:
-                return True  # nothing is known; through the page cache is always right
+                return None
             count = -(-probe // mmap.PAGESIZE)
             pages += count
             found += sum(mark & 1 for mark in marks.raw[:count])
-        return found * 2 >= pages
+        return found / pages if pages else 0.0
 
     def prefers_direct(self, offset: int, length: int) -> bool:
         """Whether a range is best read past the page cache."""
@@ -161,12 +188,14 @@ class SourceFile:
                 count = os.preadv(fd, [target[done:]], offset + done)
                 if count == 0:
                     size = min(os.fstat(fd).st_size, offset + done)  # others may have read what came before
-                    raise DamagedError(
-                        f"{self.path} is damaged: it ends at {size}, and was to go on to {offset + needed} at least",
-                        remedy=_REMEDY,
-                    )
+                    raise self._too_short(size, offset + needed)
                 done += count
         return done
+
+    def _too_short(self, size: int, end: int) -> DamagedError:
+        return DamagedError(
+            f"{self.path} is damaged: it ends at {size}, and was to go on to {end} at least", remedy=_REMEDY
+        )
 
     def _count(self, direct: int = 0, cached: int = 0) -> None:
         with self._lock:
@@ -218,6 +247,11 @@ def _open_plain(path: Path) -> int:
         os.close(fd)
         raise StoreError(f"{path} is no file", remedy="Name a file with weights")
     return fd
+
+
+def _is_told(fd: int) -> bool:
+    """Whether mincore tells this process the truth: of others' files, it says that all pages are in memory."""
+    return os.fstat(fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)
 
 
 _REMEDY = "Import the model again with --replace, or fetch the file again"
