@@ -278,6 +278,8 @@ def test_a_tree_falls_asleep_and_wakes_in_place_without_criu(host: GpuHost) -> N
     before, busy = program.ask(), used_memory()[0]
     found = CUDA.find(program.tree.home.processes())
     assert list(found) == [program.pid] and found[program.pid] in thread_ids(program.pid)
+    restorer = Path(f"/proc/{program.pid}/task/{found[program.pid]}")
+    facts(restorer=(restorer / "comm").read_text().strip(), status=(restorer / "status").read_text())
     phases = Phases()
     tree = CudaTree(found, CUDA.driver(), program.tree.home.close, CUDA.limits)
     tree.suspend(phases)
