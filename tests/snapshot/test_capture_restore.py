@@ -120,6 +120,14 @@ def test_a_worker_wakes_with_the_same_answer_and_sleeps_again(host: Host, store:
     assert store.verify().ok
 
 
+def test_io_uring_is_denied_to_workers_before_and_after_a_restore(host: Host, null_model: Path) -> None:
+    started, worker = host.start(null_model)
+    assert "Seccomp:\t2" in Path(f"/proc/{started.pid}/status").read_text()
+    worker.quiesce()
+    restored, _worker = host.restore(host.capture(started).snapshot_id)
+    assert "Seccomp:\t2" in Path(f"/proc/{restored.pid}/status").read_text()
+
+
 def test_two_replicas_of_one_snapshot_run_at_once(host: Host, null_model: Path) -> None:
     started, worker = host.start(null_model)
     text = worker.answer()

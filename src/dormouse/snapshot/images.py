@@ -14,6 +14,7 @@ import msgspec
 
 from dormouse.errors import DamagedError, IncompatibleError, SnapshotError
 from dormouse.snapshot.criu_images import PAGE
+from dormouse.snapshot.cuda_checkpoint import CudaState
 from dormouse.snapshot.memory_map import AddressSpace, check
 from dormouse.snapshot.tree import External
 from dormouse.store.chunk import DIGEST_SIZE, Buffer, Digest
@@ -55,7 +56,7 @@ class SnapshotBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `key` is the compatibility key, `pid` the root's pid in its cell, `externals` what tied the tree to the outside,
     `memory` the private memory of its processes (their page maps and pages are not among `images`), `phases` the
-    seconds of the capture.
+    seconds of the capture, `cuda` what is to be known of processes with CUDA state, whose GPU memory is in theirs.
     """
 
     version: int
@@ -67,6 +68,7 @@ class SnapshotBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: list[AddressSpace]
     mapped: list[MappedFile]
     phases: dict[str, float]
+    cuda: CudaState | None = None
 
     def references(self) -> Sequence[Digest]:
         """Every chunk the images and the memory need."""
