@@ -624,7 +624,7 @@ def bench() -> None:
 @click.option("--prompt", default="What is the capital of France?", show_default=True, help="The user's message.")
 @common
 def bench_start(model: str, runs: int, prompt: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
-    """Time cold starts against snapshot restores, to the first token, page cache dropped before each."""
+    """Time cold starts, restores (page cache dropped, or warm) and wakes of a process that stayed."""
     import asyncio
 
     from dormouse import bench_start as bench_module
