@@ -37,8 +37,13 @@ def anonymous(size: int) -> mmap.mmap:
     """New memory of zeros that begins at a page, on huge pages where the kernel has them: to fill it then takes half
     the CPU time. Raises OSError."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    advise_huge(memory)
+    return memory
+
+
+def advise_huge(memory: mmap.mmap) -> None:
+    """Have huge pages behind new memory where the kernel has them."""
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError as error:
-        log.info("no huge pages for %d bytes of memory: %s", size, error)
-    return memory
+        log.info("no huge pages for %d bytes of memory: %s", len(memory), error)
