@@ -4,13 +4,15 @@
                                                              --compare with a parent--> a chunk of changes
 
 A window covers WINDOW bytes of addresses and begins at a multiple of that, so that two snapshots of one program cut at
-the same places and share the chunks that are equal. Where a whole stretch of WIDE such windows is there, which begins at
-a multiple of its own length, they are one wide window: large memory then costs an eighth of the chunks, calls and
-digests, and is cut at the same places in every snapshot too. A window's masks tell its width. A chunk of a window holds some of its pages, one after another in
-ascending order; `held` tells which (bit i: page i of the window). A window may take its pages from several chunks: an
-incremental capture adds a chunk with the pages that changed and goes on using the others from where they were; `used`
-tells which pages count. A page that no piece has is what its mapping has by itself: zero, or, in a private mapping of a
-file, what the file has. So zero pages may be left out of the former only.
+the same places and share the chunks that are equal. Where all pages of WIDE of them are in the page map, they are one
+wide window, which begins at a multiple of its own length: large memory then costs an eighth of the chunks and calls,
+and is cut at the same places every time too. The length of a window's masks tells its width.
+
+A chunk of a window holds some of its pages, one after another in ascending order; `held` tells which (bit i: page i of
+the window). A window may take its pages from several chunks: an incremental capture adds a chunk with the pages that
+changed and goes on using the others from where they were; `used` tells which pages count. A page that no piece has is
+what its mapping has by itself: zero, or, in a private mapping of a file, what the file has. So zero pages may be left
+out of the former only.
 """
 
 from __future__ import annotations

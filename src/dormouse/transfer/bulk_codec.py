@@ -2,18 +2,18 @@
 
     piece --a few samples--> what it looks like (guess) --what this machine's disk and cores do (Rates)--> codec
 
-Coding floats costs a core seconds for each gigabyte. That pays where the disk is what is waited for, and loses where the
-store is in memory: so both are measured, once for each disk, when the first piece of floats turns up, and the rest is a
-plain function of the figures (`floats_pay`).
+Coding floats costs about two seconds of a core for each gigabyte. That pays where the disk is what is waited for, and
+loses where the store is in memory. So both are measured, once for each disk, when the first piece of floats turns up;
+the rest is a plain function of the figures (`floats_pay`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import mmap
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -32,10 +32,8 @@ log = logging.getLogger(__name__)
 
 _SPOTS, _SPOT = 8, 4 << 10
 _LZ4_HOPELESS = 0.98
-_MOST_STORED = 0.86
+_MOST_STORED = 0.865
 """A guess above this share is not worth coding: the codec itself gives up above 7/8."""
-_OVERHEAD = 0.3
-"""Bits by which the codec's digits are longer than the entropy of the exponents."""
 _MARGIN = 1.05
 _PROBE_FILES, _PROBE_BYTES = 8, 16 << 20
 _PROBE_VALUES = 1 << 20
@@ -60,21 +58,25 @@ def floats_pay(rates: Rates, threads: int, stored: float) -> bool:
 def guess(plain: memoryview) -> tuple[Codec, float]:
     """What a piece looks like, and about what share of its bytes would be stored."""
     step = (len(plain) - _SPOT) // (_SPOTS - 1) & ~7
-    sample = b"".join(plain[at * step : at * step + _SPOT] for at in range(_SPOTS))
-    packed = len(lz4.block.compress(sample, store_size=False)) / len(sample)
-    stored, codec = min((_share(sample, codec), codec) for codec in FLOATS)
+    spots = [plain[at * step : at * step + _SPOT] for at in range(_SPOTS)]
+    packed = len(lz4.block.compress(b"".join(spots), store_size=False)) / (_SPOTS * _SPOT)
+    numbers = b"".join(spot[: _SPOT // 2] for spot in spots)
+    stored, codec = min((_share(numbers, codec), codec) for codec in FLOATS)
     if stored <= _MOST_STORED and stored < packed:
         return codec, stored
     return (Codec.LZ4, packed) if packed <= _LZ4_HOPELESS else (Codec.RAW, 1.0)
 
 
 def _share(sample: bytes, codec: Codec) -> float:
-    """What a codec of floats would make of a sample, by the entropy of the exponents."""
+    """What a codec of floats would make of a sample: two bits for the best three neighbouring exponents, two more for
+    the next three and for those after them, and a byte for the rest (docs/formats.md)."""
     form = floats.FORMATS[codec]
     exponents = np.frombuffer(sample, form.word) >> form.low & (1 << form.bits) - 1
-    counts = np.bincount(exponents.astype(np.intp))
-    odds = counts[counts > 0] / len(exponents)
-    bits = min(float(form.bits), float(-(odds * np.log2(odds)).sum()) + _OVERHEAD)
+    counts = np.bincount(exponents.astype(np.intp), minlength=1 << form.bits)
+    best = int((counts[:-2] + counts[1:-1] + counts[2:]).argmax())
+    others = np.sort(np.delete(counts, slice(best, best + 3)))[::-1]
+    passed = [int(others[begin:].sum()) / len(exponents) for begin in (0, 3, 6)]
+    bits = 2 + 2 * passed[0] + 2 * passed[1] + 8 * passed[2]
     return 1 - (form.bits - bits) / (8 * form.item)
 
 
@@ -116,13 +118,17 @@ def measured_rates(folder: Path) -> Rates:
 
 
 def _disk_rates(folder: Path) -> tuple[float, float]:
+    """Of several files at once, as packs are written. They never have a name, so nothing can be left behind."""
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".speed-") as place:
-            paths = [Path(place, str(number)) for number in range(_PROBE_FILES)]
-            with ThreadPoolExecutor(_PROBE_FILES) as pool, mmap.mmap(-1, _PROBE_BYTES) as content:
-                content[:] = os.urandom(1 << 20) * (_PROBE_BYTES >> 20)
-                writing = _seconds(lambda: list(pool.map(lambda path: _transfer(path, content, os.pwritev), paths)))
-                reading = _seconds(lambda: list(pool.map(lambda path: _transfer(path, content, os.preadv), paths)))
+        with contextlib.ExitStack() as exits:
+            files = [_nameless_file(folder) for _ in range(_PROBE_FILES)]
+            for fd in files:
+                exits.callback(os.close, fd)
+            pool = exits.enter_context(ThreadPoolExecutor(_PROBE_FILES))
+            content = exits.enter_context(mmap.mmap(-1, _PROBE_BYTES))
+            content[:] = os.urandom(1 << 20) * (_PROBE_BYTES >> 20)
+            writing = _seconds(lambda: list(pool.map(lambda fd: _whole(os.pwritev(fd, [content], 0)), files)))
+            reading = _seconds(lambda: list(pool.map(lambda fd: _whole(os.preadv(fd, [content], 0)), files)))
     except OSError as error:
         log.warning("how fast the disk of %s is could not be measured: %s", folder, error)
         return float("inf"), float("inf")
@@ -130,24 +136,24 @@ def _disk_rates(folder: Path) -> tuple[float, float]:
     return size / writing, size / reading
 
 
-def _transfer(path: Path, content: mmap.mmap, transfer: Callable[[int, list[mmap.mmap], int], int]) -> None:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+def _nameless_file(folder: Path) -> int:
+    flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
     try:
-        fd = os.open(path, flags | os.O_DIRECT, 0o600)
+        return os.open(folder, flags | os.O_DIRECT, 0o600)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        fd = os.open(path, flags, 0o600)
-    try:
-        if transfer(fd, [content], 0) != _PROBE_BYTES:
-            raise OSError(errno.EIO, "a probe was cut short")
-    finally:
-        os.close(fd)
+        return os.open(folder, flags, 0o600)
+
+
+def _whole(count: int) -> None:
+    if count != _PROBE_BYTES:
+        raise OSError(errno.EIO, "a probe was cut short")
 
 
 def _codec_rates() -> tuple[float, float]:
     values = np.random.default_rng(0).standard_normal(_PROBE_VALUES, np.float32)
-    plain = memoryview((values.view(np.uint32) >> 16).astype("<u2").view(np.uint8))
+    plain = memoryview((values.view(np.uint32) >> 16).astype("<u2").tobytes())
     coded = floats.encode(plain, Codec.BF16)  # once for the arrays that it uses again
     assert coded is not None
     encoding = _seconds(lambda: floats.encode(plain, Codec.BF16))

@@ -3,10 +3,10 @@
     producer: acquire() -> fill -> submit(view) -> Future[Digest]      pool: transaction.put, buffer back to the pool
     producer: run(job) -> Future                                       pool: job(buffer, put), buffer back to the pool
 
-`submit` blocks while too many bytes are in flight, `run` while too many jobs wait (one that waits has no buffer yet, and
-each thread has one), so a fast producer is slowed to the speed of the pool. Nothing else blocks a producer: each may hold one buffer of its own beside the bound, whatever the others do, hence producers that
-depend on each other (CRIU fills many pipes, in its own order) can't lock up. The first error ends the whole ingest and
-is raised to every producer.
+`submit` blocks while too many bytes are in flight, `run` while too many jobs wait, so a fast producer is slowed to the
+speed of the pool. (A job that waits has no buffer; each thread has one.) Nothing else blocks a producer: each may hold
+one buffer of its own beside the bound, whatever the others do, hence producers that depend on each other (CRIU fills
+many pipes, in its own order) can't lock up. The first error ends the whole ingest and is raised to every producer.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import ctypes
 import logging
 import mmap
 from functools import cache
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ _M_ARENA_MAX = -8
 _LARGEST_FROM_HEAP = 32 << 20  # glibc accepts no more; a chunk and its worst expansion fit
 _KEPT_PER_HEAP = 16 << 20
 _HEAPS = 2
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @cache
@@ -39,6 +41,14 @@ def anonymous(size: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     advise_huge(memory)
     return memory
+
+
+def huge_pages_on_request() -> bool:
+    """Whether this kernel has huge pages where they are asked for, and there alone."""
+    try:
+        return "[madvise]" in _HUGE_PAGES.read_text()
+    except FileNotFoundError:
+        return False  # a kernel without them, which would refuse the request too
 
 
 def advise_huge(memory: mmap.mmap) -> None:
