@@ -156,10 +156,13 @@ def touch_huge(length: int) -> None:
 def timed(row: Row, what: str) -> Iterator[None]:
     """Wall and CPU seconds of a step, into the row."""
     touch_huge(row.bytes * 5 // 2)
+    reset_peak()
+    before = peak()
     cpu = CpuTime(os.getpid(), own=True)
     begin = time.perf_counter()
     yield
     setattr(row, f"{what}_seconds", time.perf_counter() - begin)
+    row.peak_rss_bytes = max(row.peak_rss_bytes, peak() - before)
     setattr(row, f"{what}_cpu_seconds", cpu.seconds())
 
 
@@ -169,8 +172,6 @@ def ours(kind: str, size: int, folder: Path, criu: Criu, cold: bool) -> Row:
     work.mkdir(mode=0o700)
     digests = DigestCache(folder / CACHE_NAME)
     tree, address = start_subject(kind, size, folder)
-    reset_peak()
-    before = peak()
     try:
         expected = digest_of_block(tree, address, size)
         with Store.open(folder / "store") as store:
@@ -179,7 +180,6 @@ def ours(kind: str, size: int, folder: Path, criu: Criu, cold: bool) -> Row:
             row.stored_bytes, row.capture_phases = result.stored_bytes, result.phases
             tree.home.close()
             tree = _restored(row, result, store, criu, digests, work, cold)
-            row.peak_rss_bytes = peak() - before
             if digest_of_block(tree, address, size) != expected:
                 raise SystemExit(f"{kind}: what came back is not what was captured")
             begin = time.perf_counter()
