@@ -34,9 +34,10 @@ from dormouse.snapshot.memory_map import (
     assemble,
     changed_pages,
     check_length,
-    filled_pages,
     held_mask,
     inherit,
+    is_dense,
+    kept_pages,
     mask_bytes,
     pick,
     squeeze,
@@ -163,17 +164,19 @@ def store_span(
     mostly zeros, or that the parent has cut narrowly, is cut narrowly."""
     if span.width == 1 or not _cuts_narrow(buffer, pid, span, sparse, parent):
         return {span.number: _store_pages(buffer, pid, span, sparse, parent, put)}
-    return {
-        part.number: _store_pages(buffer[at * WINDOW :], pid, part, sparse >> at * PAGES & FULL, parent, put)
-        for at, part in enumerate(span.narrow())
-    }
+    stored, at = {}, 0
+    for part in span.narrow():
+        part_sparse = sparse >> (part.number - span.number) * PAGES & FULL
+        stored[part.number] = _store_pages(buffer[at:], pid, part, part_sparse, parent, put)
+        at += part.mask.bit_count() * PAGE
+    return stored
 
 
 def _cuts_narrow(buffer: memoryview, pid: int, span: Span, sparse: int, parent: ParentMemory | None) -> bool:
+    """Decided by what is kept, not by what the page map names: dropped pages are missing there the next time."""
     if parent is not None and parent.cuts_narrow(pid, span):
         return True
-    kept = filled_pages(buffer[: span.width * WINDOW], sparse)
-    return 0 < kept * 2 < span.width * PAGES
+    return not is_dense(kept_pages(buffer, span.mask, sparse), span.width)
 
 
 def _store_pages(

@@ -4,9 +4,9 @@
                                                              --compare with a parent--> a chunk of changes
 
 A window covers WINDOW bytes of addresses and begins at a multiple of that, so that two snapshots of one program cut at
-the same places and share the chunks that are equal. Where all pages of WIDE of them are in the page map, they are one
-wide window, which begins at a multiple of its own length: large memory then costs an eighth of the chunks and calls,
-and is cut at the same places every time too. The length of a window's masks tells its width.
+the same places and share the chunks that are equal. Where at least half of the pages of WIDE of them are not zero, they
+are one wide window, which begins at a multiple of its own length: large memory then costs an eighth of the chunks and
+calls, and is cut at the same places every time too. The length of a window's masks tells its width.
 
 A chunk of a window holds some of its pages, one after another in ascending order; `held` tells which (bit i: page i of
 the window). A window may take its pages from several chunks: an incremental capture adds a chunk with the pages that
@@ -31,12 +31,11 @@ WINDOW = 1 << 20
 """Bytes of addresses per window."""
 
 WIDE = 8
-"""Windows that are cut as one where every page of them is in the page map."""
+"""Windows that are cut as one where memory is dense."""
 
 PAGES = WINDOW // PAGE
 MASK_SIZE = PAGES // 8
 FULL = (1 << PAGES) - 1
-_ALL_WIDE = (1 << PAGES * WIDE) - 1
 
 _MOST_WINDOWS = 1 << 37  # 57 bits of addresses
 _MOST_PIECES = 4
@@ -129,7 +128,7 @@ class Places:
 
 
 class Span(NamedTuple):
-    """The pages of one window that a page map names: `mask` bit i is page i. A wide one is full."""
+    """The pages of one window that a page map names: `mask` bit i is page i."""
 
     number: int
     mask: int
@@ -164,11 +163,16 @@ class Spans:
     def last(self) -> Iterator[Span]:
         """The spans under way, if any."""
         stretch = Span(self._number * WIDE, self._mask, WIDE)
-        if self._mask == _ALL_WIDE:
+        if is_dense(self._mask, WIDE):
             yield stretch
         else:
             yield from stretch.narrow()
         self._mask = 0
+
+
+def is_dense(mask: int, width: int) -> bool:
+    """Whether these are so many of the pages of a stretch that it is worth one wide window."""
+    return mask.bit_count() * 2 >= width * PAGES
 
 
 def held_mask(piece: Piece) -> int:
@@ -224,6 +228,22 @@ def runs_of(windows: Iterable[Window]) -> Iterator[Run]:
 def squeeze(pages: memoryview, mask: int, sparse: int) -> int:
     """Drop those pages of `mask`, which lie one after another in `pages`, that are all zero and in `sparse` (where what
     is not there is zero), and move the others together; the mask of those that are left."""
+    kept, packed = _kept(pages, mask, sparse)
+    target = 0
+    for first, count in mask_runs(packed):
+        if first * PAGE != target:
+            pages[target : target + count * PAGE] = pages[first * PAGE : (first + count) * PAGE]
+        target += count * PAGE
+    return kept
+
+
+def kept_pages(pages: memoryview, mask: int, sparse: int) -> int:
+    """The mask of the pages that `squeeze` would leave."""
+    return _kept(pages, mask, sparse)[0]
+
+
+def _kept(pages: memoryview, mask: int, sparse: int) -> tuple[int, int]:
+    """Of the pages that stay, the mask in the window, and the mask in the order in which they lie in `pages`."""
     filled = _filled(pages[: mask.bit_count() * PAGE])
     kept = packed = at = 0
     for first, count in mask_runs(mask):
@@ -231,12 +251,7 @@ def squeeze(pages: memoryview, mask: int, sparse: int) -> int:
         kept |= keep << first
         packed |= keep << at
         at += count
-    target = 0
-    for first, count in mask_runs(packed):
-        if first * PAGE != target:
-            pages[target : target + count * PAGE] = pages[first * PAGE : (first + count) * PAGE]
-        target += count * PAGE
-    return kept
+    return kept, packed
 
 
 def _filled(pages: memoryview) -> int:
@@ -261,12 +276,6 @@ def _filled_large(pages: memoryview) -> int:
     words = np.frombuffer(pages, np.uint64).reshape(-1, PAGE // 8)
     bits = np.packbits(np.bitwise_or.reduce(words, axis=1) != 0, bitorder="little")
     return int.from_bytes(bits.tobytes(), "little")
-
-
-def filled_pages(pages: memoryview, sparse: int) -> int:
-    """How many pages of a full span `squeeze` would keep."""
-    mask = (1 << len(pages) // PAGE) - 1
-    return ((_filled(pages) | ~sparse) & mask).bit_count()
 
 
 def changed_pages(pages: memoryview, mask: int, parent: memoryview, parent_mask: int) -> int:

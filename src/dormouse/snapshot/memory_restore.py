@@ -50,7 +50,7 @@ _MERGED_AT_ONCE = 4
 """Wide windows of several pieces that are put together at a time: each needs several times its size."""
 
 _HUGE_FROM = 16 << 20
-"""Bytes to be filled in a mapping from which on it gets huge pages, if they are most of it."""
+"""Bytes to be filled in a mapping from which on it gets huge pages, if they are at least half of it."""
 
 _ADVISE_STEP = 4 << 20
 _DIRECT_FROM = 2 << 20
@@ -106,7 +106,7 @@ def _dense(filled: Sequence[Window], mappings: Iterable[ProcessMapping]) -> Iter
     for mapping in mappings:
         inside = wide[bisect_right(ends, mapping.start) : bisect_right(ends, mapping.end)]
         size = sum(window_mask(window).bit_count() * PAGE for window in inside)
-        if mapping.plain and size >= max(_HUGE_FROM, (mapping.end - mapping.start) * 3 // 4):
+        if mapping.plain and size >= max(_HUGE_FROM, (mapping.end - mapping.start) // 2):
             yield mapping.start
 
 
