@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _SPOTS, _SPOT = 8, 4 << 10
 _LZ4_HOPELESS = 0.98
+_LZ4_SUFFICES = 0.55
+"""No kind of floats gets below; not to look at them saves most of the time of a guess."""
 _MOST_STORED = 0.865
 """A guess above this share is not worth coding: the codec itself gives up above 7/8."""
 _MARGIN = 1.05
@@ -60,6 +62,8 @@ def guess(plain: memoryview) -> tuple[Codec, float]:
     step = (len(plain) - _SPOT) // (_SPOTS - 1) & ~7
     spots = [plain[at * step : at * step + _SPOT] for at in range(_SPOTS)]
     packed = len(lz4.block.compress(b"".join(spots), store_size=False)) / (_SPOTS * _SPOT)
+    if packed <= _LZ4_SUFFICES:
+        return Codec.LZ4, packed
     numbers = b"".join(spot[: _SPOT // 2] for spot in spots)
     stored, codec = min((_share(numbers, codec), codec) for codec in FLOATS)
     if stored <= _MOST_STORED and stored < packed:
