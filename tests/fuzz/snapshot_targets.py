@@ -25,7 +25,7 @@ from dormouse.store.chunk import Digest
 
 _COMMON = 0x54564319
 _MOST_SPANS = 5000
-_CHUNK = b"\1" * (PAGES * PAGE)
+_CHUNK = b"\1" * (16 * PAGES * PAGE)
 
 
 def _image(magic: int, *messages: bytes) -> bytes:
@@ -139,6 +139,9 @@ def _good_body() -> SnapshotBody:
     windows = [
         Window(5, [Piece(0, mask_bytes(0b111)), Piece(1, mask_bytes(0b1110000), mask_bytes(0b1100000))]),
         Window(6, [Piece(0, mask_bytes(0b111))]),
+        Window(
+            16, [Piece(0, mask_bytes(0b111 << 900, 8)), Piece(1, mask_bytes(0b1110000, 8), mask_bytes(0b1100000, 8))]
+        ),
         Window(1 << 20, [Piece(2, b"\xff" * 32)]),
     ]
     space = AddressSpace(pid=7, pages_id=1, pages=400, windows=windows, digests=bytes(range(96)))

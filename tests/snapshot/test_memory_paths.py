@@ -20,14 +20,17 @@ from dormouse.snapshot.capture import CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.criu_setup import Criu
-from dormouse.snapshot.images import SnapshotBody
+from dormouse.snapshot.images import SnapshotBody, decode_body
 from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.memory_capture import ParentMemory
-from dormouse.snapshot.memory_map import AddressSpace, Piece, Window, mask_bytes
+from dormouse.snapshot.memory_map import WINDOW, AddressSpace, Piece, Window, mask_bytes
 from dormouse.snapshot.process_memory import ProcessMemory
 from dormouse.snapshot.restore import Restored, restore
 from dormouse.snapshot.tree import Home, ProcessTree, continue_tree
+from dormouse.store.codec import Codec
 from dormouse.store.store import Manifest, Store
+from dormouse.transfer import bulk_codec
+from dormouse.transfer.memory import huge_pages_on_request
 
 pytestmark = pytest.mark.root
 
@@ -333,3 +336,139 @@ def test_a_parent_whose_chunks_have_another_length_is_not_used(store: Store) -> 
         assert found is not None and found[2].tobytes() == b"a" * PAGE + b"b" * 2 * PAGE
         assert parent.window(7, 6) is None
         assert parent.window(7, 7) is None
+
+
+LARGE_PROGRAM = """
+import ctypes, os, random, sys, time
+MIB = 1 << 20
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+at = libc.mmap(None, 64 * MIB, 3, 0x22, -1, 0)
+def put(offset, content): ctypes.memmove(at + offset, content, len(content))
+put(0, os.urandom(30 * MIB))
+put(30 * MIB, b"the dormouse sleeps " * (10 * MIB // 20))
+put(40 * MIB, b"".join(os.urandom(1) + random.choice([b"\\x3c", b"\\xbc", b"\\x3d", b"\\x3b"]) for _ in range(4 * MIB)))
+put(48 * MIB, b"\\1" + bytes(16 * MIB - 1))
+for i in range(0, 30 * MIB, 3 * MIB): ctypes.memset(at + i, 0, 5000)
+open(sys.argv[1], "w").write(str(at))
+while True: time.sleep(3600)
+"""
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> tuple[ProcessTree, int]:
+    """A process with 64 MiB in one mapping, and where that is."""
+    mark = tmp_path / "at"
+    cell = Cell.create()
+    spawned = cell.spawn(
+        [sys.executable, "-c", LARGE_PROGRAM, str(mark)], env={"PATH": os.defpath}, pid_floor=worker_pid_floor()
+    )
+    deadline = time.monotonic() + 60
+    while not (mark.exists() and mark.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return ProcessTree(cell, spawned.pid), int(mark.read_text())
+
+
+def uncached(store: Path) -> None:
+    for pack in store.rglob("*.pack"):
+        fd = os.open(pack, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+@pytest.mark.parametrize("pays", [False, True], ids=["fast disk", "slow disk"])
+def test_large_memory_comes_back_from_page_cache_and_disk(
+    store: Store,
+    criu: Criu,
+    tmp_path: Path,
+    large: tuple[ProcessTree, int],
+    monkeypatch: pytest.MonkeyPatch,
+    pays: bool,
+) -> None:
+    monkeypatch.setattr(bulk_codec, "floats_pay", lambda *_facts: pays)
+    tree, _at = large
+    result = captured(tree, store, criu)
+    expected = memory(tree.home)
+    tree.home.close()
+    (space,) = decode_body(store.manifest(result.snapshot_id).body, result.snapshot_id).memory
+    assert sum(window.width > 1 for window in space.windows) >= 4
+    with store.reader() as reader:
+        codecs = {chunk.codec for chunk in reader.locate(space.chunk_list()) if chunk.plain_length > WINDOW}
+    assert (Codec.BF16 in codecs) is pays
+    assert codecs >= {Codec.RAW, Codec.LZ4}
+    for fill in (False, True):
+        uncached(tmp_path / "data" / "store")
+        made = restored(result.snapshot_id, store, criu, fill=fill)
+        try:
+            assert_same(memory(made.tree.home), expected)
+        finally:
+            made.tree.home.close()
+
+
+def test_a_second_capture_of_large_memory_stores_what_has_changed(
+    store: Store, criu: Criu, large: tuple[ProcessTree, int]
+) -> None:
+    tree, at = large
+    first = captured(tree, store, criu)
+    tree.home.close()
+    made = restored(first.snapshot_id, store, criu, fill=True)
+    pid = made.tree.home.outer_pid(made.tree.pid)
+    with ProcessMemory(pid) as changed:
+        for place in (at + (1 << 20), at + (2 << 20), at + (41 << 20)):
+            changed.write(place // WINDOW, 1 << place % WINDOW // PAGE, memoryview(b"x" * PAGE))
+    second = captured(made.tree, store, criu)
+    expected = memory(made.tree.home)
+    made.tree.home.close()
+    assert second.stored_bytes < 60 * PAGE < first.stored_bytes / 10
+    again = restored(second.snapshot_id, store, criu, fill=True)
+    try:
+        assert_same(memory(again.tree.home), expected)
+    finally:
+        again.tree.home.close()
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_damage_in_large_memory_is_found_before_it_runs(
+    store: Store, criu: Criu, tmp_path: Path, large: tuple[ProcessTree, int], cold: bool
+) -> None:
+    tree, _at = large
+    result = captured(tree, store, criu)
+    tree.home.close()
+    (space,) = decode_body(store.manifest(result.snapshot_id).body, result.snapshot_id).memory
+    with store.reader() as reader:
+        hit = next(c for c in reader.locate(space.chunk_list()) if c.plain_length > WINDOW and c.codec == Codec.RAW)
+        pack = reader.pack(hit)
+    data = bytearray(pack.read_bytes())
+    data[hit.offset + hit.stored_length - 1] ^= 1
+    pack.write_bytes(data)
+    if cold:
+        uncached(tmp_path / "data" / "store")
+    with pytest.raises(DamagedError, match=f"{hit.digest.hex()} in .*{pack.name}.*signature"):
+        restored(result.snapshot_id, store, criu, fill=True)
+    os.truncate(pack, hit.offset + 4096)
+    with pytest.raises(DamagedError, match=pack.name):
+        restored(result.snapshot_id, store, criu, fill=True)
+
+
+def test_a_large_mapping_that_is_full_has_huge_pages_after_a_restore(
+    store: Store, criu: Criu, large: tuple[ProcessTree, int]
+) -> None:
+    if not huge_pages_on_request():
+        pytest.skip("huge pages are not for who asks for them here")
+    tree, at = large
+    result = captured(tree, store, criu)
+    tree.home.close()
+    made = restored(result.snapshot_id, store, criu, fill=True)
+    try:
+        text = Path(f"/proc/{made.tree.home.outer_pid(made.tree.pid)}/smaps").read_text()
+        areas = [line.split() for line in text.splitlines() if "-" in line.split()[0] or "AnonHugePages" in line]
+        huge = {}
+        for place, size in zip(areas[::2], areas[1::2], strict=True):
+            huge[tuple(int(word, 16) for word in place[0].split("-"))] = int(size[1])
+        assert sum(size for (start, end), size in huge.items() if start <= at < end) >= 30 << 10
+        assert sum(size for (start, end), size in huge.items() if not start <= at < end) == 0
+    finally:
+        made.tree.home.close()

@@ -18,6 +18,8 @@ import pytest
 from store_tools import commit, noise, text
 
 from dormouse.errors import BusyError, DiskFullError, DormouseError, NotFoundError, StoreError
+from dormouse.store import pack as pack_module
+from dormouse.store import transaction as transaction_module
 from dormouse.store.chunk import MAX_CHUNK, Digest
 from dormouse.store.codec import Codec
 from dormouse.store.files import preamble, system_errors
@@ -344,3 +346,64 @@ def test_names_that_are_not_ours_are_left_alone(store: Store, tmp_path: Path) ->
         assert again.verify().ok
     assert {path.read_bytes() for path in (tmp_path / "data" / "store" / "packs").iterdir()} == {b"mine"}
     assert (tmp_path / "data" / "store" / "manifests" / "a b.manifest").exists()
+
+
+def test_a_large_commit_from_many_threads_makes_several_packs(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transaction_module, "_SPREAD_FROM", 1 << 20)
+    gate = threading.Barrier(4, timeout=20)
+    write_all = pack_module.write_all
+    meet = threading.Event()
+
+    def together(fd: int, data: bytes, offset: int) -> None:
+        if meet.is_set() and len(data) == 300_000:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                gate.wait(5)
+        write_all(fd, data, offset)
+
+    monkeypatch.setattr(pack_module, "write_all", together)
+    plains = [noise(seed, 300_000) for seed in range(20)]
+    with store.begin() as transaction:
+        digests = [transaction.put(plain, codec=Codec.RAW) for plain in plains[:4]]
+        meet.set()
+        with ThreadPoolExecutor(4) as pool:
+            digests += pool.map(lambda plain: transaction.put(plain, codec=Codec.RAW), plains[4:])
+        transaction.commit(Manifest("m", "k", "n", 1.0, b"", digests))
+    assert 1 < len(list((tmp_path / "data" / "store").rglob("*.pack"))) <= 4
+    assert [bytes(store.read(digest)) for digest in digests] == plains
+    assert store.verify().ok
+    store.remove("m")
+    store.collect_garbage()
+    assert files(tmp_path / "data" / "store") == set()
+
+
+def test_a_chunk_that_could_not_be_written_keeps_all_from_being_committed(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all = pack_module.write_all
+
+    def failing(fd: int, data: bytes, offset: int) -> None:
+        if len(data) == 5000:
+            raise OSError(errno.EIO, "Input/output error")
+        write_all(fd, data, offset)
+
+    monkeypatch.setattr(pack_module, "write_all", failing)
+    with store.begin() as transaction:
+        digest = transaction.put(noise(1, 6000))
+        with pytest.raises(StoreError, match="writing to"):
+            transaction.put(noise(2, 5000))
+        with pytest.raises(StoreError, match="writing to"):
+            transaction.commit(Manifest("m", "k", "n", 1.0, b"", [digest]))
+    assert files(tmp_path / "data" / "store") == set()
+
+
+def test_what_is_known_is_named_and_what_is_not_is_not(store: Store) -> None:
+    with store.begin() as transaction:
+        assert transaction.known(noise(1, 5000)) is None
+        digest = transaction.put(noise(1, 5000))
+        assert transaction.known(noise(1, 5000)) == digest
+        transaction.commit(Manifest("m", "k", "n", 1.0, b"", [digest]))
+    with store.begin() as transaction:
+        assert transaction.known(noise(1, 5000)) == digest
+        transaction.commit(Manifest("m2", "k", "n", 1.0, b"", [digest]))
