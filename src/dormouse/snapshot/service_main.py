@@ -41,13 +41,13 @@ from dormouse.errors import (
 )
 from dormouse.phases import Phases
 from dormouse.snapshot import service_messages as messages
-from dormouse.snapshot.capture import capture
+from dormouse.snapshot.capture import CaptureResult, capture, run_on
 from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import note_damage, restore
 from dormouse.snapshot.shortage import REMEDY, is_shortage
-from dormouse.snapshot.tree import External, ProcessTree, continue_tree
+from dormouse.snapshot.tree import External, ProcessTree
 from dormouse.snapshot.work_folder import criu_folders, sweep_work_folders
 from dormouse.store.store import Store
 from dormouse.transfer.handles import SegmentHandle
@@ -317,7 +317,7 @@ class Service:
         )
         self._latest[request.key.get("engine", "")] = result.snapshot_id
         if request.keep:
-            self._go_on(request.cell_id, result.snapshot_id)
+            self._go_on(request.cell_id, result)
         else:
             self._stop(request.cell_id)
         return messages.Captured(
@@ -328,14 +328,15 @@ class Service:
             phases=result.phases,
         )
 
-    def _go_on(self, cell_id: str, snapshot_id: str) -> None:
-        """The worker runs on, parked as it was; its next capture shares pages with this one."""
+    def _go_on(self, cell_id: str, captured: CaptureResult) -> None:
+        """The worker runs on, parked as it was; its next capture shares pages with this one. Raises SnapshotError or
+        HostError when its CUDA state could not be brought back; its cell is closed then."""
         with self._lock:
             worker = self._workers.get(cell_id)
             if worker is None:  # it has been stopped meanwhile
                 return
-            self._workers[cell_id] = dataclasses.replace(worker, snapshot_id=snapshot_id)
-        continue_tree(worker.home)
+            self._workers[cell_id] = dataclasses.replace(worker, snapshot_id=captured.snapshot_id)
+        run_on(worker, captured)
 
     def _started(self, cell_id: str, worker: ProcessTree) -> int:
         pid = worker.home.outer_pid(worker.pid)
