@@ -19,8 +19,9 @@ import threading
 from dormouse.checkpoint.tensors import decode_body
 from dormouse.checkpoint.writer import CHECKPOINT_KIND
 from dormouse.errors import DamagedError, DormouseError, HostError, NotFoundError, StoreError
+from dormouse.phases import host_clock
 from dormouse.store.store import Manifest, Reader, Store
-from dormouse.transfer.handles import SegmentHandle, send_report
+from dormouse.transfer.handles import Filled, SegmentHandle, send_report
 from dormouse.transfer.segment import Segment, fill
 
 _MODEL_REMEDY = "Restart `dormouse serve` if the model was imported anew; else import it again with --replace"
@@ -126,8 +127,11 @@ class SegmentPool:
 
     def _fill(self, checkpoint: str, manifest: Manifest, shared: _Shared) -> None:
         error: DormouseError | None = None
+        filled: Filled | None = None
+        begin = host_clock()
         try:
-            fill(shared.segment, self._store, manifest.refs, cancelled=shared.cancelled)
+            stored = fill(shared.segment, self._store, manifest.refs, cancelled=shared.cancelled)
+            filled = Filled(begin, host_clock(), shared.segment.size, stored)
         except DamagedError as damage:
             error = DamagedError(
                 f"the weights of {manifest.name} can't be read: {damage.message}",
@@ -138,12 +142,12 @@ class SegmentPool:
         except Exception as failure:
             log.exception("filling the segment of %s failed", manifest.name)
             error = StoreError(f"the weights of {manifest.name} can't be read: {failure!r}")
-        self._settle(checkpoint, shared, error)
+        self._settle(checkpoint, shared, error, filled)
         if isinstance(error, DamagedError):
             with self._store.reader() as reader:
                 note_damage(reader, manifest)
 
-    def _settle(self, checkpoint: str, shared: _Shared, error: DormouseError | None) -> None:
+    def _settle(self, checkpoint: str, shared: _Shared, error: DormouseError | None, filled: Filled | None) -> None:
         with self._lock:
             waiting, shared.waiting = shared.waiting or [], None
             if error is not None and self._segments.get(checkpoint) is shared:
@@ -153,7 +157,7 @@ class SegmentPool:
         if error is not None and not shared.cancelled.is_set():
             log.warning("%s", error)
         for pipe in waiting:
-            send_report(pipe, error)
+            send_report(pipe, error, filled)
 
 
 def note_damage(reader: Reader, manifest: Manifest) -> None:

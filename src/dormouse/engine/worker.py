@@ -28,8 +28,6 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 
-import msgspec
-
 from dormouse.engine.arena import Arena, Attached
 from dormouse.engine.frames import Inbox, pack_frame
 from dormouse.engine.messages import (
@@ -219,11 +217,9 @@ class Worker:
         with _much_that_stays():
             engine = self._fitting_engine(spec)
             loaded = engine.load(spec, self._arena, self._emit)
-        phases = Phases(loaded.phases)
-        with phases.time("weights"):
-            self._arena.wait()
+        self._await_weights(loaded.phases)
         self._engine = engine
-        self._send(msgspec.structs.replace(loaded, phases=phases))
+        self._send(loaded)
 
     def _fitting_engine(self, spec: Load) -> Engine:
         if self._prepared is None:
@@ -277,12 +273,18 @@ class Worker:
         if self._engine is not None:
             if not self._arena.mapped:
                 raise EngineError("the worker was resumed without its weights", remedy="Start the model again")
-            with phases.time("weights"):
-                self._arena.wait()
+            self._await_weights(phases)
             with phases.time("engine"):
                 self._engine.resume()
         self._parked = False
         self._send(Resumed(phases=phases))
+
+    def _await_weights(self, phases: Phases) -> None:
+        """The wait for them, and their filling, which began before and elsewhere."""
+        with phases.time("weights"):
+            fills = self._arena.wait()
+        for fill in fills:
+            phases.add("segment", fill.begin, fill.end, track="weights", bytes=fill.bytes, stored=fill.stored)
 
     def _emit(self, message: FromWorker) -> None:
         """What the engine's thread calls. A node that has gone is the main thread's business: it sees the end of the

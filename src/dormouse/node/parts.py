@@ -5,12 +5,12 @@ Each is the smallest interface the node needs; the product's own parts fit as th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from dormouse.errors import DormouseError
 from dormouse.node.replica import Start, StartPath
+from dormouse.phases import Phases
 from dormouse.snapshot.capture import SNAPSHOT_KIND
 from dormouse.snapshot.service import CaptureResult, WorkerHandle
 from dormouse.transfer.handles import SegmentHandle
@@ -94,7 +94,7 @@ class Observer(Protocol):
     """Is told once about every start, capture and loading of an adapter, on the event loop, with the figures that are
     also logged."""
 
-    def started(self, model: str, start: Start, phases: Mapping[str, float]) -> None: ...
+    def started(self, model: str, start: Start, phases: Phases) -> None: ...
 
     def start_failed(self, model: str, error: DormouseError) -> None: ...
 
@@ -104,7 +104,7 @@ class Observer(Protocol):
 
     def quarantined(self, model: str, error: DormouseError) -> None: ...
 
-    def captured(self, model: str, result: CaptureResult, phases: Mapping[str, float]) -> None: ...
+    def captured(self, model: str, result: CaptureResult, phases: Phases) -> None: ...
 
     def capture_failed(self, model: str, error: DormouseError) -> None: ...
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,7 @@ class Runner:
         self._fitting: Fitting | None = None
         self._operation: asyncio.Task[machine.Done] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._parking = Phases()
         self._restored = self._judged = False
         self._oom_kills = 0
         self.expected = self._peak = estimate(model, self._load.engine)
@@ -271,7 +272,7 @@ class Runner:
         name = self.model.name
         match effect:
             case machine.Ready():
-                log.info("model %s is ready: %s (%s)", name, effect.start, _shown(effect.phases))
+                log.info("model %s is ready: %s (%s)", name, effect.start, effect.phases)
                 for observer in self._around.observers:
                     observer.started(name, effect.start, effect.phases)
             case machine.Fallback():
@@ -375,7 +376,8 @@ class Runner:
         link = await self._connect(self._handle, fresh=True)
         with phases.time("load"):
             loaded = await link.load(self._load)
-        phases |= _details("host", self._handle.phases) | _details("load", loaded.phases)
+        phases.nest("host", self._handle.phases, track="host")
+        phases.nest("load", loaded.phases, track="worker")
 
     async def _restore(self, snapshot_id: str, phases: Phases) -> None:
         expected = asyncio.create_task(self._answer_of(snapshot_id))
@@ -392,11 +394,12 @@ class Runner:
         link = await self._connect(self._handle, fresh=False)
         with phases.time("resume"):
             resumed = await self._resume_restored(link)
-        with phases.time("canary"):
+        with phases.time("canary", track="canary"):
             if (answer := await expected) is not None:
                 await canary.judge(link, answer, f"snapshot {snapshot_id} of {self.model.name}")
                 self._judged = True
-        phases |= _details("host", self._handle.phases) | _details("resume", resumed.phases)
+        phases.nest("host", self._handle.phases, track="host")
+        phases.nest("resume", resumed.phases, track="worker")
 
     async def _resume_restored(self, link: WorkerLink) -> Resumed:
         try:
@@ -422,7 +425,8 @@ class Runner:
         self._restored = True
         with phases.time("load"):
             loaded = await link.load(self._load)
-        phases |= _details("host", self._handle.phases) | _details("load", loaded.phases)
+        phases.nest("host", self._handle.phases, track="host")
+        phases.nest("load", loaded.phases, track="worker")
 
     async def _connect(self, handle: WorkerHandle, *, fresh: bool) -> WorkerLink:
         self._link = await WorkerLink.open(
@@ -459,16 +463,20 @@ class Runner:
     async def _quiesce(self) -> machine.Done:
         assert self._link is not None and self._fitting is not None
         self._peak = self.peak
+        phases = self._parking = Phases()
         async with asyncio.timeout(self._around.step_timeout):
             await self._fitting.settle()
-            self._canary = await canary.ask(self._link)
-            quiesced = await self._link.quiesce()
+            with phases.time("canary", track="canary"):
+                self._canary = await canary.ask(self._link)
+            with phases.time("quiesce"):
+                quiesced = await self._link.quiesce()
             self._fitting.taken_away()
-        return machine.Done(phases=quiesced.phases)
+        phases.nest("quiesce", quiesced.phases, track="worker")
+        return machine.Done(phases=phases)
 
     async def _capture(self) -> machine.Done:
         assert self._link is not None and self._handle is not None
-        phases = Phases()
+        phases = self._parking  # what went before belongs to it
         try:
             async with asyncio.timeout(self._around.step_timeout):
                 with phases.time("host"):
@@ -476,7 +484,7 @@ class Runner:
         except TimeoutError:
             await self._end_worker()  # the capture may yet go on: its worker must never serve again
             raise
-        phases |= _details("host", result.phases)
+        phases.nest("host", result.phases, track="host")
         self._handle = None
         self._answers = {result.snapshot_id: self._canary}
         await self._end_worker()
@@ -491,7 +499,7 @@ class Runner:
         name = self.model.name
         log.info(
             "model %s is captured as %s: %d bytes raw, %d stored (%s)",
-            *(name, result.snapshot_id, result.raw_bytes, result.stored_bytes, _shown(phases)),
+            *(name, result.snapshot_id, result.raw_bytes, result.stored_bytes, phases),
         )
         for observer in self._around.observers:
             observer.captured(name, result, phases)
@@ -522,12 +530,3 @@ class Runner:
                 await self._around.host.stop_worker(self._handle)
             self._handle = None
         self.admitted = False
-
-
-def _details(step: str, phases: dict[str, float]) -> dict[str, float]:
-    """A step's own phases, named after it."""
-    return {f"{step}.{name}": seconds for name, seconds in phases.items()}
-
-
-def _shown(phases: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases.items())

@@ -22,8 +22,17 @@ from pathlib import Path
 from dormouse.errors import DamagedError, DormouseError, NotFoundError, SnapshotError
 from dormouse.phases import Phases
 from dormouse.snapshot.criu import dump_command, failure_reason
+from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.criu_setup import Criu
-from dormouse.snapshot.images import BODY_VERSION, ImageFile, MappedFile, SnapshotBody, decode_body, encode_body
+from dormouse.snapshot.images import (
+    BODY_VERSION,
+    ImageFile,
+    MappedFile,
+    SnapshotBody,
+    decode_body,
+    encode_body,
+    raw_bytes,
+)
 from dormouse.snapshot.mapped_files import DigestCache, fingerprint
 from dormouse.snapshot.memory_capture import ParentMemory, capture_memory
 from dormouse.snapshot.memory_map import AddressSpace
@@ -53,7 +62,7 @@ class CaptureResult:
     snapshot_id: str
     raw_bytes: int
     stored_bytes: int
-    phases: dict[str, float]
+    phases: Phases
 
 
 def new_snapshot_id() -> str:
@@ -97,13 +106,14 @@ def capture(
             files = mapped_ranges(tree.home.processes())
             with (
                 ThreadPoolExecutor(1, thread_name_prefix="mapped") as beside,
-                phases.time("dump"),
+                phases.time("dump", track="criu") as dumped,
                 Ingest(transaction) as ingest,
                 _parent(store, tree.snapshot_id or like) as parent,
             ):
                 noted = beside.submit(note_mapped, files, digests)
-                images, memory = _dump(tree, ingest, parent, criu, timeout, criu_options, folders)
+                images, memory = _dump(tree, ingest, parent, criu, timeout, criu_options, folders, phases)
                 images += attach(ingest)
+                dumped.bytes, dumped.stored = raw_bytes(images, memory), transaction.stored_bytes
             with phases.time("mapped files"):
                 mapped = noted.result()
             body = SnapshotBody(
@@ -115,11 +125,11 @@ def capture(
                 images=images,
                 memory=memory,
                 mapped=mapped,
-                phases=dict(phases),
+                phases=phases.copy(),
             )
             if not still_wanted():
                 raise SnapshotError(f"the capture of {name} was given up")
-            with phases.time("commit"):
+            with phases.time("commit", stored=transaction.stored_bytes):
                 transaction.commit(
                     Manifest(
                         id=snapshot_id,
@@ -133,7 +143,7 @@ def capture(
     except BaseException:
         continue_tree(tree.home, but=stopped_before)
         raise
-    return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, dict(phases))
+    return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, phases)
 
 
 @contextlib.contextmanager
@@ -159,9 +169,13 @@ def _dump(
     timeout: float,
     options: Sequence[str],
     folders: Path,
+    phases: Phases,
 ) -> tuple[list[ImageFile], list[AddressSpace]]:
     def take_memory(pid: int, pagemap: int) -> AddressSpace:
-        return capture_memory(pid, tree.home.outer_pid(pid), pagemap, ingest, parent)
+        with phases.time("dump.memory", track="memory") as moved:
+            space = capture_memory(pid, tree.home.outer_pid(pid), pagemap, ingest, parent)
+            moved.bytes = PAGE * space.pages
+        return space
 
     with work_folder(folders) as directory:
         command = dump_command(criu, pid=tree.pid, externals=tree.externals, options=options)

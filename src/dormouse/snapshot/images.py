@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from dormouse.errors import DamagedError, IncompatibleError, SnapshotError
+from dormouse.phases import Phases
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.memory_map import AddressSpace, check
 from dormouse.snapshot.tree import External
@@ -55,7 +56,7 @@ class SnapshotBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `key` is the compatibility key, `pid` the root's pid in its cell, `externals` what tied the tree to the outside,
     `memory` the private memory of its processes (their page maps and pages are not among `images`), `phases` the
-    seconds of the capture.
+    steps of the capture before its commit.
     """
 
     version: int
@@ -66,7 +67,7 @@ class SnapshotBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     images: list[ImageFile]
     memory: list[AddressSpace]
     mapped: list[MappedFile]
-    phases: dict[str, float]
+    phases: Phases
 
     def references(self) -> Sequence[Digest]:
         """Every chunk the images and the memory need."""
@@ -75,11 +76,16 @@ class SnapshotBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def raw_bytes(self) -> int:
         """Bytes of all images as CRIU wrote them, pages included."""
-        return sum(image.size for image in self.images) + PAGE * sum(space.pages for space in self.memory)
+        return raw_bytes(self.images, self.memory)
 
     def image(self, name: str) -> ImageFile | None:
         """The image of that name."""
         return next((image for image in self.images if image.name == name), None)
+
+
+def raw_bytes(images: Sequence[ImageFile], memory: Sequence[AddressSpace]) -> int:
+    """Bytes of these images as CRIU wrote them, pages included."""
+    return sum(image.size for image in images) + PAGE * sum(space.pages for space in memory)
 
 
 def encode_body(body: SnapshotBody) -> bytes:

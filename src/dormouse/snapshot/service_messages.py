@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from dormouse import errors
+from dormouse.phases import Phases
 from dormouse.transfer.handles import MAX_SEGMENTS, SegmentInfo
 
 MAX_PACKET = 128 << 10
@@ -71,7 +72,7 @@ class Started(_Message, frozen=True, tag="started"):
 
     cell_id: str
     pid: int
-    phases: dict[str, float]
+    phases: Phases
     segments: list[SegmentInfo]
 
 
@@ -81,7 +82,7 @@ class Captured(_Message, frozen=True, tag="captured"):
     snapshot_id: str
     raw_bytes: int
     stored_bytes: int
-    phases: dict[str, float]
+    phases: Phases
 
 
 class SegmentTaken(_Message, frozen=True, tag="segment_taken"):

@@ -80,17 +80,20 @@ def fill(
     *,
     cancelled: threading.Event,
     threads: int | None = None,
-) -> None:
-    """Fill a segment with chunks, one after the other from its beginning, in that order, and seal it.
+) -> int:
+    """Fill a segment with chunks, one after the other from its beginning, in that order, and seal it; the bytes
+    they take as they are stored.
 
     Raises DamagedError, StoreError or HostError, StoreError when `cancelled` was set; no thread is left then either,
     and the segment is of no use.
     """
     with store.reader() as reader:
-        files, pieces = stored_pieces(_placed(reader.locate(digests), segment.size), reader.pack)
+        chunks = reader.locate(digests)
+        files, pieces = stored_pieces(_placed(chunks, segment.size), reader.pack)
         loaded = plan(files, pieces, [segment.size])
         load_host(loaded, [segment], key=store.key, threads=threads, cancelled=cancelled)
     segment.seal()
+    return sum(chunk.stored_length for chunk in chunks)
 
 
 def _placed(chunks: Sequence[StoredChunk], size: int) -> list[tuple[StoredChunk, list[Copy]]]:
