@@ -16,6 +16,7 @@ import msgspec
 
 from dormouse.phases import Phase, Phases
 
+_RESOLUTION = 1e-9  # seconds, of the clock
 _ROUNDING = 1e-9  # seconds by which an end may differ from the same instant taken as a beginning
 
 
@@ -103,7 +104,7 @@ def _moved(step: Phase) -> dict[str, Any]:
 def gigabytes_per_second(step: Phase) -> float | None:
     """The rate of a step's plain bytes, else of its stored ones; None for one that moved nothing."""
     count = step.bytes if step.bytes is not None else step.stored
-    return count / step.seconds / 1e9 if count and step.seconds > 0 else None
+    return count / step.seconds / 1e9 if count and step.seconds >= _RESOLUTION else None
 
 
 def _rows(phases: Phases) -> list[tuple[str, list[Phase]]]:

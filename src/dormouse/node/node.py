@@ -21,6 +21,7 @@ from dormouse import host_memory
 from dormouse.config import DataDir, ModelConfig, ServeConfig
 from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError, RequestError, SnapshotError
 from dormouse.node.adapters import OpenAdapter, Served, Shelf
+from dormouse.node.history import History
 from dormouse.node.memory import engine_bytes
 from dormouse.node.parts import Catalog, Host, Model, Observer
 from dormouse.node.presence import NodeState, hold_lock, publish, withdraw
@@ -29,6 +30,7 @@ from dormouse.node.runner import AbandonedError, Lease, ModelStatus, Runner, Sur
 from dormouse.node.templates import Templates, TemplateSpec, spec_of
 from dormouse.schedule.eviction import Resident, plan_eviction
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
+from dormouse.trace import Operation
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,8 @@ class Node:
         self._wall_clock = wall_clock
         self.started = wall_clock()
         self._budget = config.memory or int(host_memory.total() * 0.8)
-        self._observers: list[Observer] = []
+        self._history = History(wall_clock)
+        self._observers: list[Observer] = [self._history]
         self._runners: dict[str, Runner] = {}
         self._specs: dict[str, TemplateSpec | None] = {}
         self._templates: Templates | None = None
@@ -216,6 +219,10 @@ class Node:
                 f"model {name} fell asleep without a new snapshot", remedy="The node's log says why; try again"
             )
         return runner.status()
+
+    def operations(self, name: str) -> list[Operation]:
+        """The latest starts and captures of a model, oldest first. Raises NotFoundError."""
+        return self._history.of(self._runner(name).model.name)
 
     async def snapshots(self) -> list[dict[str, Any]]:
         """All snapshots and templates on disk."""
