@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -160,27 +161,34 @@ class Cuda:
         except ImportError as error:
             raise RowFailed(f"cuda-bindings is not installed: {error}") from error
         self._driver = driver
-        self._check("cuInit", driver.cuInit(0))
+        self._call("cuInit", Deadline.after(60), driver.cuInit, 0)
 
-    def stop(self, pid: int, phases: Phases) -> None:
+    def stop(self, pid: int, phases: Phases, deadline: Deadline) -> None:
         """Its GPU memory becomes memory of the process."""
         arguments = self._driver.CUcheckpointLockArgs()
         arguments.timeoutMs = _LOCK_MS
         with phases.time("cuda lock", track="cuda"):
-            self._check("lock", self._driver.cuCheckpointProcessLock(pid, arguments))
+            self._call("lock", deadline, self._driver.cuCheckpointProcessLock, pid, arguments)
         with phases.time("cuda checkpoint", track="cuda"):
-            self._check("checkpoint", self._driver.cuCheckpointProcessCheckpoint(pid, None))
+            self._call("checkpoint", deadline, self._driver.cuCheckpointProcessCheckpoint, pid, None)
 
-    def go_on(self, pid: int, phases: Phases) -> None:
+    def go_on(self, pid: int, phases: Phases, deadline: Deadline) -> None:
         """The other way."""
         with phases.time("cuda restore", track="cuda"):
-            self._check("restore", self._driver.cuCheckpointProcessRestore(pid, None))
+            self._call("restore", deadline, self._driver.cuCheckpointProcessRestore, pid, None)
         with phases.time("cuda unlock", track="cuda"):
-            self._check("unlock", self._driver.cuCheckpointProcessUnlock(pid, None))
+            self._call("unlock", deadline, self._driver.cuCheckpointProcessUnlock, pid, None)
 
-    def _check(self, what: str, result: Any) -> None:
-        if result[0] != self._driver.CUresult.CUDA_SUCCESS:
-            raise RowFailed(f"CUDA {what} failed: {result[0]!r}")
+    def _call(self, what: str, deadline: Deadline, function: Callable[..., Any], *arguments: Any) -> None:
+        """In a thread, because a driver may take for ever; the subject is killed then, which ends the call."""
+        found: list[Any] = []
+        thread = threading.Thread(target=lambda: found.append(function(*arguments)), daemon=True)
+        thread.start()
+        thread.join(deadline.left(f"CUDA {what}"))
+        if not found:
+            raise RowFailed(f"CUDA {what} did not end")
+        if found[0][0] != self._driver.CUresult.CUDA_SUCCESS:
+            raise RowFailed(f"CUDA {what} failed: {found[0][0]!r}")
 
 
 class Raw:
@@ -216,7 +224,7 @@ class Raw:
         self.images.mkdir()
         phases = Phases()
         if self._cuda is not None:
-            self._cuda.stop(self._pid, phases)
+            self._cuda.stop(self._pid, phases, deadline)
         with phases.time("criu dump", track="criu") as moved:
             self._run_criu(["dump", "--tree", str(self._pid)], "dump.log", deadline)
             moved.bytes = folder_bytes(self.images)
@@ -230,7 +238,7 @@ class Raw:
         with phases.time("criu restore", track="criu", bytes=folder_bytes(self.images)):
             self._run_criu(["restore", "--restore-detached"], "restore.log", deadline)
         if self._cuda is not None:
-            self._cuda.go_on(self._pid, phases)
+            self._cuda.go_on(self._pid, phases, deadline)
 
     def close(self) -> None:
         """End it, and remove its files."""
@@ -379,6 +387,8 @@ class Transparent:
         """End it."""
         with contextlib.suppress(RowFailed):  # it has ended already
             self._do(["stop", self.name, "--grace", "0"], Deadline.after(60))
+        if self._pid and runs(self._pid):
+            os.kill(self._pid, signal.SIGKILL)
 
     def remove(self, snapshot: str) -> None:
         """Free the disk."""

@@ -1,6 +1,6 @@
 """GPU snapshots against what others do, in one run: one table, one JSON file.
 
-    python bench/snapshot_gpu.py [--size 8b] [--device cuda:0] [--rows cold,dram,…] [--vllm-site DIR] [--output FILE]
+    python bench/snapshot_gpu.py [--size 8b] [--device cuda:0] [--rows cold,dram,…] [--vllm-site DIR] [--json FILE]
 
 A Llama of random bfloat16 weights is made and imported; its engine takes 80 % of the GPU. The rows, in their order:
 
@@ -72,7 +72,8 @@ from measuring import drop_page_cache
 MODEL, TWIN, SECOND = "bench", "bench-twin", "bench-second"
 _PROMPT = (11, 7, 5, 3)
 _TOKENS = 16
-_OPEN_ENDED = 0.05  # seconds: shorter steps have no rate worth showing
+_WIDTH = 170
+_SHORTEST = 0.05  # seconds: shorter steps have no rate worth showing
 _VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -83,7 +84,7 @@ _VLLM_ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
 }
-_LIMIT_OF_TRACK = {"cuda": "link", "weights": "link", "fill": "host copy", "memory": "host copy", "disk": "disk write"}
+_LIMIT_OF_TRACK = {"cuda": "link", "weights": "link", "disk": "disk write"}
 
 Row = dict[str, Any]
 Steps = list[dict[str, Any]]
@@ -100,7 +101,7 @@ class Options:
     budget_seconds: float
     row_seconds: float
     folder: Path
-    output: Path | None
+    json: Path | None
     vllm_site: Path | None
     vllm_memory: float
     kv_share: float
@@ -214,7 +215,7 @@ class Bench:
         known = {key: value for key, value in top.items() if key in ServeConfig.model_fields}
         settings = {key: value for key, value in model.items() if key in ModelConfig.model_fields}
         there = [each for each in models if (self.home.models / each).exists()]
-        return known | {"models": dict.fromkeys(there, settings)}
+        return known | {"models": {each: settings.copy() for each in there}}
 
     def _kv_tokens(self) -> int:
         """So many that weights and cache take the wanted share of the GPU."""
@@ -269,6 +270,7 @@ class Bench:
             "raw_bytes": found["raw_bytes"],
             "stored_bytes": found["stored_bytes"],
             "own_bytes": found["own_bytes"],
+            "added_bytes": next(step["stored"] for step in steps["phases"] if step["name"].endswith("dump")),
         }
 
     def gpu_bytes(self) -> int | None:
@@ -520,8 +522,8 @@ def _driver_alone(bench: Bench, cuda: Cuda, size: int, deadline: Deadline) -> Ro
         raw.start()
         text = subject.answer(deadline, raw.alive)
         stopping, going_on = Phases(), Phases()
-        cuda.stop(raw.pid, stopping)
-        cuda.go_on(raw.pid, going_on)
+        cuda.stop(raw.pid, stopping, deadline)
+        cuda.go_on(raw.pid, going_on, deadline)
         subject.ask()
         _same(text, subject.answer(deadline, raw.alive))
     return {
@@ -597,14 +599,38 @@ def _row(bench: Bench, name: str, deadline: Deadline) -> Row:
 def finish(bench: Bench, result: dict[str, Any]) -> None:
     """Write what there is so far."""
     rows = {name: {key: value for key, value in row.items() if key[0] != "_"} for name, row in bench.rows.items()}
-    for row in rows.values():
+    for name, row in rows.items():
         row["date"] = result["machine"]["date"]
+        for kind in ("capture", "restore"):
+            if f"{kind}_steps" in row:
+                steps = row[f"{kind}_steps"]
+                row[f"{kind}_steps"] = [fields | _rate(name, kind, fields, result["limits"]) for fields in steps]
     result["rows"] = result.get("rows", {}) | rows
     result["figures"] = figures(result)
-    if bench.options.output is not None:
-        draft = bench.options.output.with_suffix(".draft")
+    if bench.options.json is not None:
+        draft = bench.options.json.with_suffix(".draft")
         draft.write_text(json.dumps(result, indent=2) + "\n")
-        draft.rename(bench.options.output)
+        draft.rename(bench.options.json)
+
+
+def _rate(row: str, kind: str, fields: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, Any]:
+    """What a step has moved per second, and how much of what its link could carry that is."""
+    step = Phase(**{name: fields[name] for name in Phase.__struct_fields__})
+    rate = gigabytes_per_second(step)
+    if rate is None or step.seconds < _SHORTEST:
+        return {}
+    link = _limit_of(row, kind, step.track)
+    known = {"limit": link, "of_limit": rate * 1e9 / limits[link]} if link in limits else {}
+    return {"gb_per_s": rate} | known
+
+
+def _limit_of(row: str, kind: str, track: str) -> str:
+    """The link that a step's bytes went over."""
+    if track == "criu" and row.startswith("raw"):
+        return "disk write" if kind == "capture" else "disk read"
+    if track == "weights" and row in ("cold", "disk-cold"):
+        return "disk read"
+    return _LIMIT_OF_TRACK.get(track, "host copy")
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, float]:
@@ -647,7 +673,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
 def show(result: Mapping[str, Any], console: Console) -> None:
     """Rows, then their steps with rates, then what they mean."""
     console.print(_row_table(result["rows"]))
-    console.print(_step_table(result["rows"], result["limits"]))
+    console.print(_step_table(result["rows"]))
     table = Table(title="side by side", title_justify="left")
     table.add_column("figure")
     table.add_column("", justify="right")
@@ -673,28 +699,25 @@ def _row_table(rows: Mapping[str, Row]) -> Table:
     return table
 
 
-def _step_table(rows: Mapping[str, Row], limits: Mapping[str, float]) -> Table:
-    table = Table(title="steps that move bytes, against the limit of their link", title_justify="left")
+def _step_table(rows: Mapping[str, Row]) -> Table:
+    table = Table(title="steps, against the limit of the link that their bytes go over", title_justify="left")
     for column in ("row", "step", "start", "seconds", "bytes", "stored", "GB/s", "limit", "of it"):
         table.add_column(column, justify="left" if column in ("row", "step", "limit") else "right")
     for name, row in rows.items():
         for kind in ("capture", "restore"):
             for fields in row.get(f"{kind}_steps", ()):
-                step = Phase(**fields)
-                if step.seconds >= _OPEN_ENDED:
-                    table.add_row(name, *_step_cells(kind, step, name, limits))
+                if fields["seconds"] >= _SHORTEST:
+                    table.add_row(name, *_step_cells(kind, fields))
     return table
 
 
-def _step_cells(kind: str, step: Phase, row: str, limits: Mapping[str, float]) -> list[str]:
-    rate = gigabytes_per_second(step)
-    link = _LIMIT_OF_TRACK.get(step.track, "host copy")
-    if (step.track == "weights" and row.startswith("disk")) or link not in limits:
-        link = "disk read"
-    share = rate * 1e9 / limits[link] if rate is not None and link in limits else None
+def _step_cells(kind: str, step: Mapping[str, Any]) -> list[str]:
+    share = step.get("of_limit")
     return [
-        *(f"{kind}: {step.name}", f"{step.start:.3f}", f"{step.seconds:.3f}", _bytes(step.bytes), _bytes(step.stored)),
-        *(("", "", "") if rate is None else (f"{rate:.2f}", link, f"{share:.0%}" if share is not None else "")),
+        *(f"{kind}: {step['name']}", f"{step['start']:.3f}", f"{step['seconds']:.3f}"),
+        *(_bytes(step["bytes"]), _bytes(step["stored"])),
+        f"{step['gb_per_s']:.2f}" if "gb_per_s" in step else "",
+        *(step.get("limit", ""), "" if share is None else f"{share:.0%}"),
     ]
 
 
@@ -719,7 +742,7 @@ def parse(words: list[str]) -> Options:
     parser.add_argument("--budget-seconds", type=float, default=480.0, help="for all rows together")
     parser.add_argument("--row-seconds", type=float, default=180.0)
     parser.add_argument("--folder", type=Path, default=Path(), help="where, on the disk to be measured")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--vllm-site", type=Path)
     parser.add_argument("--vllm-memory", type=float, default=0.16, help="its share of the GPU")
     parser.add_argument("--kv-share", type=float, default=0.8, help="of the GPU, for weights and cache when served")
@@ -749,7 +772,7 @@ def scratch_folder(parent: Path, criu: Path) -> Iterator[Path]:
 def main() -> None:
     """See the module."""
     options = parse(sys.argv[1:])
-    console, errors = Console(), Console(stderr=True)
+    console, errors = Console(width=None if sys.stdout.isatty() else _WIDTH), Console(stderr=True)
     say = lambda text: errors.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False, highlight=False)  # noqa: E731
     own = DataDir(default_data_dir(os.environ))
     try:
@@ -757,8 +780,8 @@ def main() -> None:
     except (DormouseError, OSError) as error:
         sys.exit(f"error: {error}")
     result: dict[str, Any] = {"machine": facts(gpu, criu.version_text)}
-    if options.output is not None and options.output.exists():
-        result["rows"] = json.loads(options.output.read_text())["rows"]
+    if options.json is not None and options.json.exists():
+        result["rows"] = json.loads(options.json.read_text())["rows"]
     with scratch_folder(options.folder, own.criu) as scratch, ExitStack() as exits:
         bench = Bench(options, criu, scratch, gpu, say)
         exits.callback(bench.stop_server)

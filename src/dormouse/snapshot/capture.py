@@ -129,7 +129,7 @@ def capture(
             )
             if not still_wanted():
                 raise SnapshotError(f"the capture of {name} was given up")
-            with phases.time("commit", stored=transaction.stored_bytes):
+            with phases.time("commit", track="disk", stored=transaction.stored_bytes):
                 transaction.commit(
                     Manifest(
                         id=snapshot_id,
