@@ -1,5 +1,5 @@
 """A GPU made of CPU tensors. What is asked of a stream happens at once, or later and only when somebody waits: as late
-as CUDA may do it, so that a slot that is used again too early shows as wrong bytes."""
+as CUDA may do it, so that memory that is used again too early shows as wrong bytes."""
 
 from __future__ import annotations
 
@@ -32,18 +32,22 @@ class FakePinner:
         del self.pinned[address]
 
 
+_copy = torch.Tensor.copy_
+_turn = threading.RLock()
+"""One thread at a time asks a GPU for something, or has it done."""
+
+
 class FakeStream:
     """Work that waits to be done."""
 
     def __init__(self) -> None:
         self.work: list[Callable[[], object]] = []
-        self.lock = threading.Lock()
 
     def finish(self, count: int) -> None:
-        with self.lock:
-            for job in self.work[:count]:
+        with _turn:
+            for number in range(count):
+                job, self.work[number] = self.work[number], lambda: None
                 job()
-            self.work[:count] = [lambda: None] * min(count, len(self.work))
 
 
 class FakeMark:
@@ -85,7 +89,6 @@ class FakeGpu:
     @contextlib.contextmanager
     def on(self, stream: FakeStream) -> Iterator[None]:
         """Copies and kernels within are put into the stream."""
-        original = torch.Tensor.copy_
         gpu = self
 
         def later(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -93,23 +96,27 @@ class FakeGpu:
             gpu.copies += 1
             if gpu.copies == gpu.fail_at:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
-            gpu.do(lambda: original(target, source))
+            gpu.do(lambda: _copy(target, source))
             return target
 
-        assert self.current is None
-        self.current = stream
-        torch.Tensor.copy_ = later  # type: ignore[method-assign,assignment]
-        try:
-            yield
-        finally:
-            torch.Tensor.copy_ = original  # type: ignore[method-assign]
-            self.current = None
+        with _turn:
+            assert self.current is None
+            self.current = stream
+            torch.Tensor.copy_ = later  # type: ignore[method-assign,assignment]
+            try:
+                yield
+            finally:
+                torch.Tensor.copy_ = _copy  # type: ignore[method-assign]
+                self.current = None
+
+    def after(self, stream: FakeStream, mark: FakeMark) -> None:
+        with _turn:
+            stream.work.append(mark.wait)
 
     def do(self, job: Callable[[], object]) -> None:
         assert self.current is not None, "kernels run on lanes"
         if self.late:
-            with self.current.lock:
-                self.current.work.append(job)
+            self.current.work.append(job)
         else:
             job()
 

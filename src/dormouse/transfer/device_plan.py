@@ -1,6 +1,6 @@
 """How a plan is carried out on GPUs, worked out once before the first byte is read. Pure data; nothing is touched here.
 
-    LoadPlan -> pack() -> parcels (what comes in one slot of pinned memory, and what each device does with it)
+    LoadPlan -> pack() -> parcels (what is checked and decoded at once, and how, on each device)
                        -> tables per device (what is checked and decoded, for the kernels)
 
 On a device, bytes that stay as they are go straight to their places; coded ones go to staging memory first. Chunks are
@@ -60,6 +60,11 @@ class Part(NamedTuple):
     unpacks: Span
     copies: tuple[Placed, ...]
 
+    @property
+    def staging_bytes(self) -> int:
+        """What it needs of staging memory."""
+        return self.staged[-1][1] if self.staged else 0
+
 
 class Parcel(NamedTuple):
     """What comes at once: the bytes of an extent as they are, or, if `host`, the plain bytes of its pieces one after
@@ -78,13 +83,12 @@ class Parcel(NamedTuple):
 @dataclass
 class Tables:
     """For one device: rows of what is decoded [codec, source, stored length, target, plain length] and checked [source,
-    stored length], with identities and signatures; and the most staging and scratch memory that a parcel needs."""
+    stored length], with identities and signatures; and the most scratch memory that a parcel needs."""
 
     decodes: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     checks: list[tuple[int, int]] = field(default_factory=list)
     identities: list[bytes] = field(default_factory=list)
     macs: list[bytes] = field(default_factory=list)
-    staging_bytes: int = 0
     scratch_bytes: int = 0
 
     def add_check(self, piece: Piece, chunk: StoredChunk, source: int) -> None:
@@ -134,7 +138,6 @@ def _simple(extent: Extent, tables: Sequence[Tables], held: int | None) -> Parce
         if piece.chunk is not None and held is None:
             own.add_check(piece, piece.chunk, at)
     staged = tuple(_merged((at, at + piece.stored_length) for at, piece in zip(starts, extent.pieces, strict=True)))
-    own.staging_bytes = max(own.staging_bytes, extent.length)
     part = Part(
         device,
         (),
@@ -238,7 +241,6 @@ class _PartMaker:
                 self._add_coded(piece, at, copies)
         staged = tuple(_merged(self._staged))
         tables = self._tables
-        tables.staging_bytes = max(tables.staging_bytes, staged[-1][1] if staged else 0)
         tables.scratch_bytes = max(tables.scratch_bytes, self._scratch)
         return Part(
             self._device,

@@ -73,6 +73,9 @@ class Gpu(Protocol):
     def mark(self, stream: Any) -> Mark:
         """Where this stream is now."""
 
+    def after(self, stream: Any, mark: Any) -> None:
+        """What is asked of the stream from now on is done after a mark of this device."""
+
     def decoder(self) -> Decoder:
         """Decodes float chunks there."""
 
@@ -82,11 +85,11 @@ class Gpu(Protocol):
 
 class _CudaMark:
     def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
+        self.event = event
 
     def wait(self) -> None:
         with translated():
-            self._event.synchronize()  # lets go of the interpreter's lock, and sleeps
+            self.event.synchronize()  # lets go of the interpreter's lock, and sleeps
 
 
 class Cuda:
@@ -113,6 +116,9 @@ class Cuda:
         event: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(stream)
         return _CudaMark(event)
+
+    def after(self, stream: torch.cuda.Stream, mark: _CudaMark) -> None:
+        stream.wait_event(mark.event)
 
     def decoder(self) -> Decoder:
         from dormouse.transfer.float_kernels import FloatDecoder

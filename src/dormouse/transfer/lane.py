@@ -1,12 +1,15 @@
 """One lane of a GPU: what it is asked to do with a parcel, in the order in which it does it.
 
-parcel in pinned memory -> copies over the link: to their places, or to staging -> check -> decode -> copies within
+pinned memory -> take: copies over the link, to their places or to staging -> finish: check -> decode -> copies within
+
+The copies may be asked for by several threads on streams of their own. They wait, on the GPU, until the lane's memory
+is free of the parcel before; what follows them waits for all of them. Nobody waits on the CPU.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -75,37 +78,48 @@ class Kernels:
 
 
 class Lane:
-    """A stream with staging and scratch memory of its own. Used by one thread."""
+    """Staging and scratch memory, and a stream for what is done in them. One thread asks it to finish, any to take."""
 
-    def __init__(self, gpu: Gpu, kernels: Kernels, tables: Tables, destination: torch.Tensor) -> None:
+    def __init__(
+        self, gpu: Gpu, kernels: Kernels, destination: torch.Tensor, *, staging_bytes: int, scratch_bytes: int
+    ) -> None:
         self._gpu = gpu
         self.kernels = kernels
         self._destination = destination
-        self._staging = gpu.memory(_rounded(tables.staging_bytes))
-        self._scratch = gpu.memory(_rounded(tables.scratch_bytes))
-        self._stream: Any = gpu.stream()
+        self._staging = gpu.memory(_rounded(staging_bytes))
+        self._scratch = gpu.memory(_rounded(scratch_bytes))
+        self.stream: Any = gpu.stream()
+        self._free: Mark | None = None
 
-    def issue(self, number: int, part: Part, sources: Sequence[Source]) -> Mark:
-        """Ask the device for its part of parcel `number`. Nothing is waited for; the sources are in use until the mark
-        is reached, and all is done when the lane is drained."""
-        status = self.kernels.status(number)
-        with self._gpu.on(self._stream):
+    def take(self, part: Part, source: Source, stream: Any) -> Mark:
+        """Ask for the copies of what `source` has of a parcel, on `stream`. At the mark, the source is free again."""
+        if self._free is not None:
+            self._gpu.after(stream, self._free)
+        with self._gpu.on(stream):
             for begin, end in part.staged:
-                _send(sources, begin, end, self._staging, begin)
+                _send(source, begin, end, self._staging, begin)
             for run in part.direct:
-                _send(sources, run.source, run.source + run.length, self._destination, run.target)
-            arrived = self._gpu.mark(self._stream)
+                _send(source, run.source, run.source + run.length, self._destination, run.target)
+            return self._gpu.mark(stream)
+
+    def finish(self, number: int, part: Part, taken: Iterable[Mark]) -> Mark:
+        """When all of parcel `number` has been `taken`, ask for the rest. At the mark, the lane is free again."""
+        status = self.kernels.status(number)
+        for mark in taken:
+            self._gpu.after(self.stream, mark)
+        with self._gpu.on(self.stream):
             self.kernels.check(part.checks, self._staging, status)
             self.kernels.check(part.placed_checks, self._destination, status)
             self.kernels.decode(part.decodes, self._staging, self._destination, status)
             self.kernels.decode(part.unpacks, self._staging, self._scratch, status)
             for placed in part.copies:
                 self._place(placed)
-            return arrived
+            self._free = self._gpu.mark(self.stream)
+        return self._free
 
     def drain(self) -> None:
         """Wait until all of it is done."""
-        self._gpu.mark(self._stream).wait()
+        self._gpu.mark(self.stream).wait()
 
     def _place(self, placed: Placed) -> None:
         memory = self._scratch if placed.in_scratch else self._staging
@@ -117,18 +131,13 @@ def _rounded(size: int) -> int:
     return -(-size // SOURCE_ALIGNMENT) * SOURCE_ALIGNMENT
 
 
-def _send(sources: Sequence[Source], begin: int, end: int, target: torch.Tensor, at: int) -> None:
-    """Bytes `begin` to `end` of a parcel, to `at` of `target`."""
-    for low, high, found in _within(sources, begin, end):
+def _send(source: Source, begin: int, end: int, target: torch.Tensor, at: int) -> None:
+    """What `source` has of bytes `begin` to `end` of a parcel, to where they go when the first goes to `at`."""
+    low, high = max(begin, source.begin), min(end, source.end)
+    if low < high:
+        first = source.offset + low - source.begin
+        found = source.memory[first : first + high - low]
         target[at + low - begin : at + high - begin].copy_(found, non_blocking=True)
-
-
-def _within(sources: Sequence[Source], begin: int, end: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    for source in sources:
-        low, high = max(begin, source.begin), min(end, source.end)
-        if low < high:
-            first = source.offset + low - source.begin
-            yield low, high, source.memory[first : first + high - low]
 
 
 def copy_rows(memory: torch.Tensor, destination: torch.Tensor, copy: Copy) -> None:

@@ -1,13 +1,10 @@
 """Load a plan into the memory of GPUs.
 
-    parcels in plan order -> readers (threads): fill slots of pinned memory, several of them one, made when needed
-                          -> this thread: link, check, decode, on one of a few lanes of each device that needs it
-                          -> finisher (a thread): when a slot's bytes have crossed the link, it is free again
+    parcels in plan order -> readers (threads, carrier.py): stretches into pinned memory of their own, over the link
+                          -> this thread (delivery.py): check, decode, place, on one of a few lanes of each device
 
-The slots bound the host's memory and slow the readers down to the speed of the link; their number is all that is ever
-under way. What the DRAM tier holds is copied from there and needs no slot. All readers fill a few slots together, first
-and last in shorter stretches: so the link soon has something to do, most slots are left for what waits for it, and each
-time that this thread asks for something, it is for much.
+Little memory is pinned, and the readers wait for the link: what is under way is bounded by that. What the DRAM tier
+holds is copied from there and needs none.
 
 Chunks are checked on the GPU, because the memory bus of the host is what limits a load. The words in which the GPU
 tells of damage are looked at when all is done, and the CPU then finds the chunk to name.
@@ -19,31 +16,30 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from dormouse.errors import ConfigError, HostError, StoreError
 from dormouse.store.codec import FLOATS, Codec
-from dormouse.store.pack import ALIGNMENT
 from dormouse.transfer import pinned
 from dormouse.transfer.budget import default_threads
+from dormouse.transfer.carrier import PIECES, Carrier, Pieces, shared_out
 from dormouse.transfer.crew import clear_frames
-from dormouse.transfer.delivery import Delivery
+from dormouse.transfer.delivery import HELD_LANES, LANES, Delivery, Lanes
 from dormouse.transfer.device_plan import SOURCE_ALIGNMENT, Parcel, pack
 from dormouse.transfer.gpus import Cuda, Gpu, have_kernels, translated
 from dormouse.transfer.lane import Kernels, Lane
 from dormouse.transfer.pieces import Checker
-from dormouse.transfer.plan import EXTENT_BYTES, Extent, LoadPlan, split
-from dormouse.transfer.plan import plan as make_plan
+from dormouse.transfer.plan import Extent, LoadPlan, split
 from dormouse.transfer.prepared import Prepared, Unread, check
 from dormouse.transfer.report import LoadReport, Progress
-from dormouse.transfer.ring import Ring
-from dormouse.transfer.source_files import SourceFiles, room_for
+from dormouse.transfer.source_files import SourceFiles
 from dormouse.transfer.tier_held import sources, tier_held
 
 if TYPE_CHECKING:
@@ -53,10 +49,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PINNED_BYTES = 512 << 20
+"""What a load may pin at most. It takes less by itself, see carrier.py."""
+
 _SMALL = 8 << 20
 _PER_READER = 4
-LANES = 4
-"""Per device: one whose bytes cross the link, one that checks and decodes, and some between."""
 
 
 def load_device(
@@ -129,26 +125,31 @@ def carry_out(
     with contextlib.ExitStack() as stack:
         if prepared is None:
             check(plan, sizes, key)
-            prepared = _prepared(_fitted(plan, pinned_bytes), kernels, pinned_bytes, threads, tier, stack)
+            prepared = _prepared(plan, kernels, threads, tier, stack)
             files = SourceFiles(prepared.plan.files, ours=prepared.plan.ours)
         elif sizes != prepared.plan.sizes or not kernels:
             raise StoreError(f"a load was prepared for kernels and memory of {prepared.plan.sizes} bytes, not {sizes}")
         else:
             files = Unread(prepared.plan.files)
-        packed = prepared.packed
         stack.enter_context(files)
-        rooms = [_room(parcel) for parcel in packed.parcels if parcel.held is None]
-        slot_bytes = _slot_bytes(max(rooms, default=1), pinned_bytes)
-        ring = Ring(pinned_bytes, slot_bytes, len(rooms), lambda size: pinned.borrow(size, pinner))
-        lanes: list[list[Lane]] = []
-        forget = _nothing_to_forget if tier is None else tier.forget
-        with _kept(ring, lanes):
-            delivery = Delivery(packed, lanes, ring, files, Checker(prepared.plan.files, key), forget)
+        pieces = shared_out(pinned_bytes, threads)
+        checker = Checker(prepared.plan.files, key)
+        lanes = Lanes()
+        with _Carriers(pieces, pinner, gpus, files, checker, lanes) as carriers:
+            delivery = Delivery(
+                prepared.packed,
+                lanes,
+                carriers.make,
+                pieces.size,
+                files,
+                checker,
+                _nothing_to_forget if tier is None else tier.forget,
+            )
             delivery.run(
                 sources(prepared.runs),
                 # while the first bytes are read
                 partial(_add_lanes, lanes, prepared, gpus, destinations, key),
-                threads=threads,
+                threads=pieces.readers,
                 progress=progress,
                 cancelled=cancelled,
             )
@@ -159,46 +160,21 @@ def carry_out(
             files.direct_bytes,
             files.cached_bytes,
             prepared.tier_bytes,
-            ring.peak_bytes,
+            carriers.pinned_bytes,
             "device" if kernels else "host",
         )
 
 
 def _prepared(
-    plan: LoadPlan, kernels: bool, pinned_bytes: int, threads: int, tier: DramTier | None, stack: contextlib.ExitStack
+    plan: LoadPlan, kernels: bool, threads: int, tier: DramTier | None, stack: contextlib.ExitStack
 ) -> Prepared:
     """The load, worked out. What is held stays where it is until `stack` is closed."""
     found = [None] * len(plan.extents) if tier is None else stack.enter_context(tier.borrow(plan.extents))
     held, rest = tier_held(plan.extents, found)
     cut = replace(plan, extents=(*(each.extent for each in held), *_tapered(rest, threads, kernels=kernels)))
-    packed = pack(cut, kernels=kernels, plain_bytes=_limit(pinned_bytes), held=len(held))
+    packed = pack(cut, kernels=kernels, held=len(held))
     runs = tuple(None if each.held is None else held[each.held].for_parcel(each) for each in packed.parcels)
     return Prepared(cut, packed, runs, plan.stored_bytes)
-
-
-def _room(parcel: Parcel) -> int:
-    """What a parcel needs of a slot."""
-    return parcel.length if parcel.host else room_for(parcel.extent.offset, parcel.extent.length)
-
-
-def _limit(pinned_bytes: int) -> int:
-    """How long an extent may be, so that some are under way at once."""
-    return max(ALIGNMENT, min(EXTENT_BYTES, pinned_bytes // 4 // ALIGNMENT * ALIGNMENT))
-
-
-def _slot_bytes(largest: int, pinned_bytes: int) -> int:
-    """As much as the largest parcel needs; of all loads the same if that is nearly so, to use slots again."""
-    usual = _limit(pinned_bytes) + ALIGNMENT
-    return usual if largest <= usual < 2 * largest else largest
-
-
-def _fitted(plan: LoadPlan, pinned_bytes: int) -> LoadPlan:
-    """The plan, in smaller extents if there is little pinned memory."""
-    limit = _limit(pinned_bytes)
-    if pinned_bytes >= PINNED_BYTES or all(extent.length <= limit for extent in plan.extents):
-        return plan
-    pieces = [*plan.zeros, *(piece for extent in plan.extents for piece in extent.pieces)]
-    return make_plan(plan.files, pieces, plan.sizes, extent_bytes=limit)
 
 
 def _tapered(extents: Sequence[Extent], threads: int, *, kernels: bool) -> tuple[Extent, ...]:
@@ -229,43 +205,103 @@ def _nothing_to_forget(_extent: Extent) -> None:
 
 
 def _add_lanes(
-    lanes: list[list[Lane]],
+    lanes: Lanes,
     prepared: Prepared,
     gpus: Sequence[Gpu],
     destinations: Sequence[torch.Tensor],
     key: Key | None,
 ) -> None:
     """For each device, as many as help."""
-    parcels = len(prepared.packed.parcels)
+    packed = prepared.packed
+    held = [parcel for parcel in packed.parcels if parcel.held is not None]
+    read = [parcel for parcel in packed.parcels if parcel.held is None]
+    kernels = []
     for number, (gpu, destination) in enumerate(zip(gpus, destinations, strict=True)):
-        tables, place = prepared.packed.tables[number], (number, destination.device)
-        kernels = Kernels(gpu, tables, key, parcels, prepared.tasks.get(place))
-        prepared.tasks[place] = kernels.decodes
-        lanes.append([])
-        for _ in range(min(LANES, parcels)):
-            lanes[-1].append(Lane(gpu, kernels, tables, destination))
+        place = (number, destination.device)
+        kernels.append(Kernels(gpu, packed.tables[number], key, len(packed.parcels), prepared.tasks.get(place)))
+        prepared.tasks[place] = kernels[-1].decodes
+    for parcels, made, most in ((held, lanes.held, HELD_LANES), (read, lanes.reading, LANES)):
+        staging = _staging_bytes(parcels, len(gpus))
+        for _ in range(min(most, len(parcels))):
+            made.append(
+                [
+                    Lane(gpu, of_gpu, destination, staging_bytes=room, scratch_bytes=tables.scratch_bytes)
+                    for gpu, of_gpu, destination, room, tables in zip(
+                        gpus, kernels, destinations, staging, packed.tables, strict=True
+                    )
+                ]
+            )
 
 
-@contextlib.contextmanager
-def _kept(ring: Ring, lanes: Sequence[Sequence[Lane]]) -> Iterator[None]:
-    """Keep the slots for the next load. At the end no device uses them, nor anything else of the load, any more."""
-    try:
-        yield
-    finally:
-        leave = pinned.give_back if _drained(lanes) else pinned.abandon
-        for slot in ring.made:
-            leave(slot)
+def _staging_bytes(parcels: Sequence[Parcel], devices: int) -> list[int]:
+    """What each device needs of staging memory for one of the parcels."""
+    needed = [0] * devices
+    for part in chain.from_iterable(parcel.parts for parcel in parcels):
+        needed[part.device] = max(needed[part.device], part.staging_bytes)
+    return needed
 
 
-def _drained(lanes: Sequence[Sequence[Lane]]) -> bool:
-    """Whether all lanes have come to their ends. One whose GPU has failed does not keep the others from being waited
-    for: their memory goes next."""
-    drained = True
-    for lane in chain.from_iterable(lanes):
-        try:
-            with translated():  # a GPU that has failed does not even take a mark
-                lane.drain()
-        except HostError as error:
-            log.error("a GPU does not finish what it was given: %s", error)
-            drained = False
-    return drained
+class _Carriers:
+    """The readers' pinned memory and streams. At the end no device uses them, nor anything else of the load, any more,
+    and the memory is kept for the next load."""
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        pinner: pinned.Pinner,
+        gpus: Sequence[Gpu],
+        files: SourceFiles,
+        checker: Checker,
+        lanes: Lanes,
+    ) -> None:
+        self._pieces = pieces
+        self._pinner = pinner
+        self._gpus = gpus
+        self._files = files
+        self._checker = checker
+        self._lanes = lanes
+        self._streams = SimpleQueue[list[Any]]()
+        self._used: list[tuple[Gpu, Any]] = []
+        self._memories: list[pinned.PinnedMemory] = []
+        for _ in range(pieces.readers):  # by this thread: what it asked of the devices before comes first
+            streams = [gpu.stream() for gpu in gpus]
+            self._used += zip(gpus, streams, strict=True)
+            self._streams.put(streams)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """What was under way at most."""
+        return len(self._memories) * PIECES * self._pieces.size
+
+    def make(self) -> Carrier:
+        """One for the thread that asks. Raises HostError when there is no memory for it."""
+        size = self._pieces.size
+        memory = pinned.borrow(PIECES * size, self._pinner)
+        self._memories.append(memory)
+        return Carrier(memory, size, self._streams.get_nowait(), self._files, self._checker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        leave = pinned.give_back if self._drained() else pinned.abandon
+        for memory in self._memories:
+            leave(memory)
+
+    def _drained(self) -> bool:
+        """Whether all streams have come to their ends. One whose GPU has failed does not keep the others from being
+        waited for: their memory goes next."""
+        drained = True
+        drains: list[Callable[[], None]] = [partial(_drain, gpu, stream) for gpu, stream in self._used]
+        for drain in (*drains, *(lane.drain for lane in self._lanes.all())):
+            try:
+                with translated():  # a GPU that has failed does not even take a mark
+                    drain()
+            except HostError as error:
+                log.error("a GPU does not finish what it was given: %s", error)
+                drained = False
+        return drained
+
+
+def _drain(gpu: Gpu, stream: Any) -> None:
+    gpu.mark(stream).wait()

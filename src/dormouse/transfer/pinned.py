@@ -119,7 +119,7 @@ def _touch(address: int, size: int) -> None:
     def touch(at: int) -> int:
         return _populate(address + at, min(_PART, size - at))
 
-    if len(parts) <= 2:  # a slot, which is made by one of many readers
+    if len(parts) <= 2:  # a reader's, which are made side by side
         _touched(size, map(touch, parts))
         return
     with ThreadPoolExecutor(max(1, min(default_threads(), len(parts))), thread_name_prefix="touch") as pool:

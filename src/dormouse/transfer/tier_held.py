@@ -14,13 +14,13 @@ import torch
 
 from dormouse.transfer.device_plan import Parcel
 from dormouse.transfer.lane import Source
-from dormouse.transfer.plan import Extent
+from dormouse.transfer.plan import EXTENT_BYTES, Extent
 
 if TYPE_CHECKING:
     from dormouse.transfer.dram import HeldRun
 
-_AT_ONCE = 64 << 20
-"""What comes out of the tier needs no slot, and asking for it is what costs the CPU most."""
+_AT_ONCE = 4 * EXTENT_BYTES
+"""What comes out of the tier needs no pinned memory, and asking for it is what costs the CPU most."""
 
 
 class Held(NamedTuple):

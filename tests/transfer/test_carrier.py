@@ -1,4 +1,5 @@
-"""Slots that several readers fill at once: every byte in its place however they are cut, and errors end all of them."""
+"""Readers that each bring stretches of files to GPUs: every byte in its place however they are cut, and errors end all
+of them."""
 
 from __future__ import annotations
 
@@ -16,16 +17,15 @@ from hypothesis import strategies as st
 from tests.transfer.fake_gpu import FakeGpu, FakePinner
 from tests.transfer.load_tools import mixed, plain_file, reversed_parts, stored, weights
 
-from dormouse.errors import DamagedError, StoreError
+from dormouse.errors import ConfigError, DamagedError, StoreError
 from dormouse.store.codec import Codec
 from dormouse.store.key import Key
-from dormouse.store.pack import ALIGNMENT, aligned
+from dormouse.store.pack import ALIGNMENT
 from dormouse.store.store import Store
-from dormouse.transfer import filling, pinned
-from dormouse.transfer.filling import STRETCH_BYTES, Filling, step, stretches
+from dormouse.transfer import carrier, pinned
+from dormouse.transfer.carrier import PIECE_BYTES, PIECES, shared_out, stretches
 from dormouse.transfer.load_device import carry_out
-from dormouse.transfer.memory import anonymous
-from dormouse.transfer.plan import EXTENT_BYTES, Extent, LoadPlan
+from dormouse.transfer.plan import LoadPlan
 from dormouse.transfer.report import LoadReport
 from dormouse.transfer.source_files import SourceFile, room_for
 
@@ -33,8 +33,8 @@ from dormouse.transfer.source_files import SourceFile, room_for
 @pytest.fixture(autouse=True)
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small files have many."""
-    monkeypatch.setattr(filling, "_LEAST", ALIGNMENT)
-    monkeypatch.setattr(filling, "STRETCH_BYTES", 4 * ALIGNMENT)
+    monkeypatch.setattr(carrier, "_LEAST", 2 * ALIGNMENT)
+    monkeypatch.setattr(carrier, "PIECE_BYTES", 4 * ALIGNMENT)
 
 
 @pytest.fixture(params=["direct", "cached"])
@@ -84,47 +84,28 @@ def load(
     return memory.numpy().tobytes(), report
 
 
-@given(offset=st.integers(0, 1 << 40), length=st.integers(1, 40 << 20), about=st.integers(ALIGNMENT, 8 << 20))
-def test_stretches_are_all_of_it_and_can_be_read_past_the_page_cache(offset: int, length: int, about: int) -> None:
-    parts = list(stretches(offset, length, about))
+@given(offset=st.integers(0, 1 << 40), length=st.integers(1, 40 << 20), pages=st.integers(1, 2048))
+def test_stretches_are_all_of_it_and_can_be_read_past_the_page_cache(offset: int, length: int, pages: int) -> None:
+    parts = list(stretches(offset, length, pages * ALIGNMENT))
     assert parts[0][0] == offset and parts[-1][1] == offset + length
     assert all(low < high for low, high in parts)
     assert all(end == begin and end % ALIGNMENT == 0 for (_, end), (begin, _) in pairwise(parts))
-    assert max(high - low for low, high in parts) <= 2 * about + ALIGNMENT
+    assert max(room_for(low, high - low) for low, high in parts) <= pages * ALIGNMENT
 
 
-def test_readers_fill_a_quarter_of_the_slots_and_less_at_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    lengths = [step(512 << 20, 16, position, 20) for position in range(20)]
-    assert lengths[4:16] == [STRETCH_BYTES] * 12 == [8 << 20] * 12
-    assert lengths[:4] == lengths[:15:-1] == [2 << 20, 2 << 20, 4 << 20, 4 << 20]
-    assert step(64 << 20, 16, 10, 20) == 1 << 20
-    assert len(list(stretches(0, EXTENT_BYTES, STRETCH_BYTES))) == 4
-
-
-@pytest.mark.parametrize("offset", [0, 1, ALIGNMENT - 1, 5 * ALIGNMENT, 12_345])
-@pytest.mark.parametrize("length", [1, ALIGNMENT, 100_000, 187_655])
-def test_a_slot_filled_by_many_is_what_one_would_read(tmp_path: Path, direct: bool, offset: int, length: int) -> None:
-    content = random.Random(offset).randbytes(250_000)
-    (tmp_path / "f").write_bytes(content)
-    extent = Extent(0, offset, length, ())
-    parts = list(stretches(offset, length, 2 * ALIGNMENT))
-    random.Random(length).shuffle(parts)
-    file = SourceFile(tmp_path / "f", ours=False)
-    try:
-        room = memoryview(anonymous(room_for(offset, length) + ALIGNMENT))
-        end = aligned(offset % ALIGNMENT + length)
-        room[end:] = b"#" * (len(room) - end)
-        slot = Filling(file, extent, room, len(parts))
-        leads = [slot.read(begin, end) for begin, end in parts]
-        assert leads[:-1] == [None] * (len(parts) - 1)
-        lead = leads[-1]
-        assert lead == (offset % ALIGNMENT if direct else 0)
-        assert room[lead : lead + length] == content[offset : offset + length]
-        assert set(room[end:]) == {ord("#")}
-        assert (file.direct_bytes, file.cached_bytes) == ((lead + length, 0) if direct else (0, length))
-    finally:
-        file.close()
+@given(budget=st.integers(0, 1 << 30), threads=st.integers(1, 64))
+def test_pinned_memory_is_shared_out_among_readers(budget: int, threads: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(carrier, "_LEAST", 64 << 10)
+        patch.setattr(carrier, "PIECE_BYTES", PIECE_BYTES)
+        try:
+            readers, size = shared_out(budget, threads)
+        except ConfigError as error:
+            assert budget < 2 * PIECES * ALIGNMENT and str(budget) in str(error)
+            return
+    assert 1 <= readers <= threads and readers * PIECES * size <= budget
+    assert 2 * ALIGNMENT <= size <= PIECE_BYTES and size % ALIGNMENT == 0
+    assert budget < threads * PIECES * PIECE_BYTES or (readers, size) == (threads, PIECE_BYTES)
 
 
 @pytest.mark.parametrize("pinned_bytes", [64 << 10, 300_000, 8 << 20])
@@ -150,7 +131,7 @@ def test_chunks_of_every_coding(store: Store, direct: bool, kernels: bool) -> No
         assert found == chunks.content
 
 
-def test_one_slot_is_enough_for_any_number_of_readers(store: Store) -> None:
+def test_little_pinned_memory_is_enough_for_any_number_of_readers(store: Store) -> None:
     chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(12)])
     plan = chunks.plan(extent_bytes=90_000)
     for threads in (1, 2, 16):
@@ -201,8 +182,10 @@ def test_cancel_between_two_stretches(tmp_path: Path, monkeypatch: pytest.Monkey
     assert next(calls) < 60
 
 
-def test_several_readers_are_in_one_slot_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
-    content = random.Random(1).randbytes(8 * ALIGNMENT)
+def test_several_readers_are_in_one_parcel_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    content = random.Random(1).randbytes(16 * ALIGNMENT)
     plan = plain_file(tmp_path / "plain", content, [])
     together, original = threading.Barrier(4), os.preadv
 
@@ -211,6 +194,6 @@ def test_several_readers_are_in_one_slot_at_once(tmp_path: Path, monkeypatch: py
         return original(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", read)
-    found, report = load(plan, threads=4, pinned_bytes=16 * ALIGNMENT)
+    found, report = load(plan, threads=4, pinned_bytes=32 * ALIGNMENT)
     assert found == content
-    assert report.peak_pinned_bytes <= 16 * ALIGNMENT
+    assert report.peak_pinned_bytes <= 32 * ALIGNMENT
