@@ -232,21 +232,21 @@ def checkpoint(target: str, data_dir: DataDir, as_json: bool, reporter: Reporter
 @click.argument("snapshot_id", metavar="ID")
 @click.option("--replicas", default=1, show_default=True, type=click.IntRange(1, 64), help="How many at once.")
 @keeper_options
+@click.option("--gpu", "gpus", multiple=True, metavar="NUMBER|UUID", help="A GPU to use instead of the captured one.")
 @click.option("--hook-timeout", default=30.0, show_default=True, help="Seconds for the program's own hooks.")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds for CRIU.")
 @common
 def restore(
     snapshot_id: str, replicas: int, name: str | None, network: Any, publish: tuple[str, ...], detach: bool,
-    hook_timeout: float, timeout: float, data_dir: DataDir, as_json: bool, reporter: Reporter,
+    gpus: tuple[str, ...], hook_timeout: float, timeout: float, data_dir: DataDir, as_json: bool, reporter: Reporter,
 ) -> None:  # fmt: skip
     """Bring captured processes back, once or many times. Exits with their exit status."""
     from dormouse.jobs import launch
 
     place = launch.Place(name, network, publish or None, detach)
     words = launch.Words(tell(reporter.silent), emit if as_json else None)
-    sys.exit(
-        launch.restore_job(data_dir, snapshot_id, place, replicas, words, timeout=timeout, hook_timeout=hook_timeout)
-    )
+    seconds = {"timeout": timeout, "hook_timeout": hook_timeout}
+    sys.exit(launch.restore_job(data_dir, snapshot_id, place, replicas, words, gpus=gpus, **seconds))
 
 
 @cli.command("jobs")

@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,9 +29,10 @@ from dormouse import disk_speed, host_memory
 from dormouse.config import DataDir
 from dormouse.errors import DormouseError, HostError, SnapshotError, StoreError
 from dormouse.snapshot.cell import Cell, worker_pid_floor
-from dormouse.snapshot.compatibility import cpu_flags
+from dormouse.snapshot.compatibility import cpu_flags, gpu_key
 from dormouse.snapshot.criu import failure_reason
 from dormouse.snapshot.criu_setup import Criu, find_criu
+from dormouse.snapshot.cuda_checkpoint import Gpu, cuda_driver, gpus
 from dormouse.store.key import read_key
 
 _GIB = 1 << 30
@@ -94,6 +95,7 @@ def examine(data_dir: Path) -> list[Check]:
         _cpu(),
         Check("python", None, platform.python_version()),
         _gpu(),
+        cuda_checkpoint(gpus(), cuda_driver),
         ptrace_scope(_read("/proc/sys/kernel/yama/ptrace_scope")),
         seccomp(Path("/proc/self/status").read_text()),
         huge_pages(_read(f"{_HUGE_PAGES}/enabled")),
@@ -172,6 +174,19 @@ def ptrace_scope(value: str | None) -> Check:
         remedy = "Set kernel.yama.ptrace_scope to 2 or lower where sysctl settings are made, and reboot"
         return Check("ptrace scope", False, "3: ptrace is switched off", True, remedy)
     return Check("ptrace scope", True, value or "no Yama", True)
+
+
+def cuda_checkpoint(found: Sequence[Gpu], driver: Callable[[], object]) -> Check:
+    """Whether processes that use CUDA can be captured. Loads the driver where there is a GPU."""
+    if not found:
+        return Check("cuda checkpoint", None, "no NVIDIA GPU")
+    try:
+        driver()
+    except HostError as error:
+        return Check("cuda checkpoint", False, error.message, False, error.remedy)
+    models = sorted({gpu.model for gpu in found})
+    version = gpu_key().get("gpu_driver", "unknown")
+    return Check("cuda checkpoint", True, f"{len(found)} x {', '.join(models)}, driver {version}")
 
 
 def seccomp(status: str) -> Check:

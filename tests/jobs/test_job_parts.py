@@ -150,7 +150,8 @@ def test_what_the_diagnosis_socket_says_of_a_real_pair() -> None:
     ("target", "words"),
     [
         ("anon_inode:[io_uring]", "an io_uring"),
-        ("/dev/nvidia0", "the GPU device /dev/nvidia0"),
+        ("/dev/nvidia0", "the GPU device /dev/nvidia0, held open without CUDA"),
+        ("/dev/dri/renderD128", "the GPU device /dev/dri/renderD128"),
         ("/dev/pts/3", "the terminal /dev/pts/3"),
     ],
 )
@@ -159,6 +160,14 @@ def test_refusals(target: str, words: str) -> None:
     refused = refusal(found, external=set(), close_connections=False)
     assert refused is not None and refused.remedy
     assert refused.message.startswith(f"descriptor 9 of process {os.getpid()} (") and words in refused.message
+
+
+def test_devices_that_the_cuda_driver_will_close_are_no_hindrance() -> None:
+    me = os.getpid()
+    found = Survey([me], descriptors=[Descriptor(me, 9, "/dev/nvidia0"), Descriptor(me, 10, "/dev/nvidia-uvm")])
+    assert refusal(found, external=set(), close_connections=False, cuda={me}) is None
+    found.descriptors.append(Descriptor(me, 11, "/dev/dri/card0"))
+    assert "/dev/dri/card0" in str(refusal(found, external=set(), close_connections=False, cuda={me}))
 
 
 @pytest.mark.parametrize(

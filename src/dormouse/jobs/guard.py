@@ -2,7 +2,8 @@
 tree must not stay stopped for ever.
 
     capture ends in good order -> it says so, this process ends
-    the pipe just closes       -> wait until CRIU has let go of the tree, then continue what was left stopped
+    the pipe just closes       -> wait until CRIU has let go of the tree, then continue what was left stopped, and
+                                  have CUDA work again in it (cuda_rescue.py)
 
 `Guard` starts it; run as a program (standard library only) it is the guard itself. Jobs need none: they are their
 keeper's, and end with it.
@@ -21,6 +22,7 @@ from typing import Self
 
 _CALM = 2.0
 _PATIENCE = 120.0
+_RESCUE = 1800.0
 
 
 class Guard:
@@ -34,7 +36,8 @@ class Guard:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             cwd="/",
-            env={"PATH": os.defpath},
+            # Where the rescuer finds its modules; this program itself looks at no such variable (-I).
+            env={"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
 
     def __enter__(self) -> Self:
@@ -58,6 +61,16 @@ def watch(root: int, but: set[int]) -> None:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGCONT)
         time.sleep(0.05)
+    if any(map(_knows_cuda, _tree(root))):
+        subprocess.run([sys.executable, "-m", "dormouse.jobs.cuda_rescue", str(root)], timeout=_RESCUE, check=False)
+
+
+def _knows_cuda(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as file:  # noqa: PTH123
+            return b"/libcuda.so" in file.read()
+    except OSError:
+        return False
 
 
 def _tree(root: int) -> list[int]:

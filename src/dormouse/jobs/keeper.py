@@ -134,7 +134,9 @@ class Keeper:
         self._catch_signals()
         self._adopt([start(self.record, argv, environment_of_jobs(), cwd)])
 
-    def restore(self, stored: StoredJob, count: int, timeout: float, hook_timeout: float) -> None:
+    def restore(
+        self, stored: StoredJob, count: int, timeout: float, hook_timeout: float, gpus: Sequence[str] = ()
+    ) -> None:
         """Bring `count` replicas back, or none: raises the first error, or GivenUp when a signal ends it before."""
         self._catch_signals()
         tools, cells = Tools.find(self._data_dir, timeout), Cells()
@@ -147,7 +149,8 @@ class Keeper:
 
         with Store.open(self._data_dir.store) as store, ThreadPoolExecutor(_RESTORES_AT_ONCE) as pool:
             calls = [
-                pool.submit(stored.restore, number, self.record, store, tools, cells) for number in range(1, count + 1)
+                pool.submit(stored.restore, number, self.record, store, tools, cells, gpus)
+                for number in range(1, count + 1)
             ]
             self._beside(calls, give_up)
         errors = [error for call in calls if (error := call.exception()) is not None]

@@ -24,6 +24,8 @@ from dormouse.jobs.replica import CaptureOptions, StoredJob, Tools, capture_repl
 from dormouse.jobs.streams import say
 from dormouse.jobs.survey import addresses_in_use
 from dormouse.snapshot.criu_setup import find_criu
+from dormouse.snapshot.cuda_checkpoint import chosen_gpu
+from dormouse.snapshot.cuda_checkpoint import gpus as gpus_here
 from dormouse.snapshot.tree import stopped_processes
 from dormouse.store.store import Store
 from dormouse.trace import steps_json
@@ -73,10 +75,21 @@ def run_job(data_dir: DataDir, argv: Sequence[str], place: Place, tmpfs: Sequenc
 
 
 def restore_job(
-    data_dir: DataDir, snapshot: str, place: Place, replicas: int, words: Words, *, timeout: float, hook_timeout: float
+    data_dir: DataDir,
+    snapshot: str,
+    place: Place,
+    replicas: int,
+    words: Words,
+    *,
+    timeout: float,
+    hook_timeout: float,
+    gpus: Sequence[str] = (),
 ) -> int:
-    """`dormouse restore`: the exit code of the job. With `detach` it returns once the replicas run."""
+    """`dormouse restore`: the exit code of the job. With `detach` it returns once the replicas run. `gpus`: the numbers
+    or UUIDs of those it shall use."""
     require_root()
+    here = gpus_here() if gpus else []
+    chosen = [chosen_gpu(text, here).uuid for text in gpus]
     find_criu(data_dir.root)
     with Store.open(data_dir.create().store) as store:
         stored = StoredJob.read(catalogue.resolve(store, snapshot), store)
@@ -93,7 +106,7 @@ def restore_job(
         _checked(record),
         place.detach,
         words,
-        lambda keeper: keeper.restore(stored, replicas, timeout, hook_timeout),
+        lambda keeper: keeper.restore(stored, replicas, timeout, hook_timeout, chosen),
     )
 
 

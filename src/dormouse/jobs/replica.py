@@ -31,14 +31,15 @@ from dormouse.jobs.record import FILES_IMAGE, JobRecord, encode_record, record_o
 from dormouse.jobs.streams import Input, Pipes, inode_of, inode_of_path, standard_streams, unread
 from dormouse.jobs.survey import Survey, refusal, survey
 from dormouse.phases import Phases
-from dormouse.snapshot.capture import PROCESS_KIND, CaptureResult, capture
+from dormouse.snapshot.capture import PROCESS_KIND, CaptureResult, capture, run_on
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.compatibility import system_key
 from dormouse.snapshot.criu_setup import Criu, find_criu
+from dormouse.snapshot.cuda_checkpoint import CUDA, Cuda
 from dormouse.snapshot.images import ImageFile, SnapshotBody, decode_body
 from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import restore
-from dormouse.snapshot.tree import External, Home, ProcessTree, continue_tree, stopped_processes
+from dormouse.snapshot.tree import External, Home, ProcessTree, stopped_processes
 from dormouse.snapshot.work_folder import criu_folders
 from dormouse.store.store import Store
 from dormouse.transfer.ingest import Ingest
@@ -130,6 +131,7 @@ class Tools:
     digests: DigestCache
     folders: Path
     timeout: float
+    cuda: Cuda = CUDA
 
     @classmethod
     def find(cls, data_dir: DataDir, timeout: float) -> Tools:
@@ -182,9 +184,11 @@ class StoredJob:
         body = decode_body(manifest.body, snapshot_id)
         return cls(snapshot_id, body, record_of(body, snapshot_id))
 
-    def restore(self, number: int, record: JobRecord, store: Store, tools: Tools, cells: Cells) -> Replica:
+    def restore(
+        self, number: int, record: JobRecord, store: Store, tools: Tools, cells: Cells, gpus: Sequence[str] = ()
+    ) -> Replica:
         """One replica in a cell of its own, which `cells` gets to know; `record` may differ from the stored one in
-        network and ports."""
+        network and ports. `gpus` as for `dormouse.snapshot.restore`."""
         pipes = Pipes.make()
         inherit = [pipes.theirs[streams[0]] for streams in record.streams]
         inodes = [inode_of(descriptor) for descriptor in inherit]
@@ -204,6 +208,8 @@ class StoredJob:
                 folders=tools.folders,
                 inherit=inherit,
                 criu_options=options,
+                gpus=gpus,
+                cuda=tools.cuda,
             )
         except IncompatibleError as error:
             pipes.close()
@@ -251,7 +257,7 @@ def capture_replica(replica: Replica, store: Store, tools: Tools, options: Captu
     """Capture it. Afterwards its home is closed, or with `leave_running` it goes on. Raises SnapshotError, StoreError;
     it runs on then, unless CRIU itself was killed or hung."""
     found = survey(replica.home.processes(), replica.home.inner_socket, replica.home.insider())
-    _refuse_what_cannot_be(found, replica, tools.criu, options)
+    _refuse_what_cannot_be(found, replica, tools, options)
     record = msgspec.structs.replace(
         replica.record, connections_closed=options.close_connections, listening=found.listening()
     )
@@ -274,9 +280,10 @@ def capture_replica(replica: Replica, store: Store, tools: Tools, options: Captu
                 folders=tools.folders,
                 criu_options=[*_ALWAYS, *restore_options(record)],
                 attach=lambda ingest: attachments(replica, record, ingest),
+                cuda=tools.cuda,
             )
             if options.leave_running:
-                continue_tree(replica.home, but=stopped_before)
+                run_on(replica.tree, result, but=stopped_before)
             else:
                 if replica.feed is not None:
                     replica.feed.stop()
@@ -306,9 +313,11 @@ def attachments(replica: Replica, record: JobRecord, ingest: Ingest) -> list[Ima
     return images
 
 
-def _refuse_what_cannot_be(found: Survey, replica: Replica, criu: Criu, options: CaptureOptions) -> None:
+def _refuse_what_cannot_be(found: Survey, replica: Replica, tools: Tools, options: CaptureOptions) -> None:
+    criu = tools.criu
     known = {external.inode for external in replica.externals}
-    refused = refusal(found, external=known, close_connections=options.close_connections)
+    using = tools.cuda.find(found.pids)
+    refused = refusal(found, external=known, close_connections=options.close_connections, cuda=using)
     if refused is not None:
         raise refused
     if not criu.captures_tcp and found.inodes("socket") & found.tcp.keys():

@@ -15,7 +15,7 @@ import re
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,8 @@ STANDARD_STREAMS = ("stdin", "stdout", "stderr")
 
 _LISTEN, _CLOSE = 0x0A, 0x07
 _BRACKETS = re.compile(r"(socket|pipe):\[(\d+)\]")
-_GPU = re.compile(r"/dev/(nvidia|dri/|kfd)")
+_NVIDIA = re.compile(r"/dev/nvidia")
+_OTHER_GPU = re.compile(r"/dev/(dri/|kfd)")
 # Files that are the kernel's own and that CRIU can't make anew.
 _UNKNOWN_TO_CRIU = {
     "anon_inode:[io_uring]": "an io_uring",
@@ -114,13 +115,18 @@ def survey(pids: Iterable[int], make_socket: Callable[[int, int, int], socket.so
     return found
 
 
-def refusal(found: Survey, *, external: set[int], close_connections: bool) -> SnapshotError | None:
+def refusal(
+    found: Survey, *, external: set[int], close_connections: bool, cuda: Collection[int] = ()
+) -> SnapshotError | None:
     """Why the tree can't be captured; None when nothing speaks against it. The inodes in `external` are known to have
-    their other end outside and are taken care of."""
-    return next(_refusals(found, external, close_connections), None)
+    their other end outside and are taken care of; so are NVIDIA's devices of the processes `cuda`, which have CUDA
+    state: its driver closes them."""
+    return next(_refusals(found, external, close_connections, cuda), None)
 
 
-def _refusals(found: Survey, external: set[int], close_connections: bool) -> Iterator[SnapshotError]:
+def _refusals(
+    found: Survey, external: set[int], close_connections: bool, cuda: Collection[int]
+) -> Iterator[SnapshotError]:
     for pid, namespace in found.strangers.items():
         yield SnapshotError(
             f"process {describe(pid)} has a {namespace} namespace of its own: it is a container or a sandbox",
@@ -138,8 +144,16 @@ def _refusals(found: Survey, external: set[int], close_connections: bool) -> Ite
         inode = item.inode
         if item.target in _UNKNOWN_TO_CRIU:
             yield _refused(item, f"is {_UNKNOWN_TO_CRIU[item.target]}, which CRIU can't capture", _uring_remedy(item))
-        elif _GPU.match(item.target):
-            yield _refused(item, f"is the GPU device {item.target}", "Processes that use a GPU can't be captured yet")
+        elif _NVIDIA.match(item.target) and item.pid not in cuda:
+            yield _refused(
+                item,
+                f"is the GPU device {item.target}, held open without CUDA: by NVML, or inherited by a fork",
+                "Have the program close it (nvmlShutdown), or start such processes before it uses CUDA",
+            )
+        elif _OTHER_GPU.match(item.target):
+            yield _refused(
+                item, f"is the GPU device {item.target}", "Only NVIDIA GPUs used through CUDA can be captured"
+            )
         elif _is_terminal(item.target) and _terminal_index(item) not in terminals:
             yield _refused(
                 item,

@@ -1,10 +1,12 @@
 """Capture: a process tree becomes a committed snapshot.
 
-    note mapped files -> criu dump where the tree lives -> CaptureStream -> Ingest -> pack -> commit
+    CUDA state into memory -> note mapped files -> criu dump where the tree lives -> CaptureStream -> Ingest -> pack
+                                                                                                             -> commit
 
-The tree stays stopped from the dump to the commit and is the caller's to kill or to continue after it. If anything
-fails before the commit is durable, it is continued as if nothing had happened and the transaction leaves no trace.
-(Only a CRIU that was killed or hung while at work in it takes the tree along.)
+The tree stays stopped, and its GPU state where CRIU can see it, from the dump to the commit; it is the caller's to kill
+or to continue (`run_on`) after it. If anything fails before the commit is durable, it is continued as if nothing had
+happened and the transaction leaves no trace. (Only a CRIU or a CUDA driver that was killed or hung while at work in it
+takes the tree along.)
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from pathlib import Path
 
 from dormouse.errors import DamagedError, DormouseError, NotFoundError, SnapshotError
 from dormouse.phases import Phases
+from dormouse.snapshot.compatibility import gpu_key
 from dormouse.snapshot.criu import dump_command, failure_reason
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.cuda_checkpoint import CUDA, Cuda, CudaTree, cuda_state
 from dormouse.snapshot.images import (
     BODY_VERSION,
     ImageFile,
@@ -63,6 +67,8 @@ class CaptureResult:
     raw_bytes: int
     stored_bytes: int
     phases: Phases
+    suspended: CudaTree | None = None
+    """What of the tree has its CUDA state in memory, if any."""
 
 
 def new_snapshot_id() -> str:
@@ -86,21 +92,29 @@ def capture(
     like: str | None = None,
     criu_options: Sequence[str] = (),
     attach: Callable[[Ingest], Sequence[ImageFile]] = lambda _ingest: (),
+    cuda: Cuda = CUDA,
 ) -> CaptureResult:
     """Dump and commit a tree as a manifest of `kind` and `name`; it is then stopped and the caller's to kill or to
-    continue (`continue_tree`). `timeout` is CRIU's, in seconds; `still_wanted` is asked last before the commit;
+    continue (`run_on`). `timeout` is CRIU's, in seconds; `still_wanted` is asked last before the commit;
     `digests` remembers those of mapped files; in `folders` CRIU gets a folder to work in, which the tree's
     home must see. A tree that was restored from a snapshot shares with it all pages that
     have not changed; another tree shares those that are the same at the same addresses in the snapshot `like`.
     `attach` is called while the tree is stopped and makes further images, which are stored with CRIU's. What was
     stopped before stays so.
 
-    Raises SnapshotError, DiskFullError or StoreError; nothing was stored then, and the tree runs on, unless CRIU was
-    killed or hung within it: then its home is closed, for what CRIU leaves half done can't be trusted.
+    Raises SnapshotError, DiskFullError or StoreError; HostError when CUDA can't be reached. Nothing was stored then,
+    and the tree runs on, unless CRIU or the CUDA driver was killed or hung within it: then its home is closed, for what
+    they leave half done can't be trusted.
     """
     phases = Phases()
     snapshot_id = new_snapshot_id()
     stopped_before = stopped_processes(tree.home)
+    using = cuda.find(tree.home.processes())
+    state = cuda_state(using) if using else None
+    suspended = CudaTree(using, cuda.driver(), tree.home.close, cuda.limits) if using else None
+    if suspended is not None:
+        key = key | gpu_key()
+        suspended.suspend(phases)
     try:
         with store.begin() as transaction:
             files = mapped_ranges(tree.home.processes())
@@ -126,6 +140,7 @@ def capture(
                 memory=memory,
                 mapped=mapped,
                 phases=phases.copy(),
+                cuda=state,
             )
             if not still_wanted():
                 raise SnapshotError(f"the capture of {name} was given up")
@@ -140,10 +155,24 @@ def capture(
                         refs=body.references(),
                     )
                 )
-    except BaseException:
+    except BaseException as error:
         continue_tree(tree.home, but=stopped_before)
+        if suspended is not None and (lost := suspended.bring_back(phases)) is not None:
+            raise SnapshotError(f"{error}; {lost}", remedy="Start it afresh") from error
         raise
-    return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, phases)
+    return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, phases, suspended)
+
+
+def run_on(tree: ProcessTree, captured: CaptureResult, *, but: Sequence[int] = ()) -> None:
+    """Continue a tree that was captured, except for the (host) pids in `but`, as if nothing had happened. Raises
+    SnapshotError or HostError when its CUDA state could not be brought back; its home is closed then."""
+    continue_tree(tree.home, but=but)
+    if captured.suspended is not None:
+        try:
+            captured.suspended.resume(Phases())
+        except BaseException:
+            tree.home.close()
+            raise
 
 
 @contextlib.contextmanager

@@ -39,7 +39,9 @@ _MAX_PACKET = 1 << 18
 # io_uring, and it does dump filters. Fields: code, jump if true, jump if false, constant.
 _IO_URING_SETUP, _ENOSYS = 425, 38
 _IO_URING_FILTER = (
-    (0x20, 0, 0, 0),  # load the system call's number, which is the same on all architectures for calls this young
+    # Load the system call's number, which is the same on all architectures for calls this young, so 32-bit calls of a
+    # 64-bit machine (and Arm) are denied by the same rule, without a look at the architecture.
+    (0x20, 0, 0, 0),
     (0x15, 0, 1, _IO_URING_SETUP),
     (0x06, 0, 0, 0x00050000 | _ENOSYS),  # return SECCOMP_RET_ERRNO
     (0x06, 0, 0, 0x7FFF0000),  # return SECCOMP_RET_ALLOW

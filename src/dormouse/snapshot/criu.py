@@ -58,6 +58,8 @@ def _common(log: str) -> Sequence[str]:
         *("--log-file", log, "-v2"),
         # A worker sits in the node's own cgroup, and that is where it shall wake.
         "--manage-cgroups=ignore",
+        # No plugins: this folder has none. An installed one for CUDA would do again what is done already, its own way.
+        *("--libdir", "."),
     )
 
 

@@ -15,6 +15,7 @@ import msgspec
 from dormouse.errors import DamagedError, IncompatibleError, SnapshotError
 from dormouse.phases import Phases
 from dormouse.snapshot.criu_images import PAGE
+from dormouse.snapshot.cuda_checkpoint import CudaState
 from dormouse.snapshot.memory_map import AddressSpace, check
 from dormouse.snapshot.tree import External
 from dormouse.store.chunk import DIGEST_SIZE, Buffer, Digest
@@ -56,7 +57,8 @@ class SnapshotBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `key` is the compatibility key, `pid` the root's pid in its cell, `externals` what tied the tree to the outside,
     `memory` the private memory of its processes (their page maps and pages are not among `images`), `phases` the
-    steps of the capture before its commit.
+    steps of the capture before its commit, `cuda` what is to be known of processes with CUDA state, whose GPU memory is
+    in theirs.
     """
 
     version: int
@@ -68,6 +70,7 @@ class SnapshotBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: list[AddressSpace]
     mapped: list[MappedFile]
     phases: Phases
+    cuda: CudaState | None = None
 
     def references(self) -> Sequence[Digest]:
         """Every chunk the images and the memory need."""

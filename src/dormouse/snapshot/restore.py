@@ -3,8 +3,9 @@
 Three things at once: the kernel reads ahead the files the processes will touch (prefetch.py) and the chunks that will
 be filled in; pool threads read, verify and decode what goes through CRIU's pipes (RestoreStream); and CRIU rebuilds
 the processes. It leaves them stopped; the rest of their memory is then written straight into them (memory_restore.py),
-and once the files they have mapped have been found unchanged, they run. On any error the home is closed and nothing is
-left.
+and once the files they have mapped have been found unchanged, they run. Where there is CUDA state, the driver brings it
+back before: of such a process only the driver's own thread runs until then (held_threads.py). On any error the home is
+closed and nothing is left.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +25,13 @@ from pathlib import Path
 from dormouse.errors import DormouseError, HostError, IncompatibleError, SnapshotError, StoreError
 from dormouse.phases import Phases, host_clock
 from dormouse.snapshot.capture import failure_of
-from dormouse.snapshot.compatibility import first_mismatch
+from dormouse.snapshot.compatibility import first_mismatch, gpu_key
 from dormouse.snapshot.criu import failures, restore_command
 from dormouse.snapshot.criu_images import Task, parse_mappings, parse_tree, was_stopped
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.cuda_checkpoint import CUDA, Cuda, CudaState, CudaTree, gpu_pairs, restore_threads
+from dormouse.snapshot.cuda_checkpoint import gpus as gpus_here
+from dormouse.snapshot.held_threads import held_threads
 from dormouse.snapshot.images import SnapshotBody, decode_body
 from dormouse.snapshot.mapped_files import DigestCache, first_changed_file
 from dormouse.snapshot.memory_restore import Fill, fill_plan, page_parts, pagemap_parts
@@ -68,12 +72,15 @@ def restore(
     inherit: Sequence[int | None] = (None,),
     criu_options: Sequence[str] = (),
     fill: bool = True,
+    gpus: Sequence[str] = (),
+    cuda: Cuda = CUDA,
 ) -> Restored:
     """Restore a snapshot on this host, whose compatibility key is `key`, in a home of its own.
 
     `inherit[i]` is the descriptor that takes the place of the snapshot's external i; None: a fresh control socket (one
     at most). In `folders` CRIU gets a folder to work in, which the home must see. With `fill` false every page goes
-    through CRIU's pipe.
+    through CRIU's pipe. `gpus` are the UUIDs of those that take the place of the GPUs it used, in their order; left
+    out: the same ones, else the first there are.
 
     Raises NotFoundError, IncompatibleError (names the field), DamagedError, SnapshotError; HostError when it is not the
     snapshot's fault: this host is out of something, or somebody has killed what was at work.
@@ -81,13 +88,14 @@ def restore(
     phases = Phases()
     with phases.time("manifest"):
         body = decode_body(store.manifest(snapshot_id).body, snapshot_id)
-        mismatch = first_mismatch(body.key, key)
+        mismatch = first_mismatch(body.key, key | gpu_key() if body.cuda is not None else key)
         if mismatch is not None:
             raise _incompatible(snapshot_id, body, str(mismatch))
         if len(inherit) != len(body.externals):
             raise SnapshotError(
                 f"snapshot {snapshot_id} has {len(body.externals)} ties to the outside, {len(inherit)} were given"
             )
+        waking = _CudaWaking.plan(snapshot_id, body, gpus, cuda)
     with phases.time("cell"):
         home = take_home()
     try:
@@ -96,7 +104,9 @@ def restore(
             with phases.time("plan"):
                 work = _Work(images, chunks, fill)
             command = _Command(criu, inherit, criu_options, timeout, folders)
-            with work.fill, ThreadPoolExecutor(1, thread_name_prefix="mapped") as beside:
+            with work.fill, ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
+                if waking is not None:
+                    beside.submit(cuda.driver)  # takes a while the first time; what it raises comes up when it is used
                 compared = beside.submit(first_changed_file, [file for file in body.mapped if file.digest], digests)
                 pid, control = _run_criu(home, body, work, command, phases)
                 try:
@@ -108,7 +118,10 @@ def restore(
                         changed = compared.result()
                     if changed is not None:
                         raise _incompatible(snapshot_id, body, changed)
-                    work.let_run(home)
+                    if waking is not None:
+                        waking.wake(home, phases, let_run=lambda: work.let_run(home))
+                    else:
+                        work.let_run(home)
                 except BaseException:
                     if control is not None:
                         control[0].close()
@@ -121,6 +134,36 @@ def restore(
         externals[inherit.index(None)] = type(externals[0])("socket", control[1])
     tree = ProcessTree(home, pid, tuple(externals), snapshot_id)
     return Restored(tree, control[0] if control is not None else None, phases)
+
+
+@dataclass(frozen=True)
+class _CudaWaking:
+    """How the CUDA state of a snapshot comes back: `gpus` maps old UUIDs to new ones where they differ."""
+
+    state: CudaState
+    gpus: Mapping[str, str]
+    cuda: Cuda
+
+    @classmethod
+    def plan(cls, snapshot_id: str, body: SnapshotBody, wanted: Sequence[str], cuda: Cuda) -> _CudaWaking | None:
+        """None when there is none. Raises IncompatibleError."""
+        if body.cuda is None:
+            return None
+        try:
+            return cls(body.cuda, gpu_pairs(body.cuda, [gpu.uuid for gpu in gpus_here()], wanted), cuda)
+        except IncompatibleError as error:
+            raise _incompatible(snapshot_id, body, error.message) from error
+
+    def wake(self, home: Home, phases: Phases, *, let_run: Callable[[], None]) -> None:
+        """Bring it back into the stopped tree, then let the tree run. Raises SnapshotError, HostError."""
+        runners = restore_threads(self.state, home.outer_pid)
+        tree = CudaTree(runners, self.cuda.driver(), home.close, self.cuda.limits)
+        # The home is this restore's own: it dies with us, and what is half awake must die before it can run.
+        with held_threads(runners, timeout=self.cuda.limits.call, die_with_us=True):
+            for pid in runners:
+                os.kill(pid, signal.SIGCONT)
+            tree.resume(phases, self.gpus)
+            let_run()
 
 
 def note_damage(store: Store, snapshot_id: str) -> None:

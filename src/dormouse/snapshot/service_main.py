@@ -233,6 +233,7 @@ class Service:
                     fds={1: log_fd, 2: log_fd},
                     control=CONTROL_FD,
                     pid_floor=worker_pid_floor(),
+                    io_uring=False,
                 )
             finally:
                 os.close(log_fd)
