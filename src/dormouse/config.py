@@ -98,6 +98,20 @@ _SIZE_SCHEMA = WithJsonSchema(
 KeepAlive = Annotated[float, BeforeValidator(parse_duration), Field(ge=0), _KEEP_ALIVE_SCHEMA]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0), AfterValidator(_finite), _DURATION_SCHEMA]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), _SIZE_SCHEMA]
+SizeOrNone = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    Field(ge=0),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0},
+                {"type": "string", "pattern": r"^\d+(\.\d+)?\s*([KMGT]i?B|B)?$"},
+            ]
+        }
+    ),
+]
+"""A size that may be 0."""
 UserPath = Annotated[Path, AfterValidator(_expanded)]
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
@@ -120,7 +134,9 @@ class ModelConfig(_Settings):
     context: Annotated[int, Field(ge=16)] | None = None
     """Longest prompt and answer together, in tokens (16 or more). Left out: the model's own limit, if memory allows."""
     kv_tokens: Annotated[int, Field(ge=16)] | None = None
-    """Room for this many tokens of all requests together (16 or more). Left out: the engine's default."""
+    """Room for this many tokens of all requests together (16 or more). Left out: kv_share, or the engine's default."""
+    kv_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """On a GPU: room for as many tokens as fit in this part of its memory (0..1), when kv_tokens is left out."""
     snapshot: bool = True
     """true: an idle model is captured and wakes from its snapshot. false: it is stopped and starts cold."""
     max_concurrent: Annotated[int, Field(ge=1, le=1024)] = 16
@@ -160,6 +176,8 @@ class ServeConfig(_Settings):
     """true: a started engine without a model is captured, too; models without a snapshot of their own start from it."""
     adapter_memory: Size = 1 << 30
     """Memory for adapters that no worker uses at the moment: bytes or a size such as 1GiB. Those used last stay."""
+    dram_tier: SizeOrNone | None = None
+    """Pinned memory for coded weights of models on GPUs: a size such as 64GiB, or 0. Left out: 15 % of all memory."""
     adapter_routes: bool = False
     """true: whoever has a key may load and unload imported adapters over HTTP."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -196,6 +214,12 @@ class DataDir:
                 remedy=f"Set data_dir, or {HOME_VARIABLE}, to a folder you may write to",
             ) from error
         return self
+
+
+def gpus_of(config: ServeConfig) -> list[str]:
+    """The GPUs that models are configured for, as "cuda:N", each once."""
+    devices = {model.device for model in config.models.values()} - {"cpu"}
+    return sorted({device if ":" in device else f"{device}:0" for device in devices})
 
 
 def default_data_dir(environ: Mapping[str, str]) -> Path:

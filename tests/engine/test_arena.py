@@ -113,7 +113,7 @@ def test_what_the_filling_failed_with_is_raised(arena: Arena) -> None:
                 arena.wait()
         else:
             os.close(writing)  # whoever filled it has died
-            with pytest.raises(EngineError, match="ended while it loaded them"):
+            with pytest.raises(EngineError, match="ended before it was done"):
                 arena.wait()
         arena.unmap()
     segment.close()

@@ -54,6 +54,30 @@ def test_logprobs_come_with_every_token(worker: WorkerClient) -> None:
     assert sum(len(delta.logprobs or ()) for delta in answer.deltas) == len(answer.token_ids)
 
 
+@pytest.mark.timeout(180)
+def test_a_worker_that_sleeps_gives_its_cache_back_and_answers_as_before(tmp_path: Path) -> None:
+    """Sixteen times, with nothing left behind from one to the next."""
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+    tiny_llama().save_pretrained(tmp_path / "hub")
+    save_tokenizer(tmp_path / "hub")
+    model = import_model(str(tmp_path / "hub"), "tiny", DataDir(tmp_path), progress=lambda _step, _done, _total: None)
+    with WorkerClient(tmp_path / "log") as client:
+        loaded = client.load(model.path, device="cuda:0", kv_tokens=1 << 20)
+        print({name: round(seconds, 3) for name, seconds in loaded.phases.seconds().items()})
+        before = [client.ask(PROMPT, sampling).token_ids for sampling in (GREEDY, SEEDED)]
+        free: list[int] = []
+        for _ in range(16):
+            awake = torch.cuda.mem_get_info(0)[0]
+            print(client.quiesce())
+            free.append(torch.cuda.mem_get_info(0)[0])
+            assert free[-1] - awake >= (1 << 20) * 128, "the cache's memory was kept"  # bytes of keys and values
+            print(client.resume())
+            assert [client.ask(PROMPT, sampling).token_ids for sampling in (GREEDY, SEEDED)] == before
+        assert free[1] - free[-1] < 8 << 20, free
+    assert "without CUDA graphs" not in (tmp_path / "log").read_text()
+
+
 @pytest.mark.parametrize("size", [1, 1000, PIECE, 9 * PIECE + 77])
 def test_what_goes_through_pinned_pieces_arrives(size: int) -> None:
     if not torch.cuda.is_available():

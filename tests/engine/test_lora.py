@@ -55,10 +55,10 @@ class Stage:
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.batch = Batch(self.model, kv_tokens=2048, sample=self._sample)
 
-    def _sample(self, ids: list[str], logits: torch.Tensor) -> list[int]:
+    def _sample(self, ids: list[str], logits: torch.Tensor, best: list[int]) -> list[int]:
         for name, row in zip(ids, logits, strict=True):
             self.rows[name].append(row.clone())
-        return [int(row.argmax()) for row in logits]
+        return best
 
     def adapter(self, seed: int, **options: int) -> Adapter:
         adapter = self.batch.adapters.fit(*factors(seed, **options))

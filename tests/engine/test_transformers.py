@@ -223,7 +223,7 @@ def test_a_model_without_a_chat_template_says_so(smollm2: ImportedModel, tmp_pat
     ("options", "message"),
     [
         ({"kv_tokens": 1 << 40}, "needs"),
-        ({"device": "cuda:0"}, "torch sees no GPU"),
+        ({"device": "cuda:0"}, "cuda-bindings is missing|no NVIDIA driver"),
         ({"device": "toaster"}, "there is no device 'toaster'"),
         ({"path": "/nowhere"}, "/nowhere"),
     ],
@@ -236,5 +236,5 @@ def test_a_load_that_cannot_work_says_why(
         worker.weights.send(worker.socket)
         worker.send(Load(**{"engine": "transformers", "path": str(smollm2.path), **options}))  # type: ignore[arg-type]
         error = worker.expect(WorkerError)
-        assert message in error.message
+        assert re.search(message, error.message)
         assert error.remedy

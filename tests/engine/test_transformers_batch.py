@@ -72,10 +72,10 @@ def generate(model: torch.nn.Module, prompts: dict[str, list[int]], count: int) 
     """The logits of `count` greedy tokens of each prompt, all run at once."""
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in prompts}
 
-    def sample(ids: list[str], logits: torch.Tensor) -> list[int]:
+    def sample(ids: list[str], logits: torch.Tensor, best: list[int]) -> list[int]:
         for name, row in zip(ids, logits, strict=True):
             rows[name].append(row.clone())
-        return [int(row.argmax()) for row in logits]
+        return best
 
     batch = transformers_batch.Batch(model, kv_tokens=2048, sample=sample)
     for name, prompt in prompts.items():
@@ -157,7 +157,7 @@ def test_attention_that_is_not_supported_is_refused(tmp_path: Path) -> None:
     model = load(tmp_path, weights)
     model.config.attn_logit_softcapping = 30.0
     with pytest.raises(EngineError, match="soft-capped attention"):
-        transformers_batch.Batch(model, kv_tokens=64, sample=lambda ids, logits: [])
+        transformers_batch.Batch(model, kv_tokens=64, sample=lambda ids, logits, best: [])
 
 
 def test_other_internals_of_transformers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,6 +233,7 @@ def test_segments_without_their_descriptors_are_refused_and_strays_are_closed(tm
         assert "announced without its descriptor" in client.expect(WorkerError).message
         frame = pack_frame(Segments(segments=[SegmentInfo("other", 4096, False)]))
         socket.send_fds(client.socket, [frame], [0, 0, 0])
+        client.send(Load(engine="null", path=str(null_model)))
         assert "can't map a segment of kind 'other'" in client.expect(WorkerError).message
         assert len(list(descriptors.iterdir())) == before
         with WorkerClient(tmp_path / "log") as other:

@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -38,6 +38,9 @@ from dormouse.engine.messages import (
 from dormouse.store.store import Store
 from dormouse.transfer.handles import SegmentHandle
 
+if TYPE_CHECKING:
+    from dormouse.checkpoint.device_blocks import DeviceBlocks
+
 T = TypeVar("T")
 
 
@@ -51,16 +54,17 @@ class Answer(msgspec.Struct):
 
 
 class HeldWeights:
-    """The segment of an imported model, as a node holds it; nothing for a model without weights."""
+    """The segment of an imported model, as a node holds it; nothing for a model without weights. One on a GPU is
+    this process's."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         folder = (folder / RECORD).resolve().parent  # of a folder of links, the one they lead to
         model = open_model(folder.parent, folder.name)
         self.handles: list[SegmentHandle] = []
         self._store = Store.open(folder.parent.parent / "store")
-        self._pool = SegmentPool(self._store)
+        self._pool = SegmentPool(self._store, loader=_blocks(self._store) if device != "cpu" else None)
         if model.checkpoint is not None:
-            self.handles.append(self._pool.take(model.checkpoint, "test"))
+            self.handles.append(self._pool.take(model.checkpoint, "test", device=device))
 
     def send(self, control: socket.socket) -> None:
         """Announce them, still filling or not."""
@@ -78,6 +82,12 @@ class HeldWeights:
             handle.close()
         self._pool.release("test")
         self._store.close()
+
+
+def _blocks(store: Store) -> DeviceBlocks:
+    from dormouse.checkpoint.device_blocks import CudaGpus, DeviceBlocks
+
+    return DeviceBlocks(store, CudaGpus(), None)
 
 
 class WorkerClient:
@@ -133,7 +143,7 @@ class WorkerClient:
     def load(self, path: Path, engine: str = "transformers", **options: Any) -> Loaded:
         """Load a model of a folder, with its segment if it was imported."""
         if (path / RECORD).exists():
-            self.weights = HeldWeights(path)
+            self.weights = HeldWeights(path, options.get("device", "cpu"))
             self.weights.send(self.socket)
         self.send(Load(engine=engine, path=str(path), **options))
         loaded = self.expect(Loaded)

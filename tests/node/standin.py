@@ -99,7 +99,7 @@ class StandInHost:
         """Worker processes that have not been ended and reaped."""
         return sum(process.returncode is None for process in self.processes.values())
 
-    async def start_worker(self, *, log_path: Path, checkpoint: str | None = None) -> WorkerHandle:
+    async def start_worker(self, *, log_path: Path, checkpoint: str | None = None, device: str = "cpu") -> WorkerHandle:
         await self._enter("start_worker")
         return self._spawn()
 
@@ -115,7 +115,9 @@ class StandInHost:
         await self._kill(worker)
         return CaptureResult(snapshot_id, raw_bytes=1000, stored_bytes=300, phases=took("dump", 0.003))
 
-    async def restore(self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None) -> WorkerHandle:
+    async def restore(
+        self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None, device: str = "cpu"
+    ) -> WorkerHandle:
         assert snapshot_id not in self.quarantined, "a quarantined snapshot was used"
         template = self.kinds.get(snapshot_id) == TEMPLATE_KIND
         await self._enter("restore template" if template else "restore")

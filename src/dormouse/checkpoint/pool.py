@@ -1,6 +1,8 @@
 """Weights in memory: one segment per checkpoint, shared by every cell that uses it, freed with the last.
 
-    take(checkpoint, user) -> handle at once, the segment fills behind it -> ... -> release(user)
+    take(checkpoint, user, device) -> handle at once, the segment fills behind it -> ... -> release(user)
+
+Segments of this machine's memory are made here; those on a GPU by the loader, which has a pool like this one for each.
 
 A segment that was taken with `keep` (an adapter's) stays for a while when its last user has gone, so that the next one
 finds it in memory: the kept ones together take at most `keep_bytes`, and those that were longest unused go first.
@@ -12,9 +14,12 @@ has its handle is told, and the next `take` begins anew.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
+from collections.abc import Callable
+from typing import Protocol
 
 from dormouse.checkpoint.tensors import decode_body
 from dormouse.checkpoint.writer import CHECKPOINT_KIND
@@ -31,10 +36,50 @@ _ADAPTER_REMEDY = (
 log = logging.getLogger(__name__)
 
 
+class Block(Protocol):
+    """A segment to be: memory, and how a checkpoint comes into it."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    def fill(self, cancelled: threading.Event) -> int:
+        """Bring all of it; the bytes it takes as it is stored. Raises DormouseError."""
+
+    def handle(self, report: int | None) -> SegmentHandle:
+        """What a worker needs to map it. Raises OSError."""
+
+    def close(self) -> None:
+        """Let go of the memory."""
+
+
+class _OfHost:
+    """A block of this machine's memory."""
+
+    def __init__(self, store: Store, manifest: Manifest, size: int) -> None:
+        self._segment = Segment.create(f"dormouse {manifest.name}"[:200], size)
+        self._store = store
+        self._manifest = manifest
+        self.size = size
+        self.handle = self._segment.handle
+        self.close = self._segment.close
+
+    def fill(self, cancelled: threading.Event) -> int:
+        return fill(self._segment, self._store, self._manifest.refs, cancelled=cancelled)
+
+
+class Elsewhere(Protocol):
+    """Where segments on GPUs are: `checkpoint.loader.Loader`."""
+
+    def take(self, checkpoint: str, user: str, device: str) -> SegmentHandle: ...
+
+    def release(self, user: str, checkpoint: str | None = None) -> None: ...
+
+
 class _Shared:
     """A segment, who uses it, and the pipes of those who wait for it (None: it is filled)."""
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Block) -> None:
         self.segment = segment
         self.users: set[str] = set()
         self.waiting: list[int] | None = []
@@ -43,16 +88,32 @@ class _Shared:
 
 
 class SegmentPool:
-    """The segments of one host service. Every method may be called from any thread and returns at once."""
+    """The segments of one host service, or of one GPU. Every method may be called from any thread and returns at once
+    (once the loader has, which may have to be started, for segments on a GPU)."""
 
-    def __init__(self, store: Store, *, keep_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        keep_bytes: int = 0,
+        make: Callable[[Manifest, int], Block] | None = None,
+        loader: Elsewhere | None = None,
+    ) -> None:
+        """`make`: a block for a checkpoint of so many bytes, by default of this machine's memory."""
         self._store = store
+        self._make = make or functools.partial(_OfHost, store)
+        self._loader = loader
         self._keep_bytes = keep_bytes
         self._lock = threading.Lock()
         self._segments: dict[str, _Shared] = {}  # kept ones too, in the order in which they were last used
 
-    def take(self, checkpoint: str, user: str, *, keep: bool = False) -> SegmentHandle:
-        """The segment of a checkpoint for `user`, filled or filling. Raises NotFoundError, DamagedError, HostError."""
+    def take(self, checkpoint: str, user: str, *, keep: bool = False, device: str = "cpu") -> SegmentHandle:
+        """The segment of a checkpoint for `user`, filled or filling. On a GPU nothing is kept that nobody uses. Raises
+        NotFoundError, DamagedError, HostError."""
+        if device != "cpu":
+            if self._loader is None:
+                raise HostError(f"nothing can be loaded onto {device} here", remedy="Set the model's device to cpu")
+            return self._loader.take(checkpoint, user, device)
         try:
             with self._lock:
                 shared = self._segments.get(checkpoint) or self._begin(checkpoint, adapter=keep)
@@ -65,6 +126,8 @@ class SegmentPool:
 
     def release(self, user: str, checkpoint: str | None = None) -> None:
         """The user has let go of its segments, or of that of one checkpoint. Idempotent."""
+        if self._loader is not None:
+            self._loader.release(user, checkpoint)
         with self._lock:
             for name in [checkpoint] if checkpoint is not None else list(self._segments):
                 shared = self._segments.get(name)
@@ -104,7 +167,7 @@ class SegmentPool:
     def _begin(self, checkpoint: str, *, adapter: bool) -> _Shared:
         manifest = self._manifest(checkpoint, _ADAPTER_REMEDY if adapter else _MODEL_REMEDY)
         body = decode_body(manifest.body, f"the checkpoint of {manifest.name}")
-        shared = _Shared(Segment.create(f"dormouse {manifest.name}"[:200], body.size))
+        shared = _Shared(self._make(manifest, body.size))
         thread = threading.Thread(
             target=self._fill, args=(checkpoint, manifest, shared), name=f"fill {manifest.name}", daemon=True
         )
@@ -130,7 +193,7 @@ class SegmentPool:
         filled: Filled | None = None
         begin = host_clock()
         try:
-            stored = fill(shared.segment, self._store, manifest.refs, cancelled=shared.cancelled)
+            stored = shared.segment.fill(shared.cancelled)
             filled = Filled(begin, host_clock(), shared.segment.size, stored)
         except DamagedError as damage:
             error = DamagedError(

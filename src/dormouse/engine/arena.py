@@ -7,7 +7,7 @@
 Addresses never change while the process lives, snapshots included, so pointers into a segment (tensors, captured
 graphs) stay valid across a sleep. A snapshot is taken while everything is unmapped: it then holds no byte of a segment
 and no descriptor, and CRIU notes a reservation of any size as one line. A segment is whatever its descriptor's kind
-maps with: a memfd by mmap here; a CUDA handle would be mapped by the driver into a range reserved in the same way.
+maps with: a memfd by mmap here; memory of a GPU by the driver, into a range reserved in the same way (device_arena.py).
 
 The mapping is read-only: a stray write ends the worker with SIGSEGV, and never reaches what other workers share.
 """
@@ -19,6 +19,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from dormouse.errors import EngineError
 from dormouse.transfer.handles import MEMFD, Filled, SegmentHandle, await_report
@@ -51,6 +52,27 @@ class Weights:
     def array(self) -> ctypes.Array[ctypes.c_ubyte]:
         """The bytes as an array, for torch.frombuffer and memoryview. It claims to be writable; it is not."""
         return (ctypes.c_ubyte * self.size).from_address(self.address)
+
+
+class SegmentArena(Protocol):
+    """What a worker asks of its arena, this one or that of a GPU (device_arena.py). Used by one thread."""
+
+    @property
+    def weights(self) -> Weights | None:
+        """The segment with the model's weights, None before any was mapped."""
+
+    @property
+    def mapped(self) -> bool:
+        """Whether something is behind the addresses."""
+
+    def map(self, handles: Sequence[SegmentHandle]) -> None:
+        """Put segments behind the addresses, which are taken the first time, and close the handles."""
+
+    def wait(self) -> list[Filled]:
+        """Block until every mapped segment is filled; how those were that were not full already."""
+
+    def unmap(self) -> None:
+        """Take away what is behind the addresses; these stay."""
 
 
 class Attached:

@@ -95,7 +95,8 @@ class Prepare(_Message, frozen=True, tag="prepare"):
 
 
 class Load(_Message, frozen=True, tag="load"):
-    """Load a model. `path` is the folder of an imported model; `context` and `kv_tokens` of None mean the defaults."""
+    """Load a model. `path` is the folder of an imported model; `context` and `kv_tokens` of None mean the defaults.
+    `kv_share` is for GPUs, in place of `kv_tokens`: the part of the GPU's memory that the cache takes."""
 
     engine: str
     path: str
@@ -103,6 +104,7 @@ class Load(_Message, frozen=True, tag="load"):
     threads: int | None = None
     context: int | None = None
     kv_tokens: int | None = None
+    kv_share: float | None = None
 
 
 class Generate(_Message, frozen=True, tag="generate"):

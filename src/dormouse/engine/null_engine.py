@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dormouse.checkpoint.null_source import read_settings, weights_sum
-from dormouse.engine.arena import Arena, Attached
+from dormouse.engine.arena import Attached, SegmentArena
 from dormouse.engine.detokenize import TextStream
 from dormouse.engine.loop import Loop
 from dormouse.engine.messages import (
@@ -73,7 +73,7 @@ class NullEngine:
     def prepare(self, spec: Prepare) -> Phases:
         return Phases()
 
-    def load(self, spec: Load, arena: Arena, emit: Emit) -> Loaded:
+    def load(self, spec: Load, arena: SegmentArena, emit: Emit) -> Loaded:
         phases = Phases()
         with phases.time("model"):
             self._open(spec, arena)
@@ -81,7 +81,7 @@ class NullEngine:
         self._loop: Loop[Generate | Cancel] = Loop(self._step, self._fail)
         return Loaded(context=self._context, kv_tokens=spec.kv_tokens or self._context, phases=phases)
 
-    def _open(self, spec: Load, arena: Arena) -> None:
+    def _open(self, spec: Load, arena: SegmentArena) -> None:
         self._settings = read_settings(Path(spec.path))
         self._context = min(spec.context or self._settings.context, self._settings.context)
         self._heap = [_megabyte(i) for i in range(self._settings.memory_mb)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from dormouse.engine.arena import Arena, Attached
+from dormouse.engine.arena import Attached, SegmentArena
 from dormouse.engine.messages import (
     AdapterReply,
     Delta,
@@ -35,7 +35,7 @@ class Engine(Protocol):
         """Do all of a load that any model of this engine needs, and nothing that depends on one. Blocks; leaves no
         thread that does anything. Raises DormouseError."""
 
-    def load(self, spec: Load, arena: Arena, emit: Emit) -> Loaded:
+    def load(self, spec: Load, arena: SegmentArena, emit: Emit) -> Loaded:
         """Load the model, whose weights are in the arena's segment, and make it ready for its first token. The weights
         may still be on their way: `arena.wait()` comes before the first look at a value. Blocks. Raises DormouseError.
         """

@@ -1,10 +1,11 @@
 """transformers' continuous batching, driven step by step.
 
     requests --> scheduler, paged cache, inputs (transformers) --> model --> paged_attention --> logits --> our sampler
+                      on a GPU, one token of each request: --> captured graph (decode_graphs.py) --^
 
 `ContinuousBatchingManager` is left out: its thread polls ten times a second, where a sleeping model must use no CPU,
 and it can't stop at an exact point, which a snapshot needs. Below it we drive `ContinuousBatchProcessor`, and change
-three things:
+four things:
 
 - **Sampling.** transformers draws for a whole batch from the global generator. We take the logits where it would
   sample (`ModelRunner._sample`) and choose by each request's own seed.
@@ -13,17 +14,26 @@ three things:
 - **Attention.** Its SDPA path puts all requests of a batch side by side under one mask: the mask is a tensor of
   (batch tokens x cache tokens), work grows with the square of the batch, and rounding depends on the neighbours. Ours
   computes each request by itself over its own keys, so the mask disappears and neighbours can't change a result.
+- **Steps on a GPU.** A batch in which each request gets one token and none has an adapter is replayed from a graph,
+  once `capture` has made some; neither transformers' inputs nor its forward pass take part. All else is computed
+  eagerly, prompts above all. `steps` counts both. Everything runs on one stream, from the inputs on.
+
+On a GPU the cache's memory may be scratch (a pool given by the caller): forgetting what is in it is then all that a
+sleep asks for.
 
 These are internals, so `check_internals` compares them with what was tested before anything is built on them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
-from collections.abc import Callable
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -31,7 +41,13 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import cache as cb_cache
-from transformers.generation.continuous_batching import continuous_api, model_runner, requests, scheduler
+from transformers.generation.continuous_batching import (
+    continuous_api,
+    input_outputs,
+    model_runner,
+    requests,
+    scheduler,
+)
 from transformers.generation.continuous_batching.cache_allocators import cache_allocator
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.distributed import DistributedHelper
@@ -41,6 +57,9 @@ from transformers.modeling_utils import AttentionInterface
 
 from dormouse.engine.lora import Adapter, Adapters
 from dormouse.errors import EngineError
+
+if TYPE_CHECKING:
+    from dormouse.engine.decode_graphs import Capture, DecodeGraphs, Step
 
 ATTENTION = "dormouse_paged"
 PAGE_TOKENS = 32
@@ -53,8 +72,15 @@ _TOKEN_BITS = 21  # no vocabulary is larger
 _DIGIT_BITS = 10
 _DIGIT = (1 << _DIGIT_BITS) - 1
 
-Sampler = Callable[[list[str], torch.Tensor], list[int]]
-"""Takes the ids of the requests that get a token now, and their rows of logits; returns the tokens."""
+_FOOTPRINT_SHARE = 16.0
+"""transformers refuses a cache by its own reckoning of what it takes, which counts masks that we don't have and not
+what others hold of a GPU. Whether a cache fits is decided by who asks for it."""
+
+log = logging.getLogger(__name__)
+
+Sampler = Callable[[list[str], torch.Tensor, list[int]], list[int]]
+"""Takes the ids of the requests that get a token now, their rows of logits, and the most likely token of each; returns
+the tokens."""
 
 
 def check_internals() -> None:
@@ -69,6 +95,18 @@ def check_internals() -> None:
         (cb_cache.PagedAttentionCache, "search_prefix_match"): ["self", "request_id", "prompt_ids"],
         (cache_allocator.CacheAllocator, "mark_complete_blocks"): ["self", "request_id", "token_ids", "new_new_blocks"],
         (cb_cache.PagedAttentionCache, "update"): ["self", "key_states", "value_states", "layer_idx", "kwargs"],
+        (cache_allocator.CacheAllocator, "get_write_indices"): ["self", "request_id", "past_length", "query_length"],
+        (cache_allocator.CacheAllocator, "get_seqlen_k"): ["self", "past_length", "query_length"],
+        (input_outputs.ContinuousBatchingIOs, "prepare_batch_update"): ["self"],
+        (input_outputs.ContinuousBatchingIOs, "prepare_batch_tensors"): [
+            "self",
+            "requests_in_batch",
+            "logits_processors",
+            "use_decode_fast_path",
+            "num_q_tokens",
+            "max_kv_read",
+            "use_padding",
+        ],
         (scheduler.Scheduler, "add_waiting_request"): ["self", "state"],
         (scheduler.Scheduler, "set_request_cancellation"): ["self", "request_id"],
         (scheduler.Scheduler, "clear_cancelled_requests"): ["self"],
@@ -96,7 +134,8 @@ class Share:
 class Batch:
     """The requests in flight on one model. Not thread-safe: everything happens on the engine's thread."""
 
-    def __init__(self, model: Any, *, kv_tokens: int, sample: Sampler) -> None:
+    def __init__(self, model: Any, *, kv_tokens: int, sample: Sampler, pool: torch.cuda.MemPool | None = None) -> None:
+        """With a pool, the cache lies in its memory, whose contents a sleep takes away."""
         _check_attention(model)
         self._model = model
         self._sample = sample
@@ -106,7 +145,7 @@ class Batch:
         config = resolve_continuous_batching_config(
             text_config, _batching_config(kv_tokens), None, has_logit_processors=False, device=model.device
         )
-        with _NoZeroing():
+        with _NoZeroing(), _memory_of(pool, model.device):
             cache = cb_cache.PagedAttentionCache(
                 text_config,
                 config,
@@ -130,7 +169,17 @@ class Batch:
             scheduler=scheduler.FIFOScheduler(cache, None, MAX_BATCH_REQUESTS),
             distributed_helper=DistributedHelper(None, None),
         )
+        self._pool = pool
+        self._cache = cache
+        self._inputs = self._processor.inputs_and_outputs
+        self._graphs: DecodeGraphs | None = None
+        self._replaying = False
+        self._new_tokens: list[int] = []
+        self.steps: Counter[str] = Counter()
         self._processor.model_runner._sample = self._take_logits
+        self._prepare_eagerly = self._inputs.prepare_batch_tensors
+        self._inputs.prepare_batch_tensors = self._prepare
+        self._inputs.prepare_batch_update = self._update
         self._part_prefixes(cache)
         self._cache_bytes = cache.cache_tensor.untyped_storage().nbytes()
         self.drop_cache()
@@ -152,29 +201,145 @@ class Batch:
 
     def step(self) -> bool:
         """One forward pass over a part of every request that fits. False when there was nothing to do."""
-        if not self._processor.prepare_next_batch():
-            return False
-        self._processor._generation_step(self._forward)
-        self._processor.update_batch()
+        with self._on_stream():
+            if not self._processor.prepare_next_batch():
+                return False
+            if self._replaying:
+                self._replay()
+            else:
+                self._processor._generation_step(self._forward)
+            self._processor.update_batch()
         return True
+
+    def capture(self, capture: Capture | None = None, sizes: Sequence[int] | None = None) -> None:
+        """Have steps of one token per request replayed from now on, as `capture` says or by CUDA graphs in the pool.
+        The weights must have their values, for the model runs. A model that can't be captured stays eager, and the log
+        says so. Call it on the thread that steps: libraries keep what they warm up per thread."""
+        try:
+            from dormouse.engine import decode_graphs
+        except ImportError as error:
+            log.warning("decoding goes without CUDA graphs, for Triton can't be imported: %s", error)
+            return
+        if (why := decode_graphs.unfit(self._model)) is None:
+            own = decode_graphs.SIZES if sizes is None else sizes
+            graphs = decode_graphs.DecodeGraphs(self._model, self._cache, most_tokens=self._most_tokens(), sizes=own)
+            try:
+                with self._on_stream():
+                    graphs.capture(capture or self._cuda_capture())
+                self._graphs = graphs
+            except decode_graphs.CAPTURE_ERRORS as error:
+                log.debug("the capture failed", exc_info=True)
+                why = repr(error)
+        if why is not None:
+            log.warning("%s decodes without CUDA graphs: %s", type(self._model).__name__, why)
+
+    def _cuda_capture(self) -> Capture:
+        from dormouse.engine.decode_graphs import cuda_capture
+
+        assert self._pool is not None, "on a GPU a batch is made with a pool"
+        return cuda_capture(self._inputs.compute_stream, self._pool)
+
+    def warm(self, lengths: Sequence[int]) -> None:
+        """Answer made-up prompts of these lengths, each beside the one before, then forget them: so that libraries have
+        chosen and loaded what requests will need."""
+        answered: set[str] = set()
+
+        def note(ids: list[str], _logits: torch.Tensor, best: list[int]) -> list[int]:
+            answered.update(ids)
+            return best
+
+        sample, self._sample = self._sample, note
+        words = self._model.config.get_text_config().vocab_size
+        try:
+            before = ""
+            for length in lengths:
+                if length >= self._most_tokens() // 2:
+                    continue
+                self.add(name := f"warm-{length}", [length % words] * length)
+                while name not in answered and self.step():
+                    pass
+                self.step()
+                self.remove(before)
+                before = name
+        finally:
+            self._sample = sample
+            self.reset()
+
+    @property
+    def captured(self) -> bool:
+        """Whether there are graphs."""
+        return self._graphs is not None
+
+    @property
+    def lasting(self) -> list[torch.Tensor]:
+        """What is read after a sleep without having been written: none of it may lie in scratch."""
+        return [*self._model.buffers(), *([] if self._graphs is None else self._graphs.memory)]
 
     def reset(self) -> None:
         """Forget all requests, and all that is known about the cache's contents."""
-        self._processor.reset()
-        self._processor.cache.reset()
+        with self._on_stream():
+            self._processor.reset()
+            self._cache.reset()
         self._adapter_of.clear()
 
     def drop_cache(self) -> None:
-        """Give the cache's memory back and take fresh memory, which costs nothing until it is used.
+        """Forget the cache's contents, and give its memory back: take fresh memory, which costs nothing until it is
+        used. Memory of a pool is taken away and given back behind our back.
 
         The tensors that transformers made of it stay valid: they look at the storage, whose memory is exchanged.
         """
         self.reset()
-        storage = self._processor.cache.cache_tensor.untyped_storage()
+        if self._pool is not None:
+            return
+        storage = self._cache.cache_tensor.untyped_storage()
         storage.resize_(0)
         if storage.device.type == "cuda":
             torch.cuda.empty_cache()
         storage.resize_(self._cache_bytes)
+
+    def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """transformers computes on a stream of its own. It fills the inputs on whichever is the current one: on that
+        one too, or the computation may begin before they are there."""
+        stream = self._inputs.compute_stream
+        return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+
+    def _most_tokens(self) -> int:
+        """Of one request."""
+        room = int(self._cache.max_tokens_read)
+        own = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return min(room, own or room)
+
+    def _prepare(self, requests_in_batch: Any, *args: Any, **kwargs: Any) -> None:
+        """Stands in for ContinuousBatchingIOs.prepare_batch_tensors: writes the inputs of a graph where one fits."""
+        self._replaying = self._graphs is not None and self._one_token_each(requests_in_batch)
+        self.steps["replayed" if self._replaying else "eager"] += 1
+        if not self._replaying:
+            self._prepare_eagerly(requests_in_batch, *args, **kwargs)
+            return
+        self._inputs.requests_in_batch = list(requests_in_batch)
+        for future in requests_in_batch:
+            future.state.position_offset += 1
+            future.state.tokens_to_process = [requests.TMP_TOKEN_ID]
+
+    def _one_token_each(self, requests_in_batch: Any) -> bool:
+        """Whether the graphs took the batch."""
+        assert self._graphs is not None
+        if any(future.state.request_id in self._adapter_of for future in requests_in_batch):
+            if not self.steps["adapter"]:
+                log.info("steps of requests with adapters run without CUDA graphs")
+            self.steps["adapter"] += 1
+            return False
+        return self._graphs.take(requests_in_batch)
+
+    def _replay(self) -> None:
+        assert self._graphs is not None
+        logits, best = self._graphs.run()
+        ids = [future.state.request_id for future in self._inputs.requests_in_batch]
+        self._new_tokens = self._sample(ids, logits, self._graphs.tokens(best))
+
+    def _update(self) -> tuple[Any, list[int], None]:
+        """Stands in for ContinuousBatchingIOs.prepare_batch_update."""
+        return self._inputs.requests_in_batch, self._new_tokens, None
 
     def _forward(self, **batch: Any) -> Any:
         """What transformers takes for the model.
@@ -189,7 +354,7 @@ class Batch:
         if "logits_to_keep" in batch and batch["logits_to_keep"].numel() == 1:
             batch["logits_to_keep"] = batch["logits_to_keep"].repeat(2)
         keys = {kind: _lengths(ends) for kind, ends in batch["cu_seq_lens_k"].items()}
-        in_batch = self._processor.inputs_and_outputs.requests_in_batch
+        in_batch = self._inputs.requests_in_batch
         batch["shares"] = [
             Share(
                 queries=future.query_length,
@@ -220,10 +385,10 @@ class Batch:
 
     def _take_logits(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
         """Stands in for ModelRunner._sample: row i belongs to the i-th request that is past its prompt."""
-        states = self._processor.inputs_and_outputs.requests_in_batch
+        states = self._inputs.requests_in_batch
         ids = [future.state.request_id for future in states if future.has_new_token]
-        tokens = self._sample(ids, scores[0, : len(ids)])
-        output_ids[0, : len(tokens)] = torch.tensor(tokens, dtype=output_ids.dtype, device=output_ids.device)
+        logits = scores[0, : len(ids)]
+        self._new_tokens = self._sample(ids, logits, logits.argmax(-1).tolist()) if ids else []
 
 
 def marked(token_ids: list[int], serial: int) -> list[int]:
@@ -256,14 +421,21 @@ def paged_attention(
     attention_mask: None,
     *,
     cache: Any,
-    shares: list[Share],
+    shares: list[Share] | None = None,
+    step: Step | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a packed batch (1, heads, tokens, size), one request at a time, after updating the paged cache.
+    """Attention of a packed batch (1, heads, tokens, size) after updating the paged cache: of a captured step, or one
+    request at a time.
 
     Rows beyond those of the requests (see Batch._forward) are left out, and zero in the result.
     """
+    if step is not None:
+        from dormouse.engine.decode_graphs import step_attention
+
+        return step_attention(module.layer_idx, query, key, value, cache=cache, step=step, scaling=scaling), None
+    assert shares is not None
     padding = query.shape[2] - sum(share.queries for share in shares)
     if padding:
         query, key, value = (x[:, :, :-padding] for x in (query, key, value))
@@ -337,6 +509,10 @@ def _causal(begin: int, end: int, window: int | None, device: torch.device) -> t
     return allowed if window is None else allowed & (seen > own - window)
 
 
+def _memory_of(pool: torch.cuda.MemPool | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if pool is None else torch.cuda.use_mem_pool(pool, device)
+
+
 def _lengths(ends: torch.Tensor) -> list[int]:
     values = ends.tolist()
     return [end - begin for begin, end in itertools.pairwise(values)]
@@ -352,7 +528,7 @@ def _batching_config(kv_tokens: int) -> Any:
         use_async_batching=False,
         use_cuda_graph=False,
         auto_switch_to_flash=False,
-        max_memory_percent=1.0,
+        max_memory_percent=_FOOTPRINT_SHARE,
         seed=0,
     )
 

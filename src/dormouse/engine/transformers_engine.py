@@ -7,19 +7,31 @@
 One thread computes; it sleeps when nothing is in flight. Requests of a batch can't influence each other's tokens:
 attention is computed per request, a choice depends on the request's seed and position only, and on the CPUs that were
 tried a row of a matrix product does not depend on the other rows (on a GPU that last part does not hold exactly).
+
+On a GPU three kinds of memory are kept apart. Weights are the node's, and mapped. The KV cache, all that graphs
+compute in and cuBLAS's workspace are scratch of the arena: addresses that stay, contents that a sleep takes. The rest
+is torch's own (buffers, inputs, the graphs; a few MB while nothing runs), and outlives a sleep; what prompts took of it
+is given back when the engine quiesces. Capturing the graphs, and everything a first request would wait for, is part of
+`load`.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
+import logging
 import os
 import secrets
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dormouse import host_memory
-from dormouse.engine.arena import Arena, Attached
+from dormouse.engine.arena import Attached, SegmentArena
 from dormouse.engine.detokenize import TextStream
+from dormouse.engine.device_arena import DeviceArena
 from dormouse.engine.loop import Loop
 from dormouse.engine.messages import (
     AdapterFailed,
@@ -35,6 +47,7 @@ from dormouse.engine.messages import (
     LoadAdapter,
     Loaded,
     Prepare,
+    Sampling,
     TokenLogprob,
 )
 from dormouse.engine.prompts import check_room, context_overflow, failed
@@ -50,6 +63,12 @@ if TYPE_CHECKING:
 
 DEFAULT_KV_TOKENS = 16384
 _MAX_KV_SHARE = 0.5  # of the memory that is free
+_GPU_RESERVE = 3 << 30  # beside the cache: what graphs and prompts compute in, cuBLAS, logits
+_WARM_PROMPTS = (3, 16, 33, 64, 128, 256, 511)  # lengths for which cuBLAS is likely to choose different kernels
+
+_CALL_SECONDS = 600.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -84,7 +103,23 @@ class _Unbind:
     name: str
 
 
-_Command = _Request | Cancel | _Bind | _Unbind
+@dataclass(frozen=True)
+class _Call:
+    """Something to be done between two steps; whoever asked waits for it."""
+
+    what: Callable[[], None]
+    done: Future[None]
+
+    def run(self) -> None:
+        try:
+            self.what()
+        except Exception as error:  # noqa: BLE001 (raised where it was asked for)
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+
+_Command = _Request | Cancel | _Bind | _Unbind | _Call
 
 
 class TransformersEngine:
@@ -102,10 +137,13 @@ class TransformersEngine:
         from dormouse.engine.rehearsal import rehearse
 
         with phases.time("rehearsal"):
-            rehearse()
+            device = _device(spec.device)
+            rehearse(device)
+            if device.type == "cuda":
+                _give_back(device, workspaces=True)
         return phases
 
-    def load(self, spec: Load, arena: Arena, emit: Emit) -> Loaded:
+    def load(self, spec: Load, arena: SegmentArena, emit: Emit) -> Loaded:
         phases = Phases()
         folder = Path(spec.path)
         with phases.time("import"):
@@ -119,11 +157,16 @@ class TransformersEngine:
             self._tokenizer = chat_tokenizer.ChatTokenizer(folder)
         with phases.time("cache"):
             kv_tokens = _kv_tokens(spec, model, transformers_batch.kv_bytes_per_token(model))
-            self._batch = transformers_batch.Batch(model, kv_tokens=kv_tokens, sample=self._sample)
+            pool = _scratch(arena)
+            self._batch = transformers_batch.Batch(model, kv_tokens=kv_tokens, sample=self._sample, pool=pool)
         self._context = _context(spec, model, kv_tokens)
         self._ends = _end_tokens(model.generation_config.eos_token_id, self._tokenizer.eos_token_id)
         self._emit = emit
         self._loop: Loop[_Command] = Loop(self._step, self._fail)
+        if device.type == "cuda":
+            with phases.time("weights"):
+                arena.wait()
+            self._warm(model, phases)
         return Loaded(context=self._context, kv_tokens=kv_tokens, phases=phases)
 
     def submit(self, request: Generate) -> None:
@@ -149,13 +192,47 @@ class TransformersEngine:
         self._loop.park()
         for name in list(self._adapters):
             self._let_go(name)
+        self._chosen.clear()
         self._batch.drop_cache()
+        if self._device.type == "cuda":
+            log.info("steps so far: %s", dict(self._batch.steps))
+            # The workspace of graphs is where they were captured with it, in scratch.
+            _give_back(self._device, workspaces=not self._batch.captured)
 
     def resume(self) -> None:
         self._loop.unpark()
 
     def close(self) -> None:
         self._loop.close()
+
+    def _warm(self, model: Any, phases: Phases) -> None:
+        """Capture, and run what a first request would run first, on the thread that will: libraries keep handles and
+        workspaces per thread. Nobody else uses the GPU meanwhile."""
+        import torch
+
+        device = self._device
+
+        def sample() -> None:
+            row = torch.randn(model.config.get_text_config().vocab_size, device=device)
+            for sampling in (
+                Sampling(max_tokens=1, top_p=0.5),
+                Sampling(max_tokens=1, top_k=2),
+                Sampling(max_tokens=1),
+            ):
+                alternatives(row, choose(row, sampling, 0.5), 2)
+
+        with phases.time("graphs"):
+            self._on_loop(functools.partial(torch.cuda.set_device, device))
+            self._on_loop(self._batch.capture)
+        with phases.time("warmup"):
+            self._on_loop(functools.partial(self._batch.warm, _WARM_PROMPTS))
+            self._on_loop(sample)
+
+    def _on_loop(self, what: Callable[[], None]) -> None:
+        """Do something on the engine's thread, and raise what it raises."""
+        call = _Call(what, Future())
+        self._loop.post(call)
+        call.done.result(_CALL_SECONDS)
 
     def _prepare(self, request: Generate) -> _Request:
         check_room(len(self._requests))
@@ -208,6 +285,8 @@ class TransformersEngine:
                 self._bind(command.loaded)
             case _Unbind():
                 self._unbind(command.name)
+            case _Call():
+                command.run()
 
     def _begin(self, request: _Request) -> None:
         loaded = request.adapter
@@ -240,12 +319,13 @@ class TransformersEngine:
             self._batch.adapters.unbind(loaded.adapter)
             loaded.segment.close()
 
-    def _sample(self, ids: list[str], logits: torch.Tensor) -> list[int]:
+    def _sample(self, ids: list[str], logits: torch.Tensor, best: list[int]) -> list[int]:
         tokens = []
-        for request_id, row in zip(ids, logits, strict=True):
+        for request_id, row, likely in zip(ids, logits, best, strict=True):
             request = self._requests[request_id]
             sampling = request.generate.sampling
-            token = choose(row, sampling, uniform(request.seed, request.made))
+            greedy = sampling.temperature == 0
+            token = likely if greedy else choose(row, sampling, uniform(request.seed, request.made))
             logprobs = None if sampling.logprobs is None else self._logprobs(row, token, sampling.logprobs)
             self._chosen.append((request, token, logprobs))
             tokens.append(token)
@@ -341,24 +421,48 @@ def _device(name: str) -> torch.device:
         raise HostError(
             f"the model is to run on {name}, but torch sees no GPU", remedy="Run `dormouse doctor`, or use cpu"
         )
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
     return device
 
 
+def _scratch(arena: SegmentArena) -> torch.cuda.MemPool | None:
+    """Where the cache and the graphs of a GPU get their memory."""
+    return arena.scratch_pool() if isinstance(arena, DeviceArena) else None
+
+
+def _give_back(device: torch.device, *, workspaces: bool) -> None:
+    """Let torch give back what it holds of a GPU, and of pinned memory, and nobody uses. Pools in use keep theirs."""
+    import torch
+
+    torch.cuda.synchronize(device)
+    gc.collect()
+    if workspaces:
+        torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    torch._C._host_emptyCache()
+
+
 def _kv_tokens(spec: Load, model: Any, bytes_per_token: int) -> int:
-    """How many tokens the cache holds: what was asked for if it fits, else the default, bounded by free memory."""
+    """How many tokens the cache holds: what was asked for if it fits, else the default, bounded by free memory. A GPU's
+    cache takes nothing while the model sleeps, so what is asked for there may take all that is free but a reserve."""
     if model.device.type == "cuda":
         import torch
 
-        free = torch.cuda.mem_get_info(model.device)[0]
+        free, total = torch.cuda.mem_get_info(model.device)
+        most = max(free - _GPU_RESERVE, 0) // bytes_per_token
+        default = min(DEFAULT_KV_TOKENS, int(free * _MAX_KV_SHARE) // bytes_per_token)
+        wanted = spec.kv_tokens or (int(total * spec.kv_share) // bytes_per_token if spec.kv_share else default)
     else:
-        free = host_memory.available()
-    most = int(free * _MAX_KV_SHARE) // bytes_per_token
-    wanted = spec.kv_tokens or min(DEFAULT_KV_TOKENS, most)
+        free = total = host_memory.available()
+        most = int(free * _MAX_KV_SHARE) // bytes_per_token
+        wanted = spec.kv_tokens or min(DEFAULT_KV_TOKENS, most)
     if not 0 < wanted <= most:
         raise HostError(
-            f"a cache of {wanted} tokens needs {wanted * bytes_per_token >> 20} MiB; at most half of the free "
-            f"{free >> 20} MiB may be used",
-            remedy="Set a smaller kv_tokens for the model, or free some memory",
+            f"a cache of {wanted} tokens needs {wanted * bytes_per_token >> 20} MiB; of the free {free >> 20} MiB at "
+            f"most {most * bytes_per_token >> 20} may be used",
+            remedy="Set a smaller kv_tokens or kv_share for the model, or free some memory",
         )
     return wanted
 

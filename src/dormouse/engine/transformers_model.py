@@ -2,9 +2,9 @@
 
     config.json --> model without memory --bind--> parameters are views of the arena's segment
 
-Nothing is copied on the CPU: all workers of the model share the segment, and since it is unmapped whenever a worker
-sleeps, a snapshot of the process holds no weights. The parameters' addresses stay what they were. None of this looks
-at a value, so the segment may still be filling. A GPU gets a copy.
+Nothing is copied: all workers of the model share the segment, in the machine's memory or in a GPU's, and since it is
+unmapped whenever a worker sleeps, a snapshot of the process holds no weights. The parameters' addresses stay what they
+were. None of this looks at a value, so the segment may still be filling.
 """
 
 from __future__ import annotations
@@ -18,32 +18,34 @@ from transformers import AutoConfig
 from dormouse.checkpoint.models import read_table
 from dormouse.checkpoint.torch_tensors import views
 from dormouse.checkpoint.transformers_binding import bind, empty_model
-from dormouse.engine.arena import Arena, Attached, Weights
+from dormouse.engine.arena import Attached, SegmentArena, Weights
+from dormouse.engine.device_arena import DeviceWeights
 from dormouse.engine.device_copy import to_device
 from dormouse.engine.messages import LoadAdapter
 from dormouse.errors import EngineError
 
 
-def load_model(folder: Path, device: torch.device, attention: str, arena: Arena) -> Any:
-    """The model of an imported folder in eval mode, computing attention with the registered function `attention`. On
-    the CPU its weights have their values once `arena.wait()` has returned; a GPU has its copy already.
+def load_model(folder: Path, device: torch.device, attention: str, arena: SegmentArena) -> Any:
+    """The model of an imported folder in eval mode, computing attention with the registered function `attention`. Its
+    weights have their values once `arena.wait()` has returned. Its buffers are ordinary memory of the device.
 
     Raises DamagedError for a table that does not fit the segment, EngineError when the weights are not the model's.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     model = empty_model(config, torch.bfloat16, attention)
-    bind(model, segment_tensors(folder, arena.weights), folder.name)
+    bind(model, segment_tensors(folder, arena.weights, device), folder.name)
     model.requires_grad_(False)
-    if device.type != "cpu":
-        arena.wait()
     return model.eval().to(device)
 
 
-def segment_tensors(folder: Path, weights: Weights | None) -> dict[str, torch.Tensor]:
-    """All tensors of a model as views of its segment. Raises ConfigError for a type that torch does not know."""
+def segment_tensors(folder: Path, weights: Weights | None, device: torch.device) -> dict[str, torch.Tensor]:
+    """All tensors of a model as views of its segment, which is memory of the device or of the machine. Raises
+    ConfigError for a type that torch does not know."""
     if weights is None:
         raise EngineError(f"the worker was sent no weights for {folder.name}", remedy="Import the model again")
     body = read_table(folder, weights.size)
+    if isinstance(weights, DeviceWeights):
+        return views(torch.as_tensor(weights, device=device), body.tensors)
     return views(torch.frombuffer(weights.array(), dtype=torch.uint8), body.tensors)
 
 

@@ -28,7 +28,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 
-from dormouse.engine.arena import Arena, Attached
+from dormouse.engine.arena import Arena, Attached, SegmentArena
 from dormouse.engine.frames import Inbox, pack_frame
 from dormouse.engine.messages import (
     PROTOCOL_VERSION,
@@ -63,6 +63,16 @@ _RECEIVE = 1 << 16
 log = logging.getLogger(__name__)
 
 
+def create_arena(device: str) -> SegmentArena:
+    """For the segments of a model on this device. Raises HostError where there is no such GPU."""
+    if not device.startswith("cuda"):  # whether there is such a device, the engine tells
+        return Arena()
+    from dormouse.engine.device_arena import DeviceArena
+    from dormouse.transfer.cuda_driver import Cuda, ordinal_of
+
+    return DeviceArena(Cuda(), ordinal_of(device))
+
+
 def create_engine(name: str) -> Engine:
     """The engine of a name. Heavy imports happen here, not before: a worker that waits for Load costs 20 MB."""
     if name == "null":
@@ -82,7 +92,8 @@ class Worker:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._sending = threading.Lock()
-        self._arena = Arena()
+        self._arena: SegmentArena | None = None  # its kind is known when a model is
+        self._early: list[SegmentHandle] = []  # segments that came before that
         self._descriptors: deque[int] = deque()
         self._prepared: tuple[Prepare, Engine] | None = None
         self._engine: Engine | None = None
@@ -156,7 +167,26 @@ class Worker:
                 pass
 
     def _take_segments(self, message: Segments) -> None:
-        self._arena.map(self._adopted(message.segments))
+        handles = self._adopted(message.segments)
+        if self._arena is not None:
+            self._arena.map(handles)
+        else:
+            self._drop_early()
+            self._early = handles
+
+    def _drop_early(self) -> None:
+        early, self._early = self._early, []
+        for handle in early:
+            handle.close()
+
+    def _arena_on(self, device: str) -> SegmentArena:
+        """The arena, with the segments that have come so far mapped."""
+        if self._arena is None:
+            self._arena = create_arena(device)
+        early, self._early = self._early, []
+        if early:
+            self._arena.map(early)
+        return self._arena
 
     def _adopted(self, segments: list[SegmentInfo]) -> list[SegmentHandle]:
         received = self._received()
@@ -216,8 +246,9 @@ class Worker:
             raise EngineError("this worker has a model already", remedy="Start another worker")
         with _much_that_stays():
             engine = self._fitting_engine(spec)
-            loaded = engine.load(spec, self._arena, self._emit)
-        self._await_weights(loaded.phases)
+            arena = self._arena_on(spec.device)
+            loaded = engine.load(spec, arena, self._emit)
+        _await_weights(arena, loaded.phases)
         self._engine = engine
         self._send(loaded)
 
@@ -254,7 +285,10 @@ class Worker:
         elif self._prepared is None:
             raise EngineError("no engine is loaded", remedy="Send Load or Prepare first")
         self._parked = True
-        self._arena.unmap()
+        self._drop_early()
+        if self._arena is not None:
+            with phases.time("unmap"):
+                self._arena.unmap()
         with phases.time("memory"):
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
@@ -271,20 +305,20 @@ class Worker:
                 remedy="Check the folder's permissions and free space",
             ) from error
         if self._engine is not None:
-            if not self._arena.mapped:
-                raise EngineError("the worker was resumed without its weights", remedy="Start the model again")
-            self._await_weights(phases)
+            self._wake_arena(phases)
             with phases.time("engine"):
                 self._engine.resume()
         self._parked = False
         self._send(Resumed(phases=phases))
 
-    def _await_weights(self, phases: Phases) -> None:
-        """The wait for them, and their filling, which began before and elsewhere."""
-        with phases.time("weights"):
-            fills = self._arena.wait()
-        for fill in fills:
-            phases.add("segment", fill.begin, fill.end, track="weights", bytes=fill.bytes, stored=fill.stored)
+    def _wake_arena(self, phases: Phases) -> None:
+        assert self._arena is not None
+        if self._arena.weights is None:
+            if not self._arena.mapped:  # scratch may have to come back
+                self._arena.map([])
+        elif not self._arena.mapped:
+            raise EngineError("the worker was resumed without its weights", remedy="Start the model again")
+        _await_weights(self._arena, phases)
 
     def _emit(self, message: FromWorker) -> None:
         """What the engine's thread calls. A node that has gone is the main thread's business: it sees the end of the
@@ -310,6 +344,14 @@ def _much_that_stays() -> Iterator[None]:
         gc.freeze()
     finally:
         gc.enable()
+
+
+def _await_weights(arena: SegmentArena, phases: Phases) -> None:
+    """The wait for them, and their filling, which began before and elsewhere."""
+    with phases.time("weights"):
+        fills = arena.wait()
+    for fill in fills:
+        phases.add("segment", fill.begin, fill.end, track="weights", bytes=fill.bytes, stored=fill.stored)
 
 
 def _redirect_output(path: str, flags: int) -> None:

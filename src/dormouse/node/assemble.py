@@ -6,10 +6,11 @@ import asyncio
 
 from dormouse.checkpoint.adapters import open_adapter
 from dormouse.checkpoint.models import ImportedModel, open_model
-from dormouse.config import DataDir, ModelConfig, ServeConfig
+from dormouse.config import DataDir, ModelConfig, ServeConfig, gpus_of
 from dormouse.engine.identity import PACKAGES, worker_identity
 from dormouse.errors import ConfigError
 from dormouse.node.catalog import StoreCatalog
+from dormouse.node.memory import dram_tier
 from dormouse.node.node import Node
 from dormouse.node.parts import Model
 from dormouse.node.templates import TemplateSpec
@@ -25,7 +26,9 @@ async def assemble_node(config: ServeConfig) -> Node:
     models = {name: await asyncio.to_thread(_open_model, folders, name) for name in config.models}
     return Node(
         config,
-        lambda: HostService.start(folders.root, keep_bytes=config.adapter_memory),
+        lambda: HostService.start(
+            folders.root, keep_bytes=config.adapter_memory, dram_tier=dram_tier(config), devices=gpus_of(config)
+        ),
         models,
         StoreCatalog(folders.store),
         _key,
@@ -56,6 +59,7 @@ def _key(model: Model, settings: ModelConfig) -> dict[str, str]:
         options={
             "context": settings.context,
             "device": settings.device,
+            "kv_share": settings.kv_share,
             "kv_tokens": settings.kv_tokens,
             "path": model.path,
             "threads": settings.threads,

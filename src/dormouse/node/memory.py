@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dormouse import host_memory
+from dormouse.config import ServeConfig, gpus_of
 from dormouse.node.parts import Model
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -21,6 +23,13 @@ def estimate(model: Model, engine: str) -> int:
 def engine_bytes(engine: str) -> int:
     """Bytes of it that are not the model's."""
     return _OVERHEAD.get(engine, 1 << 30)
+
+
+def dram_tier(config: ServeConfig) -> int:
+    """Bytes that the loader may pin for coded weights of models on GPUs."""
+    if config.dram_tier is not None:
+        return config.dram_tier
+    return int(host_memory.total() * 0.15) if gpus_of(config) else 0
 
 
 def oom_kills() -> int:

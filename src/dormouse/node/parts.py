@@ -19,14 +19,16 @@ from dormouse.transfer.handles import SegmentHandle
 class Host(Protocol):
     """`dormouse.snapshot.service.HostService`: see there for what each call promises."""
 
-    async def start_worker(self, *, log_path: Path, checkpoint: str | None = None) -> WorkerHandle: ...
+    async def start_worker(
+        self, *, log_path: Path, checkpoint: str | None = None, device: str = "cpu"
+    ) -> WorkerHandle: ...
 
     async def capture(
         self, worker: WorkerHandle, *, model: str, key: dict[str, str], kind: str = SNAPSHOT_KIND
     ) -> CaptureResult: ...
 
     async def restore(
-        self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None
+        self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None, device: str = "cpu"
     ) -> WorkerHandle: ...
 
     async def take_segment(self, worker: WorkerHandle, checkpoint: str) -> SegmentHandle: ...

@@ -127,6 +127,7 @@ class Runner:
             threads=settings.threads,
             context=settings.context,
             kv_tokens=settings.kv_tokens,
+            kv_share=settings.kv_share,
         )
         self.replica = Replica(
             model.name,
@@ -371,7 +372,7 @@ class Runner:
     async def _start_cold(self, phases: Phases) -> None:
         with phases.time("host"):
             self._handle = await self._around.host.start_worker(
-                log_path=self._log_path, checkpoint=self.model.checkpoint
+                log_path=self._log_path, checkpoint=self.model.checkpoint, device=self._load.device
             )
         link = await self._connect(self._handle, fresh=True)
         with phases.time("load"):
@@ -390,7 +391,9 @@ class Runner:
 
     async def _restore_and_judge(self, snapshot_id: str, expected: asyncio.Task[str | None], phases: Phases) -> None:
         with phases.time("host"):
-            self._handle = await self._around.host.restore(snapshot_id, key=self._key, checkpoint=self.model.checkpoint)
+            self._handle = await self._around.host.restore(
+                snapshot_id, key=self._key, checkpoint=self.model.checkpoint, device=self._load.device
+            )
         link = await self._connect(self._handle, fresh=False)
         with phases.time("resume"):
             resumed = await self._resume_restored(link)
@@ -417,7 +420,7 @@ class Runner:
     async def _start_from_template(self, template_id: str, phases: Phases) -> None:
         with phases.time("host"):
             self._handle = await self._around.host.restore(
-                template_id, key=self._template_key, checkpoint=self.model.checkpoint
+                template_id, key=self._template_key, checkpoint=self.model.checkpoint, device=self._load.device
             )
         link = await self._connect(self._handle, fresh=False)
         with phases.time("resume"), self._judging_ends():

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from dormouse.errors import DormouseError, HostError
 from dormouse.phases import Phases
@@ -45,6 +45,14 @@ class WorkerHandle:
     segments: Sequence[SegmentHandle] = ()
 
 
+class ServiceOptions(NamedTuple):
+    """What `HostService.start` was told."""
+
+    keep_bytes: int
+    dram_tier: int
+    devices: tuple[str, ...]
+
+
 class HostService:
     """Async client of the service; all methods run on the node's event loop and never block it.
 
@@ -52,30 +60,36 @@ class HostService:
     dead. The next start or restore begins a new process; that is logged as an error.
     """
 
-    def __init__(self, data_dir: Path, keep_bytes: int = 0) -> None:
+    def __init__(self, data_dir: Path, options: ServiceOptions) -> None:
         self._data_dir = data_dir
-        self._keep_bytes = keep_bytes
+        self._options = options
         self._process: _Process | None = None
         self._starting = asyncio.Lock()
         self._closed = False
 
     @classmethod
-    async def start(cls, data_dir: Path, *, keep_bytes: int = 0) -> Self:
+    async def start(
+        cls, data_dir: Path, *, keep_bytes: int = 0, dram_tier: int = 0, devices: Sequence[str] = ()
+    ) -> Self:
         """Start the service and wait until it has checked the host. `keep_bytes`: what the adapters may take in memory
-        that no worker uses at the moment. Raises HostError or StoreError."""
-        service = cls(data_dir, keep_bytes)
+        that no worker uses at the moment; `dram_tier`: what the loader may take for coded weights of models on GPUs;
+        `devices`: the GPUs it gets ready for now, not at the first need. Raises HostError or StoreError."""
+        service = cls(data_dir, ServiceOptions(keep_bytes, dram_tier, tuple(devices)))
         await service._living()
         return service
 
-    async def start_worker(self, *, log_path: Path, checkpoint: str | None = None) -> WorkerHandle:
+    async def start_worker(self, *, log_path: Path, checkpoint: str | None = None, device: str = "cpu") -> WorkerHandle:
         """A new cell with a fresh worker in it (its first message is Hello); its output goes to `log_path`.
 
-        With the id of a model's checkpoint, its segment fills meanwhile, or is shared if another worker has it. Raises
+        With the id of a model's checkpoint, its segment fills meanwhile, or is shared if another worker has it on the
+        same device (the CPU's is shared by all). Raises
         WeightsError when there is no such checkpoint; what goes wrong later, the worker is told. HostError when this
         host can't, now or at all.
         """
         process = await self._living()
-        request = messages.StartWorker(call=process.new_call(), log_path=str(log_path), checkpoint=checkpoint)
+        request = messages.StartWorker(
+            call=process.new_call(), log_path=str(log_path), checkpoint=checkpoint, device=device
+        )
         return _handle(*await process.ask(request))
 
     async def capture(
@@ -97,15 +111,18 @@ class HostService:
         assert isinstance(reply, messages.Captured)
         return CaptureResult(reply.snapshot_id, reply.raw_bytes, reply.stored_bytes, reply.phases)
 
-    async def restore(self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None) -> WorkerHandle:
-        """A worker restored from a snapshot; send it its segments, then Resume. `checkpoint` as for `start_worker`.
+    async def restore(
+        self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None, device: str = "cpu"
+    ) -> WorkerHandle:
+        """A worker restored from a snapshot; send it its segments, then Resume. `checkpoint` and `device` as for
+        `start_worker`.
 
         Raises IncompatibleError (names the field), DamagedError, SnapshotError, NotFoundError; HostError and
         WeightsError where it is not the snapshot's fault. Nothing runs then.
         """
         process = await self._living()
         request = messages.RestoreSnapshot(
-            call=process.new_call(), snapshot_id=snapshot_id, key=key, checkpoint=checkpoint
+            call=process.new_call(), snapshot_id=snapshot_id, key=key, checkpoint=checkpoint, device=device
         )
         return _handle(*await process.ask(request))
 
@@ -157,7 +174,7 @@ class HostService:
                 if self._process is not None:
                     log.error("the host checkpoint service has died (%s); starting a new one", self._process.ended)
                     await self._process.close("it has died")
-                self._process = await _Process.start(self._data_dir, self._keep_bytes)
+                self._process = await _Process.start(self._data_dir, self._options)
             return self._process
 
 
@@ -175,8 +192,8 @@ class _Process:
         self._loop.add_reader(sock, self._receive)
 
     @classmethod
-    async def start(cls, data_dir: Path, keep_bytes: int) -> Self:
-        process = cls(*await asyncio.to_thread(_spawn, data_dir, keep_bytes))
+    async def start(cls, data_dir: Path, options: ServiceOptions) -> Self:
+        process = cls(*await asyncio.to_thread(_spawn, data_dir, options))
         try:
             _answered(await asyncio.shield(process._expect(process.new_call())))  # call 0, see service_main
         except BaseException:
@@ -279,14 +296,16 @@ def _handle(reply: messages.Reply, descriptors: list[int]) -> WorkerHandle:
     )
 
 
-def _spawn(data_dir: Path, keep_bytes: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+def _spawn(data_dir: Path, options: ServiceOptions) -> tuple[subprocess.Popen[bytes], socket.socket]:
     own, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     own.setblocking(False)
     with child:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "dormouse.snapshot.service_main"),
-                *("--fd", str(child.fileno()), "--data-dir", str(data_dir), "--keep-bytes", str(keep_bytes)),
+                *("--fd", str(child.fileno()), "--data-dir", str(data_dir)),
+                *("--keep-bytes", str(options.keep_bytes), "--dram-tier", str(options.dram_tier)),
+                *(word for device in options.devices for word in ("--device", device)),
             ],
             pass_fds=(child.fileno(),),
             stdin=subprocess.DEVNULL,

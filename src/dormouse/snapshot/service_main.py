@@ -18,11 +18,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from dormouse.checkpoint.loader import Loader, loader_command
 from dormouse.checkpoint.pool import SegmentPool
 from dormouse.errors import (
     DamagedError,
@@ -133,7 +134,9 @@ class SpareCell:
 class Service:
     """The calls, each blocking and run in a thread of its own."""
 
-    def __init__(self, store: Store, criu: Criu, digests: DigestCache, folders: Path, keep_bytes: int = 0) -> None:
+    def __init__(
+        self, store: Store, criu: Criu, digests: DigestCache, folders: Path, *, keep_bytes: int, loader: Loader
+    ) -> None:
         self._store = store
         self._criu = criu
         self._digests = digests
@@ -143,7 +146,7 @@ class Service:
         self._lock = threading.Lock()
         self._workers: dict[str, ProcessTree] = {}
         self._damaged: set[str] = set()
-        self._segments = SegmentPool(store, keep_bytes=keep_bytes)
+        self._segments = SegmentPool(store, keep_bytes=keep_bytes, loader=loader)
         self._latest: dict[str, str] = {}  # by engine, the snapshot that was captured or restored last
 
     def close(self) -> None:
@@ -180,7 +183,7 @@ class Service:
                 return messages.SegmentDropped(call=request.call), []
 
     def _take_segment(self, request: messages.TakeSegment) -> Answer:
-        handle = self._weights(request.checkpoint, request.cell_id, keep=True)
+        handle = self._weights(request.checkpoint, request.cell_id, request.device, keep=True)
         with self._lock:
             alive = request.cell_id in self._workers
         if not alive:  # what it was given is given back with the cell, and that has been
@@ -195,7 +198,7 @@ class Service:
         handles: list[SegmentHandle] = []
         try:
             if request.checkpoint is not None:
-                handles.append(self._weights(request.checkpoint, cell_id))
+                handles.append(self._weights(request.checkpoint, cell_id, request.device))
             pid, control, phases = bring_up(request, cell_id)
         except BaseException:
             for handle in handles:
@@ -211,11 +214,11 @@ class Service:
         )
         return started, [control.detach(), *(fd for handle in handles for fd in handle.descriptors())]
 
-    def _weights(self, checkpoint: str, cell_id: str, *, keep: bool = False) -> SegmentHandle:
+    def _weights(self, checkpoint: str, cell_id: str, device: str, *, keep: bool = False) -> SegmentHandle:
         """The segment. What is wrong with the weights must not be taken for a fault of the snapshot, nor a checkpoint
         that is gone for a model that is not served."""
         try:
-            return self._segments.take(checkpoint, cell_id, keep=keep)
+            return self._segments.take(checkpoint, cell_id, keep=keep, device=device)
         except (NotFoundError, StoreError) as error:
             raise WeightsError(error.message, remedy=error.remedy) from error
 
@@ -357,7 +360,21 @@ def _unexpected(error: Exception) -> DormouseError:
     return HostError(text, remedy=REMEDY) if isinstance(error, OSError) or is_shortage(error) else SnapshotError(text)
 
 
-def preflight(data_dir: Path, keep_bytes: int) -> Service:
+def warm(loader: Loader, devices: Sequence[str]) -> None:
+    """Get the loader ready, beside all else. What fails here is told again to who needs it."""
+
+    def run() -> None:
+        for device in devices:
+            try:
+                loader.warm(device)
+            except DormouseError as error:
+                log.error("nothing can be loaded onto %s: %s", device, error)
+
+    if devices:
+        threading.Thread(target=run, name="warm", daemon=True).start()
+
+
+def preflight(data_dir: Path, keep_bytes: int, loader: Loader) -> Service:
     """All that must hold before the first call. Raises HostError or StoreError."""
     criu = find_criu(data_dir)
     cell = Cell.create()
@@ -373,7 +390,8 @@ def preflight(data_dir: Path, keep_bytes: int) -> Service:
         raise HostError(f"a program in a cell ended with status {code}", remedy="Run `dormouse doctor`")
     folders = criu_folders(data_dir / "run")
     sweep_work_folders(folders)
-    return Service(Store.open(data_dir / "store"), criu, DigestCache(data_dir / CACHE_NAME), folders, keep_bytes)
+    store, digests = Store.open(data_dir / "store"), DigestCache(data_dir / CACHE_NAME)
+    return Service(store, criu, digests, folders, keep_bytes=keep_bytes, loader=loader)
 
 
 def main() -> None:
@@ -382,17 +400,21 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--keep-bytes", type=int, default=0, help="memory for adapters that no worker uses now")
+    parser.add_argument("--dram-tier", type=int, default=0, help="memory for coded weights of models on GPUs")
+    parser.add_argument("--device", action="append", default=[], help="a GPU to be ready for")
     arguments = parser.parse_args()
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with socket.socket(fileno=arguments.fd) as sock:
         sock.set_inheritable(False)
+        loader = Loader(loader_command(arguments.data_dir, arguments.dram_tier))
         try:
-            service = preflight(arguments.data_dir, arguments.keep_bytes)
+            service = preflight(arguments.data_dir, arguments.keep_bytes, loader)
         except DormouseError as error:
             sock.send(messages.encode(messages.refused(0, error)))
             return
         sock.send(messages.encode(messages.Stopped(call=0)))
+        warm(loader, arguments.device)
         serve(sock, service)
     # Calls may still be running in pool threads; nobody waits for their answers, and every cell ends with this process.
     os._exit(0)

@@ -22,10 +22,12 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 
 class StartWorker(_Message, frozen=True, tag="start_worker"):
-    """A fresh worker in a new cell, its output appended to `log_path`, while the segment of the checkpoint fills."""
+    """A fresh worker in a new cell, its output appended to `log_path`, while the segment of the checkpoint fills on a
+    device: "cpu" or "cuda:N"."""
 
     log_path: str
     checkpoint: str | None = None
+    device: str = "cpu"
 
 
 class CaptureWorker(_Message, frozen=True, tag="capture"):
@@ -43,6 +45,7 @@ class RestoreSnapshot(_Message, frozen=True, tag="restore"):
     snapshot_id: str
     key: dict[str, str]
     checkpoint: str | None = None
+    device: str = "cpu"
 
 
 class StopCell(_Message, frozen=True, tag="stop"):
@@ -56,6 +59,7 @@ class TakeSegment(_Message, frozen=True, tag="take_segment"):
 
     cell_id: str
     checkpoint: str
+    device: str = "cpu"
 
 
 class DropSegment(_Message, frozen=True, tag="drop_segment"):

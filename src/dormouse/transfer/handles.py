@@ -4,7 +4,8 @@
 
 A handle is the description (`SegmentInfo`) and one or two descriptors: the memory, and, while the segment may still be
 filling, the read end of a pipe on which the end of that is told. A worker can so map a segment before it is filled and
-wait only where it needs the values. `kind` says what the memory descriptor is; today there is one, "memfd".
+wait only where it needs the values. `kind` says what the memory descriptor is: a memfd, or memory of a GPU that its
+driver has exported ("cuda").
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import msgspec
 from dormouse import errors
 
 MEMFD = "memfd"
+CUDA = "cuda"
 MAX_SEGMENTS = 4
 """The most segments of one worker; each takes two descriptors of a packet."""
 
@@ -26,11 +28,13 @@ _MAX_REPORT = 4096  # PIPE_BUF: a report is written at once or not at all
 
 
 class SegmentInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A segment as it is announced. `size` is in bytes; `pending` tells that a pipe comes with it."""
+    """A segment as it is announced. `size` is in bytes; `pending` tells that a pipe comes with it; `device` is the UUID
+    of the GPU it is on."""
 
     kind: str
     size: int
     pending: bool
+    device: str = ""
 
 
 @dataclass
@@ -41,11 +45,12 @@ class SegmentHandle:
     size: int
     memory: int
     report: int | None = None
+    device: str = ""
 
     @property
     def info(self) -> SegmentInfo:
         """What to announce it with."""
-        return SegmentInfo(kind=self.kind, size=self.size, pending=self.report is not None)
+        return SegmentInfo(kind=self.kind, size=self.size, pending=self.report is not None, device=self.device)
 
     def descriptors(self) -> list[int]:
         """What to send with the announcement, in the order that `adopt` expects."""
@@ -74,7 +79,7 @@ def adopt(infos: Sequence[SegmentInfo], descriptors: Iterator[int]) -> list[Segm
             memory = next(descriptors, None)
             if memory is None:
                 raise errors.EngineError("a segment was announced without its descriptor")
-            handle = SegmentHandle(info.kind, info.size, memory)
+            handle = SegmentHandle(info.kind, info.size, memory, device=info.device)
             undo.callback(handle.close)
             if info.pending:
                 handle.report = next(descriptors, None)
@@ -128,7 +133,7 @@ def await_report(pipe: int) -> Filled | None:
     data = os.read(pipe, _MAX_REPORT)
     if not data:
         raise errors.EngineError(
-            "the weights did not arrive: the host checkpoint service ended while it loaded them", remedy="Try again"
+            "the weights did not arrive: the process that loaded them ended before it was done", remedy="Try again"
         )
     try:
         report = msgspec.msgpack.decode(data, type=_Report)

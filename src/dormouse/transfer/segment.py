@@ -20,10 +20,10 @@ from typing import Self
 from dormouse.errors import DamagedError, HostError
 from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.files import write_all
-from dormouse.store.store import Store, StoredChunk
+from dormouse.store.store import Reader, Store, StoredChunk
 from dormouse.transfer.handles import MEMFD, SegmentHandle
 from dormouse.transfer.load_host import load_host
-from dormouse.transfer.plan import Copy, plan, stored_pieces
+from dormouse.transfer.plan import Copy, LoadPlan, plan, stored_pieces
 
 
 class Segment:
@@ -88,12 +88,17 @@ def fill(
     and the segment is of no use.
     """
     with store.reader() as reader:
-        chunks = reader.locate(digests)
-        files, pieces = stored_pieces(_placed(chunks, segment.size), reader.pack)
-        loaded = plan(files, pieces, [segment.size])
-        load_host(loaded, [segment], key=store.key, threads=threads, cancelled=cancelled)
+        loaded = plan_in_row(reader, digests, segment.size)
+        report = load_host(loaded, [segment], key=store.key, threads=threads, cancelled=cancelled)
     segment.seal()
-    return sum(chunk.stored_length for chunk in chunks)
+    return report.stored_bytes
+
+
+def plan_in_row(reader: Reader, digests: Sequence[Digest], size: int) -> LoadPlan:
+    """The plan for chunks one after the other in one block of so many bytes. Raises DamagedError when they have another
+    length together, NotFoundError for one that is gone."""
+    files, pieces = stored_pieces(_placed(reader.locate(digests), size), reader.pack)
+    return plan(files, pieces, [size])
 
 
 def _placed(chunks: Sequence[StoredChunk], size: int) -> list[tuple[StoredChunk, list[Copy]]]:
