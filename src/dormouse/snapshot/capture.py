@@ -44,6 +44,7 @@ from dormouse.snapshot.prefetch import MappedRanges, mapped_ranges, merge
 from dormouse.snapshot.streamer import CaptureStream
 from dormouse.snapshot.tree import ProcessTree, continue_tree, stopped_processes
 from dormouse.snapshot.work_folder import work_folder
+from dormouse.store.codec import Codec
 from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest
 
@@ -121,7 +122,7 @@ def capture(
             with (
                 ThreadPoolExecutor(1, thread_name_prefix="mapped") as beside,
                 phases.time("dump", track="criu") as dumped,
-                Ingest(transaction) as ingest,
+                Ingest(transaction, choose=_codec_of_bulk(store)) as ingest,
                 _parent(store, tree.snapshot_id or like) as parent,
             ):
                 noted = beside.submit(note_mapped, files, digests)
@@ -188,6 +189,17 @@ def _parent(store: Store, snapshot_id: str | None) -> Iterator[ParentMemory | No
             log.warning("no pages are shared with snapshot %s: %s", snapshot_id, error)
             parent = None
         yield parent
+
+
+def _codec_of_bulk(store: Store) -> Callable[[memoryview], Codec]:
+    """Chooses the codec of large pieces; nothing is imported for it before there is one."""
+
+    def choose(plain: memoryview) -> Codec:
+        from dormouse.transfer.bulk_codec import BulkCodec
+
+        return BulkCodec(store.root)(plain)
+
+    return choose
 
 
 def _dump(

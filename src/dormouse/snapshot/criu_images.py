@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from dormouse.errors import DamagedError
@@ -41,6 +41,7 @@ _PRIVATE_ANONYMOUS_AREA = 1 << 9  # VMA_ANON_PRIVATE
 _KERNEL_AREA = 1 << 2 | 1 << 3 | 1 << 12 | 1 << 17  # VMA_AREA_VSYSCALL, _VDSO, _VVAR, _UPROBES: anonymous to CRIU
 _GUARD_AREA = 1 << 16  # no mapping, but a note about a part of one; these come after all mappings
 _TASK_STOPPED = 3
+_HUGE_PAGES, _NO_HUGE_PAGES = 14, 15  # MADV_*
 _MACHINES = {1: "x86_64", 2: "arm", 3: "aarch64", 4: "ppc64le", 5: "s390x", 6: "mips64", 7: "loongarch64", 8: "riscv64"}
 
 
@@ -91,13 +92,20 @@ def entries(data: bytes, magic: int, what: str) -> Iterator[bytes]:
 
 def fields(message: bytes, what: str) -> Iterator[tuple[int, int | bytes]]:
     """The (number, value) of each field of a protobuf message, in order: whole numbers, or bytes for the rest."""
+    for number, value, _begin, _end in _placed_fields(message, what):
+        yield number, value
+
+
+def _placed_fields(message: bytes, what: str) -> Iterator[tuple[int, int | bytes, int, int]]:
+    """The same, with where in the message each field begins and ends."""
     at = 0
     while at < len(message):
+        begin = at
         tag, at = _varint(message, at, what)
         number, kind = tag >> 3, tag & 7
         if kind == 0:
             value, at = _varint(message, at, what)
-            yield number, value
+            yield number, value, begin, at
             continue
         if kind == 2:
             length, at = _varint(message, at, what)
@@ -107,8 +115,8 @@ def fields(message: bytes, what: str) -> Iterator[tuple[int, int | bytes]]:
             raise _malformed(what, f"a field has the unknown wire type {kind}")
         if at + length > len(message):
             raise _malformed(what, "a field is longer than its message")
-        yield number, message[at : at + length]
         at += length
+        yield number, message[at - length : at], begin, at
 
 
 class PagemapParser:
@@ -216,6 +224,27 @@ def _mapping(message: bytes, what: str) -> Mapping | None:
         file=file if status & _FILE_AREA else None,
         offset=offset,
     )
+
+
+def with_huge_pages(data: bytes, starts: Collection[int], what: str) -> bytes:
+    """An `mm` image in which the mappings that begin at `starts` are to have huge pages, as if their process had asked
+    for them; one for which it asked for the opposite is left alone. Raises DamagedError."""
+    messages = (_with_huge_pages(message, starts, what) for message in entries(data, _MM_MAGIC, what))
+    return data[: _HEAD.size] + b"".join(_LENGTH.pack(len(message)) + message for message in messages)
+
+
+def _with_huge_pages(message: bytes, starts: Collection[int], what: str) -> bytes:
+    parts = []
+    for number, value, begin, end in _placed_fields(message, what):
+        part = message[begin:end]
+        if number == 14 and isinstance(value, bytes):
+            values = _numbers(value, what)
+            advice = values.get(9, 0)
+            if values.get(1) in starts and not advice >> _NO_HUGE_PAGES & 1:
+                asking = value + _field(9, advice | 1 << _HUGE_PAGES)  # of a field that comes twice, the last counts
+                part = bytes([14 << 3 | 2]) + _encoded(len(asking)) + asking
+        parts.append(part)
+    return b"".join(parts)
 
 
 def parse_tree(data: bytes, what: str) -> list[Task]:

@@ -35,13 +35,13 @@ from dormouse.snapshot.criu_images import (
 )
 from dormouse.snapshot.export import INVENTORY
 from dormouse.snapshot.images import BODY_VERSION, ImageFile, SnapshotBody, encode_body, is_image_name
-from dormouse.snapshot.memory_capture import StoredPages, address_space, process_of, store_window
-from dormouse.snapshot.memory_map import AddressSpace, Places, Span, Spans, squeeze
+from dormouse.snapshot.memory_capture import Stored, address_space, process_of, store_span
+from dormouse.snapshot.memory_map import WINDOW, AddressSpace, Places, Span, Spans
 from dormouse.snapshot.streamer import read_image
 from dormouse.snapshot.tree import External
 from dormouse.store.files import system_errors
 from dormouse.store.store import Manifest, Store
-from dormouse.transfer.ingest import Ingest, Put
+from dormouse.transfer.ingest import Ingest, Putter
 
 Progress = Callable[[int, int], None]
 
@@ -288,24 +288,24 @@ def _store_image(name: str, files: _Folder, ingest: Ingest, counted: _Counted) -
 
 def _store_memory(pid: int, memory: _Memory, files: _Folder, ingest: Ingest, counted: _Counted) -> AddressSpace:
     fd = files.fd(memory.pages)
-    windows: deque[tuple[int, Future[list[StoredPages]]]] = deque()
-    stored: dict[int, list[StoredPages]] = {}
+    windows: deque[Future[Stored]] = deque()
+    stored: Stored = {}
     at = 0
 
     def take(keep: int) -> None:
         while len(windows) > keep:
-            number, future = windows.popleft()
-            stored.update({number: future.result()} if future.result() else {})
+            stored.update({number: pages for number, pages in windows.popleft().result().items() if pages})
 
     try:
         for span in _spans(files.runs(memory.pagemap, PagemapParser(memory.pagemap))):
-            windows.append((span.number, ingest.run(_window_job(fd, at, span, memory.sparse.mask(span.number), files))))
+            job = _window_job(fd, at, pid, span, memory.sparse.mask(span.number, span.width), files)
+            windows.append(ingest.run(job, span.width * WINDOW))
             length = span.mask.bit_count() * PAGE
             at += length
             counted.add(length)
             take(_WINDOWS_AHEAD)
     finally:
-        wait([future for _number, future in windows])  # all of them: they use the file
+        wait(windows)  # all of them: they use the file
     take(0)
     pages_id = int(memory.pages.removeprefix("pages-").removesuffix(".img"))
     return address_space(pid, pages_id, at // PAGE, stored)
@@ -319,12 +319,12 @@ def _spans(runs: Iterable[Run]) -> Iterator[Span]:
 
 
 def _window_job(
-    fd: int, at: int, span: Span, sparse: int, files: _Folder
-) -> Callable[[memoryview, Put], list[StoredPages]]:
-    def job(buffer: memoryview, put: Put) -> list[StoredPages]:
+    fd: int, at: int, pid: int, span: Span, sparse: int, files: _Folder
+) -> Callable[[memoryview, Putter], Stored]:
+    def job(buffer: memoryview, put: Putter) -> Stored:
         if not _read_fully(fd, buffer[: span.mask.bit_count() * PAGE], at):
             raise files.refused("a file of pages became shorter while it was read")
-        return store_window(buffer, squeeze(buffer, span.mask, sparse), None, put)
+        return store_span(buffer, pid, span, sparse, None, put)
 
     return job
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from typing import NamedTuple
@@ -20,6 +21,10 @@ from dormouse.errors import StoreError
 from dormouse.snapshot.criu_images import PAGE, PagemapParser
 from dormouse.snapshot.images import SnapshotBody
 from dormouse.snapshot.memory_map import (
+    FULL,
+    MASK_SIZE,
+    PAGES,
+    WINDOW,
     AddressSpace,
     Piece,
     Places,
@@ -29,6 +34,7 @@ from dormouse.snapshot.memory_map import (
     assemble,
     changed_pages,
     check_length,
+    filled_pages,
     held_mask,
     inherit,
     mask_bytes,
@@ -40,28 +46,45 @@ from dormouse.snapshot.memory_map import (
 from dormouse.snapshot.process_memory import ProcessMemory
 from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.store import Reader
-from dormouse.transfer.ingest import Ingest, Put
+from dormouse.transfer.ingest import Ingest, Put, Putter
 
 _PIPE_READ = 1 << 16
 _DRAIN = 1 << 30
+_READ_AT_ONCE = 4
 
 log = logging.getLogger(__name__)
 
 
 class StoredPages(NamedTuple):
-    """Pages of a window in one chunk; masks as in memory_map."""
+    """Pages of a window, so many times WINDOW wide, in one chunk; masks as in memory_map."""
 
     digest: Digest
     held: int
     used: int
+    width: int = 1
+
+
+Stored = dict[int, list[StoredPages]]
+"""What was stored of some windows, by number."""
 
 
 class ParentMemory:
     """The memory of the snapshot that the process was restored from, for finding what has changed since."""
 
     def __init__(self, body: SnapshotBody, reader: Reader) -> None:
+        self.turn = threading.BoundedSemaphore(_READ_AT_ONCE)
+        """For who reads it: what it gives is not small."""
         self._reader = reader
         self._spaces = {space.pid: (space.chunk_list(), {w.number: w for w in space.windows}) for space in body.memory}
+
+    def has(self, pid: int, span: Span) -> bool:
+        """Whether it has this very window, of this width."""
+        window = self._spaces.get(pid, ([], {}))[1].get(span.number)
+        return window is not None and window.width == span.width
+
+    def cuts_narrow(self, pid: int, span: Span) -> bool:
+        """Whether it has windows of one WINDOW each within a wide one."""
+        return any(self.has(pid, Span(span.number + at, 0)) for at in range(span.width))
 
     def window(self, pid: int, number: int) -> tuple[Window, list[Digest], memoryview] | None:
         """A window of process `pid`, its address space's chunks, and its pages (packed). None when there is none, or
@@ -90,18 +113,18 @@ def capture_memory(pid: int, host_pid: int, pagemap: int, ingest: Ingest, parent
     Raises SnapshotError, StoreError.
     """
     parser = PagemapParser(f"pagemap-{pid}.img")
-    windows: list[tuple[int, Future[list[StoredPages]]]] = []
+    windows: list[Future[Stored]] = []
     pages = 0
     with ProcessMemory(host_pid) as memory:
         sparse = Places(memory.anonymous())
         try:
             for span in _spans(pagemap, parser):
                 pages += span.mask.bit_count()
-                job = _window_job(memory, pid, span, sparse.mask(span.number), parent)
-                windows.append((span.number, ingest.run(job)))
+                job = _window_job(memory, pid, span, sparse.mask(span.number, span.width), parent)
+                windows.append(ingest.run(job, span.width * WINDOW))
         finally:
-            wait([future for _number, future in windows])  # all of them: they use `memory`
-    stored = {number: future.result() for number, future in windows}
+            wait(windows)  # all of them: they use `memory`
+    stored = {number: pages for future in windows for number, pages in future.result().items()}
     return address_space(pid, parser.finish(), pages, stored)
 
 
@@ -125,18 +148,49 @@ def _spans(pagemap: int, parser: PagemapParser) -> Iterator[Span]:
 
 def _window_job(
     memory: ProcessMemory, pid: int, span: Span, sparse: int, parent: ParentMemory | None
-) -> Callable[[memoryview, Put], list[StoredPages]]:
-    def job(buffer: memoryview, put: Put) -> list[StoredPages]:
+) -> Callable[[memoryview, Putter], Stored]:
+    def job(buffer: memoryview, put: Putter) -> Stored:
         memory.read(span.number, span.mask, buffer)
-        kept = squeeze(buffer, span.mask, sparse)
-        old = parent.window(pid, span.number) if parent is not None else None
-        return store_window(buffer, kept, old, put)
+        return store_span(buffer, pid, span, sparse, parent, put)
 
     return job
 
 
+def store_span(
+    buffer: memoryview, pid: int, span: Span, sparse: int, parent: ParentMemory | None, put: Putter
+) -> Stored:
+    """Store the pages of a span, packed in `buffer`, but not those that the parent has already. A wide one that is
+    mostly zeros, or that the parent has cut narrowly, is cut narrowly."""
+    if span.width == 1 or not _cuts_narrow(buffer, pid, span, sparse, parent):
+        return {span.number: _store_pages(buffer, pid, span, sparse, parent, put)}
+    return {
+        part.number: _store_pages(buffer[at * WINDOW :], pid, part, sparse >> at * PAGES & FULL, parent, put)
+        for at, part in enumerate(span.narrow())
+    }
+
+
+def _cuts_narrow(buffer: memoryview, pid: int, span: Span, sparse: int, parent: ParentMemory | None) -> bool:
+    if parent is not None and parent.cuts_narrow(pid, span):
+        return True
+    kept = filled_pages(buffer[: span.width * WINDOW], sparse)
+    return 0 < kept * 2 < span.width * PAGES
+
+
+def _store_pages(
+    buffer: memoryview, pid: int, span: Span, sparse: int, parent: ParentMemory | None, put: Putter
+) -> list[StoredPages]:
+    kept = squeeze(buffer, span.mask, sparse)
+    if not kept or parent is None or not parent.has(pid, span):
+        return store_window(buffer, kept, None, put, span.width)
+    digest = put.known(buffer[: kept.bit_count() * PAGE])  # most often nothing has changed: then nothing is read
+    if digest is not None:
+        return [StoredPages(digest, kept, kept, span.width)]
+    with parent.turn:
+        return store_window(buffer, kept, parent.window(pid, span.number), put, span.width)
+
+
 def store_window(
-    buffer: memoryview, kept: int, old: tuple[Window, list[Digest], memoryview] | None, put: Put
+    buffer: memoryview, kept: int, old: tuple[Window, list[Digest], memoryview] | None, put: Put, width: int = 1
 ) -> list[StoredPages]:
     """Store the pages `kept` of a window, packed in `buffer`, but not those that `old` has already."""
     if not kept:
@@ -149,13 +203,14 @@ def store_window(
             stored = [_as_stored(piece, digests) for piece in pieces]
             if changed:
                 length = pick(buffer, kept, changed, buffer)
-                stored.append(StoredPages(put(buffer[:length]), changed, changed))
+                stored.append(StoredPages(put(buffer[:length]), changed, changed, width))
             return stored
-    return [StoredPages(put(buffer[: kept.bit_count() * PAGE]), kept, kept)]
+    return [StoredPages(put(buffer[: kept.bit_count() * PAGE]), kept, kept, width)]
 
 
 def _as_stored(piece: Piece, digests: list[Digest]) -> StoredPages:
-    return StoredPages(digests[piece.chunk], int.from_bytes(piece.held, "little"), used_mask(piece))
+    width = len(piece.held) // MASK_SIZE
+    return StoredPages(digests[piece.chunk], held_mask(piece), used_mask(piece), width)
 
 
 def address_space(pid: int, pages_id: int, pages: int, windows: Mapping[int, list[StoredPages]]) -> AddressSpace:
@@ -166,8 +221,8 @@ def address_space(pid: int, pages_id: int, pages: int, windows: Mapping[int, lis
         pieces = [
             Piece(
                 numbers.setdefault(part.digest, len(numbers)),
-                mask_bytes(part.held),
-                b"" if part.used == part.held else mask_bytes(part.used),
+                mask_bytes(part.held, part.width),
+                b"" if part.used == part.held else mask_bytes(part.used, part.width),
             )
             for part in stored
         ]

@@ -1,14 +1,18 @@
 """The memory of a captured process as chunks: which page of which address is where. Pure functions and plain data.
 
-    page map (runs of pages) --split--> per MiB of addresses one window --read, drop zero pages--> one chunk
-                                                                       --compare with a parent--> a chunk of changes
+    page map (runs of pages) --split--> windows of addresses --read, drop zero pages--> one chunk each
+                                                             --compare with a parent--> a chunk of changes
 
 A window covers WINDOW bytes of addresses and begins at a multiple of that, so that two snapshots of one program cut at
-the same places and share the chunks that are equal. A chunk of a window holds some of its pages, one after another in
-ascending order; `held` tells which (bit i: page i of the window). A window may take its pages from several chunks: an
-incremental capture adds a chunk with the pages that changed and goes on using the others from where they were; `used`
-tells which pages count. A page that no piece has is what its mapping has by itself: zero, or, in a private mapping of a
-file, what the file has. So zero pages may be left out of the former only.
+the same places and share the chunks that are equal. Where all pages of WIDE of them are in the page map, they are one
+wide window, which begins at a multiple of its own length: large memory then costs an eighth of the chunks and calls,
+and is cut at the same places every time too. The length of a window's masks tells its width.
+
+A chunk of a window holds some of its pages, one after another in ascending order; `held` tells which (bit i: page i of
+the window). A window may take its pages from several chunks: an incremental capture adds a chunk with the pages that
+changed and goes on using the others from where they were; `used` tells which pages count. A page that no piece has is
+what its mapping has by itself: zero, or, in a private mapping of a file, what the file has. So zero pages may be left
+out of the former only.
 """
 
 from __future__ import annotations
@@ -21,17 +25,23 @@ import msgspec
 
 from dormouse.errors import DamagedError
 from dormouse.snapshot.criu_images import PAGE, Mapping, Run
-from dormouse.store.chunk import DIGEST_SIZE, Buffer, Digest
+from dormouse.store.chunk import DIGEST_SIZE, MAX_CHUNK, Buffer, Digest
 
 WINDOW = 1 << 20
 """Bytes of addresses per window."""
 
+WIDE = 8
+"""Windows that are cut as one where every page of them is in the page map."""
+
 PAGES = WINDOW // PAGE
 MASK_SIZE = PAGES // 8
 FULL = (1 << PAGES) - 1
+_ALL_WIDE = (1 << PAGES * WIDE) - 1
 
 _MOST_WINDOWS = 1 << 37  # 57 bits of addresses
 _MOST_PIECES = 4
+_MOST_WIDTH = MAX_CHUNK // WINDOW
+_LARGE = 2 << 20
 _ZERO_STEP = 16
 # bytearray's comparison with a buffer is one memcmp; memoryview's own goes element by element.
 _ZERO_PAGE = bytearray(PAGE)
@@ -48,10 +58,20 @@ class Piece(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Window(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The pages at addresses `number * WINDOW` and up that are not zero."""
+    """The pages at addresses `number * WINDOW` and up that are not zero. All its masks are as long as the first."""
 
     number: int
     pieces: list[Piece]
+
+    @property
+    def width(self) -> int:
+        """How many times WINDOW bytes of addresses it covers."""
+        return len(self.pieces[0].held) // MASK_SIZE
+
+    @property
+    def end(self) -> int:
+        """The number after its last."""
+        return self.number + self.width
 
 
 class AddressSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,25 +114,32 @@ class Places:
             elif start < end:
                 self._ranges.append((start, end))
 
-    def mask(self, number: int) -> int:
-        """The pages of window `number` that lie in a range."""
+    def mask(self, number: int, width: int = 1) -> int:
+        """The pages of a window that lie in a range."""
         base = number * WINDOW
         mask = 0
         at = bisect_right(self._ranges, base, key=lambda found: found[1])
-        for start, end in self._ranges[at : at + PAGES]:
-            if start >= base + WINDOW:
+        for start, end in self._ranges[at : at + PAGES * width]:
+            if start >= base + WINDOW * width:
                 break
             first = max(0, (start - base) // PAGE)
-            last = min(PAGES, (end - base) // PAGE)
+            last = min(PAGES * width, (end - base) // PAGE)
             mask |= ((1 << (last - first)) - 1) << first
         return mask
 
 
 class Span(NamedTuple):
-    """The pages of one window that a page map names: `mask` bit i is page i."""
+    """The pages of one window that a page map names: `mask` bit i is page i. A wide one is full."""
 
     number: int
     mask: int
+    width: int = 1
+
+    def narrow(self) -> Iterator[Span]:
+        """The same pages as spans of one window each."""
+        for at in range(self.width):
+            if mask := self.mask >> at * PAGES & FULL:
+                yield Span(self.number + at, mask)
 
 
 class Spans:
@@ -126,8 +153,8 @@ class Spans:
         """Take one run."""
         address, left = run.address, run.pages
         while left:
-            number, offset = divmod(address // PAGE, PAGES)
-            count = min(left, PAGES - offset)
+            number, offset = divmod(address // PAGE, PAGES * WIDE)
+            count = min(left, PAGES * WIDE - offset)
             if number != self._number:
                 yield from self.last()
                 self._number = number
@@ -135,9 +162,12 @@ class Spans:
             address, left = address + count * PAGE, left - count
 
     def last(self) -> Iterator[Span]:
-        """The span under way, if any."""
-        if self._mask:
-            yield Span(self._number, self._mask)
+        """The spans under way, if any."""
+        stretch = Span(self._number * WIDE, self._mask, WIDE)
+        if self._mask == _ALL_WIDE:
+            yield stretch
+        else:
+            yield from stretch.narrow()
         self._mask = 0
 
 
@@ -151,9 +181,9 @@ def used_mask(piece: Piece) -> int:
     return int.from_bytes(piece.used or piece.held, "little")
 
 
-def mask_bytes(mask: int) -> bytes:
-    """A mask as stored."""
-    return mask.to_bytes(MASK_SIZE, "little")
+def mask_bytes(mask: int, width: int = 1) -> bytes:
+    """A mask of a window of that width as stored."""
+    return mask.to_bytes(MASK_SIZE * width, "little")
 
 
 def window_mask(window: Window) -> int:
@@ -211,6 +241,8 @@ def squeeze(pages: memoryview, mask: int, sparse: int) -> int:
 
 def _filled(pages: memoryview) -> int:
     """Bit i: the i-th of some pages is not all zero. Long runs of zeros are common, and looked at in larger steps."""
+    if len(pages) >= _LARGE:
+        return _filled_large(pages)
     filled = 0
     for first in range(0, len(pages) // PAGE, _ZERO_STEP):
         step = pages[first * PAGE : (first + _ZERO_STEP) * PAGE]
@@ -220,6 +252,21 @@ def _filled(pages: memoryview) -> int:
             if not _ZERO_PAGE.__eq__(step[number * PAGE : (number + 1) * PAGE]):
                 filled |= 1 << (first + number)
     return filled
+
+
+def _filled_large(pages: memoryview) -> int:
+    """The same by numpy, at the speed of memory and without the GIL; small processes need not wait for its import."""
+    import numpy as np
+
+    words = np.frombuffer(pages, np.uint64).reshape(-1, PAGE // 8)
+    bits = np.packbits(np.bitwise_or.reduce(words, axis=1) != 0, bitorder="little")
+    return int.from_bytes(bits.tobytes(), "little")
+
+
+def filled_pages(pages: memoryview, sparse: int) -> int:
+    """How many pages of a full span `squeeze` would keep."""
+    mask = (1 << len(pages) // PAGE) - 1
+    return ((_filled(pages) | ~sparse) & mask).bit_count()
 
 
 def changed_pages(pages: memoryview, mask: int, parent: memoryview, parent_mask: int) -> int:
@@ -285,7 +332,8 @@ def inherit(parent: Sequence[Piece], kept: int) -> list[Piece] | None:
         used = used_mask(piece) & kept
         if used:
             all_used = used == held_mask(piece)
-            pieces.append(Piece(piece.chunk, piece.held, b"" if all_used else mask_bytes(used)))
+            width = len(piece.held) // MASK_SIZE
+            pieces.append(Piece(piece.chunk, piece.held, b"" if all_used else mask_bytes(used, width)))
     held = sum(held_mask(piece).bit_count() for piece in pieces)
     if len(pieces) >= _MOST_PIECES or held > 2 * kept.bit_count():
         return None
@@ -295,17 +343,17 @@ def inherit(parent: Sequence[Piece], kept: int) -> list[Piece] | None:
 def plain_windows(windows: Iterable[Window], mappings: Sequence[Mapping]) -> set[int]:
     """The numbers of those windows of which every page lies in mappings that are plain (see Mapping)."""
     plain = Places((mapping.start, mapping.end) for mapping in mappings if mapping.plain)
-    return {window.number for window in windows if not window_mask(window) & ~plain.mask(window.number)}
+    return {w.number for w in windows if not window_mask(w) & ~plain.mask(w.number, w.width)}
 
 
 def check(space: AddressSpace, what: str) -> None:
     """Raises DamagedError when an address space from a stored record contradicts itself."""
     chunks = len(space.digests) // DIGEST_SIZE
     sound = len(space.digests) % DIGEST_SIZE == 0 and space.pid > 0 and space.pages_id >= 0 <= space.pages
-    number = -1
+    end = 0
     for window in space.windows:
-        sound = sound and number < window.number < _MOST_WINDOWS and _is_sound(window.pieces, chunks)
-        number = window.number
+        sound = sound and _is_sound(window.pieces, chunks) and end <= window.number <= _MOST_WINDOWS - window.width
+        end = window.end if sound else 0
     if not sound:
         raise DamagedError(
             f"{what} is malformed at the memory of process {space.pid}",
@@ -315,11 +363,14 @@ def check(space: AddressSpace, what: str) -> None:
 
 def _is_sound(pieces: Sequence[Piece], chunks: int) -> bool:
     seen = 0
+    size = len(pieces[0].held) if pieces else 0
+    if size % MASK_SIZE or not 0 < size <= _MOST_WIDTH * MASK_SIZE:
+        return False
     for piece in pieces:
-        if len(piece.held) != MASK_SIZE or len(piece.used) not in (0, MASK_SIZE) or not 0 <= piece.chunk < chunks:
+        if len(piece.held) != size or len(piece.used) not in (0, size) or not 0 <= piece.chunk < chunks:
             return False
         used = used_mask(piece)
         if not used or used & ~held_mask(piece) or used & seen:
             return False
         seen |= used
-    return 0 < len(pieces) <= _MOST_PIECES
+    return len(pieces) <= _MOST_PIECES

@@ -11,17 +11,19 @@ in the page map it sees, so it makes the mapping and leaves it empty; then many 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
+from dormouse.errors import DamagedError
 from dormouse.phases import host_clock
 from dormouse.snapshot.criu_images import PAGE, Task, encode_pagemap
 from dormouse.snapshot.criu_images import Mapping as ProcessMapping
 from dormouse.snapshot.memory_map import (
+    WIDE,
     WINDOW,
     AddressSpace,
     Window,
@@ -34,14 +36,25 @@ from dormouse.snapshot.memory_map import (
 )
 from dormouse.snapshot.process_memory import ProcessMemory
 from dormouse.store.chunk import Buffer, Digest
-from dormouse.store.store import Reader
+from dormouse.store.codec import Codec
+from dormouse.store.pack import aligned
+from dormouse.store.store import Reader, StoredChunk
 from dormouse.transfer.budget import default_threads
+from dormouse.transfer.memory import anonymous
 from dormouse.transfer.readahead import ReadAhead
+from dormouse.transfer.source_files import SourceFile
 
-AHEAD_BYTES = 96 << 20
-"""What is decoded before the processes are there to take it."""
+AHEAD_BYTES, AHEAD_BYTES_OF_LARGE = 96 << 20, 32 << 20
+"""What is decoded before the processes are there to take it; less where each thread needs more for itself."""
+
+_MERGED_AT_ONCE = 4
+"""Wide windows of several pieces that are put together at a time: each needs several times its size."""
+
+_HUGE_FROM = 16 << 20
+"""Bytes to be filled in a mapping from which on it gets huge pages, if they are most of it."""
 
 _ADVISE_STEP = 4 << 20
+_DIRECT_FROM = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,8 @@ class MemoryPlan:
     space: AddressSpace
     piped: list[Window]
     filled: list[Window]
+    huge: frozenset[int] = frozenset()
+    """Where mappings begin that are to have huge pages: to fill them then costs a third."""
 
 
 def fill_plan(
@@ -67,7 +82,8 @@ def fill_plan(
             MemoryPlan(
                 space,
                 piped=[window for window in space.windows if window.number not in plain],
-                filled=[window for window in space.windows if window.number in plain],
+                filled=(filled := [window for window in space.windows if window.number in plain]),
+                huge=frozenset(_dense(filled, own)),
             )
         )
     return plans
@@ -82,6 +98,17 @@ def _inherited(mappings: Mapping[int, list[ProcessMapping]], tree: Iterable[Task
         shared.setdefault(task.pid, set()).update(common)
         shared.setdefault(task.parent, set()).update(common)
     return shared
+
+
+def _dense(filled: Sequence[Window], mappings: Iterable[ProcessMapping]) -> Iterator[int]:
+    """Where mappings begin that are large and will be full anyway."""
+    wide = [window for window in filled if window.width > 1]
+    ends = [window.end * WINDOW for window in wide]
+    for mapping in mappings:
+        inside = wide[bisect_right(ends, mapping.start) : bisect_right(ends, mapping.end)]
+        size = sum(window_mask(window).bit_count() * PAGE for window in inside)
+        if mapping.plain and size >= max(_HUGE_FROM, (mapping.end - mapping.start) * 3 // 4):
+            yield mapping.start
 
 
 def pagemap_parts(plan: MemoryPlan) -> Iterator[Buffer]:
@@ -105,6 +132,70 @@ def page_parts(plan: MemoryPlan, chunks: ReadAhead) -> Iterator[Buffer]:
         stream.close()
 
 
+def fresh(length: int) -> memoryview:
+    """New memory that begins at a page."""
+    return memoryview(anonymous(length))[:length]
+
+
+class _Bulk:
+    """Reads large chunks: past the page cache what is not in it, else through it, into memory of each thread's own."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._files: dict[int, SourceFile] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def close(self) -> None:
+        """Close the packs. No read may be under way. Idempotent."""
+        files, self._files = self._files, {}
+        for file in files.values():
+            file.close()
+
+    def buffer(self, length: int) -> memoryview:
+        """This thread's buffer for plain bytes, valid until its next call."""
+        return self._own("plain", length)
+
+    def reads_directly(self, chunk: StoredChunk) -> bool:
+        """Whether a chunk is large, and best read past the page cache."""
+        if chunk.stored_length < _DIRECT_FROM:
+            return False
+        self._reader.check_row(chunk)
+        return self._file(chunk).prefers_direct(chunk.offset, chunk.stored_length)
+
+    def plain_into(self, chunk: StoredChunk, out: memoryview) -> memoryview:
+        """A chunk's plain bytes, in `out`, which begins at a page. Raises DamagedError."""
+        if not self.reads_directly(chunk):
+            self._reader.plain_into(chunk, out)
+            return out
+        raw = chunk.codec == Codec.RAW
+        buffer = out if raw else self._own("stored", aligned(chunk.stored_length))
+        try:
+            stored = self._file(chunk).read_around(buffer, chunk.offset, chunk.stored_length, direct=True)
+        except DamagedError as error:
+            raise self._reader.damaged(chunk, error.message) from error
+        self._reader.check(chunk, stored)
+        if not raw:
+            self._reader.decode_into(chunk, stored, out)
+        elif len(stored) != len(out):
+            raise self._reader.damaged(chunk, f"it has {len(stored)} raw bytes instead of {len(out)}")
+        return out
+
+    def _file(self, chunk: StoredChunk) -> SourceFile:
+        with self._lock:
+            file = self._files.get(chunk.pack)
+            if file is None:
+                file = self._files[chunk.pack] = SourceFile(self._reader.pack(chunk), ours=True)
+            return file
+
+    def _own(self, name: str, length: int) -> memoryview:
+        found: memoryview | None = getattr(self._local, name, None)
+        if found is None or len(found) < length:
+            found = fresh(max(length, WIDE * WINDOW))
+            setattr(self._local, name, found)
+        return found[:length]
+
+
 class Fill:
     """Writes withheld windows into stopped processes. A context manager: at its end no thread of it is left."""
 
@@ -117,6 +208,8 @@ class Fill:
         self._lists = {plan.space.pid: plan.space.chunk_list() for plan in self._plans}
         self._ahead: dict[tuple[int, int], Future[memoryview]] = {}
         self._lock = threading.Lock()
+        self._bulk = _Bulk(reader)
+        self._merging = threading.BoundedSemaphore(_MERGED_AT_ONCE)
         self._running = self._ended = False
         self.begun: float | None = None
         """When `begin` was called, on the host's clock."""
@@ -132,6 +225,7 @@ class Fill:
         with self._lock:
             self._running = self._ended = True
         self._pool.shutdown(cancel_futures=True)
+        self._bulk.close()
 
     @property
     def bytes(self) -> int:
@@ -157,8 +251,17 @@ class Fill:
                 return
             self.begun = host_clock()
             self._pool.submit(self._advise)
-            for pid, window in itertools.islice(windows, AHEAD_BYTES // WINDOW):
+            for pid, window in self._first(windows):
                 self._ahead[pid, window.number] = self._pool.submit(self._pages, pid, window)
+
+    def _first(self, windows: Iterator[tuple[int, Window]]) -> Iterator[tuple[int, Window]]:
+        large = any(window.width > 1 for plan in self._plans for window in plan.filled)
+        room = AHEAD_BYTES_OF_LARGE if large else AHEAD_BYTES
+        for pid, window in windows:
+            room -= window.width * WINDOW
+            if room < 0:
+                return
+            yield pid, window
 
     def run(self, host_pids: Mapping[int, int]) -> None:
         """Fill the processes, whose pids in this namespace are `host_pids`. Raises DamagedError, SnapshotError."""
@@ -183,6 +286,8 @@ class Fill:
         for chunk in sorted(self._chunks.values(), key=lambda chunk: (chunk.pack, chunk.offset)):
             if self._ended:
                 return
+            if self._bulk.reads_directly(chunk):
+                continue
             self._reader.advise(chunk)
             step += chunk.stored_length
             if step >= _ADVISE_STEP:
@@ -192,15 +297,22 @@ class Fill:
     def _fill(self, memory: ProcessMemory, pid: int, window: Window) -> None:
         # The futures of `begin` were in the pool's queue before this one, so what is waited for is running or done.
         ahead = self._ahead.pop((pid, window.number), None)
-        pages = ahead.result() if ahead is not None else self._pages(pid, window)
+        pages = ahead.result() if ahead is not None else self._pages(pid, window, self._bulk.buffer)
         memory.write(window.number, window_mask(window), pages)
 
-    def _pages(self, pid: int, window: Window) -> memoryview:
+    def _pages(self, pid: int, window: Window, buffer: Callable[[int], memoryview] = fresh) -> memoryview:
+        """The pages of a window, packed; where one chunk has them all, in memory that `buffer` gives."""
         digests = self._lists[pid]
         for piece in window.pieces:
             digest = digests[piece.chunk]
             check_length(self._chunks[digest].plain_length, held_mask(piece), digest)
-        return assemble(window, lambda number: self._reader.plain(self._chunks[digests[number]]))
+        if window.width == 1:
+            return assemble(window, lambda number: self._reader.plain(self._chunks[digests[number]]))
+        if len(window.pieces) == 1 and not window.pieces[0].used:
+            chunk = self._chunks[digests[window.pieces[0].chunk]]
+            return self._bulk.plain_into(chunk, buffer(chunk.plain_length))
+        with self._merging:
+            return assemble(window, lambda number: self._reader.plain(self._chunks[digests[number]]))
 
 
 def _digests(plan: MemoryPlan) -> Iterator[Digest]:

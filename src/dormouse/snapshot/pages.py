@@ -11,7 +11,7 @@ error that says so; nothing is read before it is known that every byte asked for
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -132,11 +132,20 @@ def _refuse_missing(memory: ProcessMap, start: int, end: int) -> None:
 
 def _cut(windows: Sequence[Window], start: int, end: int) -> Iterator[Extent]:
     """A range, window by window."""
-    at = bisect_left(windows, start // WINDOW, key=lambda window: window.number)
-    for number in range(start // WINDOW, (end - 1) // WINDOW + 1):
-        window = windows[at] if at < len(windows) and windows[at].number == number else None
+    at = _first_beyond(windows, start)
+    while start < end:
+        number = start // WINDOW
+        window = windows[at] if at < len(windows) and windows[at].number <= number else None
+        first, following = (window.number, window.end) if window else (number, number + 1)
+        stop = min(end, following * WINDOW)
+        yield Extent(first, start - first * WINDOW, stop - first * WINDOW, window)
         at += window is not None
-        yield Extent(number, max(start - number * WINDOW, 0), min(end - number * WINDOW, WINDOW), window)
+        start = stop
+
+
+def _first_beyond(windows: Sequence[Window], address: int) -> int:
+    """Which is the first window that ends beyond an address."""
+    return bisect_right(windows, address // WINDOW, key=lambda window: window.end)
 
 
 def read(memory: ProcessMap, found: Iterable[Extent], plain: Plain) -> Iterator[bytes]:
@@ -196,10 +205,10 @@ def usage(memory: ProcessMap, stored_length: Callable[[Digest], int]) -> list[Ma
     rows = []
     for mapping in memory.mappings:
         place = Places([(mapping.start, mapping.end)])
-        at = bisect_left(windows, mapping.start // WINDOW, key=lambda window: window.number)
+        at = _first_beyond(windows, mapping.start)
         pages = stored = 0
         while at < len(windows) and windows[at].number * WINDOW < mapping.end:
-            inside = place.mask(windows[at].number)
+            inside = place.mask(windows[at].number, windows[at].width)
             for piece in windows[at].pieces:
                 used = used_mask(piece)
                 count = (used & inside).bit_count()

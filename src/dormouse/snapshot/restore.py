@@ -27,7 +27,7 @@ from dormouse.phases import Phases, host_clock
 from dormouse.snapshot.capture import failure_of
 from dormouse.snapshot.compatibility import first_mismatch, gpu_key
 from dormouse.snapshot.criu import failures, restore_command
-from dormouse.snapshot.criu_images import Task, parse_mappings, parse_tree, was_stopped
+from dormouse.snapshot.criu_images import Task, parse_mappings, parse_tree, was_stopped, with_huge_pages
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.cuda_checkpoint import CUDA, Cuda, CudaState, CudaTree, gpu_pairs, restore_threads
 from dormouse.snapshot.cuda_checkpoint import gpus as gpus_here
@@ -41,6 +41,7 @@ from dormouse.snapshot.streamer import Parts, RestoreStream, image_parts
 from dormouse.snapshot.tree import Home, ProcessTree, continue_tree
 from dormouse.snapshot.work_folder import work_folder
 from dormouse.store.store import Store
+from dormouse.transfer.memory import huge_pages_on_request
 from dormouse.transfer.readahead import ReadAhead
 
 log = logging.getLogger(__name__)
@@ -220,6 +221,9 @@ class _Work:
         for plan in plans:
             self.served[plan.space.pagemap_name] = partial(pagemap_parts, plan)
             self.served[plan.space.pages_name] = partial(page_parts, plan, chunks)
+            if plan.huge and huge_pages_on_request():
+                name = f"mm-{plan.space.pid}.img"
+                self.served[name] = partial(iter, (with_huge_pages(images.whole(name), plan.huge, name),))
         self._stopped_before = [task.pid for task in self._tasks if _was_stopped(images, task)]
 
     def fill_in(self, home: Home) -> None:

@@ -89,14 +89,16 @@ def pack_name(number: int) -> str:
 
 
 class PackWriter:
-    """One growing pack. `append` may be called by many threads; the file is theirs one after another."""
+    """One growing pack. `append` may be called by many threads: each takes a place and writes there by itself."""
 
     def __init__(self, path: Path, key: Key) -> None:
         self.path = path
         self.installed = False
         self._key = key
         self.entries: dict[Digest, StoredChunk] = {}
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._writing = 0
+        self._whole = True
         self._end = ALIGNMENT
         self._sent = 0  # up to here the kernel was told to write
         with system_errors(path, "creating"):
@@ -104,27 +106,43 @@ class PackWriter:
             fcntl.flock(self._fd, fcntl.LOCK_EX)  # tells cleaners that the writer lives
 
     def append(self, digest: Digest, codec: Codec, plain_length: int, stored: Buffer) -> bool:
-        """Add a chunk; False when it is there already."""
+        """Add a chunk; False when it is there already, or another thread is just writing it."""
         mac = chunk_mac(self._key, digest, codec, plain_length, stored)
-        with self._lock:
+        with self._changed:
             if self._fd < 0:
                 raise StoreError(f"{self.path.name} takes no more chunks: its transaction has ended")
             if digest in self.entries:
                 return False
             offset = self._end if stored else 0
-            with system_errors(self.path, "writing to", len(stored)):
-                write_all(self._fd, stored, offset)
             self._end += aligned(len(stored))
             self.entries[digest] = StoredChunk(digest, mac, 0, offset, len(stored), plain_length, codec)
-            begin, end = self._sent, self._end
-            if end - begin < _WRITEBACK_STEP:
-                return True
-            self._sent = end
-        start_writeback(self._fd, begin, end - begin)
+            self._writing += 1
+        whole = False
+        try:
+            with system_errors(self.path, "writing to", len(stored)):
+                write_all(self._fd, stored, offset)
+            self._hint()
+            whole = True
+        finally:
+            with self._changed:
+                self._writing -= 1
+                self._whole &= whole
+                self._changed.notify_all()
         return True
 
+    def _hint(self) -> None:
+        with self._changed:
+            begin, end = self._sent, self._end
+            if end - begin < _WRITEBACK_STEP:
+                return
+            self._sent = end
+        start_writeback(self._fd, begin, end - begin)
+
     def finish(self) -> None:
-        """Write preamble, table and trailer and make the bytes durable."""
+        """Write preamble, table and trailer and make the bytes durable. Raises StoreError when a chunk was not
+        written."""
+        if not self._whole or self._writing:
+            raise StoreError(f"{self.path.name} lacks a chunk that could not be written")
         table = b"".join(_packed(entry) for entry in self.entries.values())
         with system_errors(self.path, "writing to", len(table)):
             write_all(self._fd, preamble(MAGIC, VERSION, self._key.id), 0)
@@ -138,7 +156,8 @@ class PackWriter:
 
     def close(self) -> None:
         """Let go of the file; what was not installed before is removed. Idempotent."""
-        with self._lock:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._writing)  # nobody may write to a number that is another file's
             fd, self._fd = self._fd, -1
         if fd >= 0:
             try:

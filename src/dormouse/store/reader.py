@@ -59,7 +59,7 @@ class Reader:
         try:
             return decode(chunk.codec, stored, chunk.plain_length)
         except DamagedError as error:
-            raise self._damaged(chunk, error.message) from error
+            raise self.damaged(chunk, error.message) from error
 
     def plain_into(self, chunk: StoredChunk, out: memoryview) -> None:
         """Write a chunk's plain bytes to `out`, which has their length, with as few copies as its codec permits: raw
@@ -68,28 +68,40 @@ class Reader:
             raise ValueError(f"{len(out)} bytes of memory for a chunk of {chunk.plain_length}")
         raw = chunk.codec == Codec.RAW
         stored = self._checked(chunk, out if raw else None)
+        if not raw:
+            self.decode_into(chunk, stored, out)
+        elif len(stored) != len(out):
+            raise self.damaged(chunk, f"it has {len(stored)} raw bytes instead of {len(out)}")
+
+    def decode_into(self, chunk: StoredChunk, stored: Buffer, out: memoryview) -> None:
+        """Write the plain bytes of a chunk that is not raw to `out`. Raises DamagedError, as `plain_into`."""
         try:
-            if not raw:
-                decode_into(chunk.codec, stored, out)
-            elif len(stored) != len(out):
-                raise DamagedError(f"it has {len(stored)} raw bytes instead of {len(out)}")
+            decode_into(chunk.codec, stored, out)
         except DamagedError as error:
-            raise self._damaged(chunk, error.message) from error
+            raise self.damaged(chunk, error.message) from error
 
     def stored(self, chunk: StoredChunk) -> Buffer:
         """A chunk's stored bytes, checked. Valid until this thread's next call. Raises DamagedError."""
         return self._checked(chunk, None)
 
     def _checked(self, chunk: StoredChunk, out: memoryview | None) -> Buffer:
-        if not makes_sense(chunk):
-            raise self._damaged(chunk, "its row of the index makes no sense")
+        self.check_row(chunk)
         stored = self._read(chunk, out) if chunk.stored_length else b""
+        self.check(chunk, stored)
+        return stored
+
+    def check_row(self, chunk: StoredChunk) -> None:
+        """Before a chunk's place is used. Raises DamagedError."""
+        if not makes_sense(chunk):
+            raise self.damaged(chunk, "its row of the index makes no sense")
+
+    def check(self, chunk: StoredChunk, stored: Buffer) -> None:
+        """Whether these are a chunk's stored bytes. Raises DamagedError."""
         if len(stored) != chunk.stored_length:
-            raise self._damaged(chunk, "the pack ends before it")
+            raise self.damaged(chunk, "the pack ends before it")
         mac = chunk_mac(self._key, chunk.digest, chunk.codec, chunk.plain_length, stored)
         if not same(mac, chunk.mac):
-            raise self._damaged(chunk, "its bytes do not match their signature")
-        return stored
+            raise self.damaged(chunk, "its bytes do not match their signature")
 
     def advise(self, chunk: StoredChunk) -> None:
         """Tell the kernel that a chunk's stored bytes will soon be read. A hint: a pack that is gone or unreadable is
@@ -133,9 +145,9 @@ class Reader:
             with reading(self._packs / pack_name(chunk.pack)):
                 yield self._file(chunk.pack)
         except FileNotFoundError:
-            raise self._damaged(chunk, "the pack is missing") from None
+            raise self.damaged(chunk, "the pack is missing") from None
         except DamagedError as error:
-            raise self._damaged(chunk, "the disk can't read it") from error
+            raise self.damaged(chunk, "the disk can't read it") from error
 
     def _scratch(self, length: int) -> memoryview:
         """This thread's own memory for coded bytes, used again and again: fresh memory costs a page fault per 4 KiB."""
@@ -151,7 +163,7 @@ class Reader:
                 fd = self._files[number] = open_ours(self._packs / pack_name(number))
             return fd
 
-    def _damaged(self, chunk: StoredChunk, why: str) -> DamagedError:
+    def damaged(self, chunk: StoredChunk, why: str) -> DamagedError:
         """The error to raise; also remembered, so that the next capture stores the chunk afresh."""
         try:
             self._index.mark([chunk.digest], damaged=True)

@@ -50,6 +50,7 @@ class Store:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self.key = layout.key
+        self.root = layout.root
 
     @classmethod
     def open(cls, path: Path, *, key_file: Path | None = None, checkpoint: Checkpoint = lambda _step: None) -> Self:

@@ -1,13 +1,14 @@
-"""A transaction: chunks go into a pack of its own that nobody sees until `commit` makes the whole of it visible.
+"""A transaction: chunks go into packs of its own that nobody sees until `commit` makes the whole of it visible.
 
-Many threads may `put` at once: hashing, looking up and coding run side by side, only the append is one at a time.
+Many threads may `put` at once: hashing, looking up, coding and writing run side by side.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +24,51 @@ from dormouse.store.pack import PackWriter
 
 log = logging.getLogger(__name__)
 
+Choose = Callable[[memoryview], Codec]
+
+_SPREAD_FROM = 256 << 20
+_MOST_PACKS = 8
+
+
+class _Packs:
+    """The packs that one transaction writes: one, and, when much comes from many threads at once, some more, for in the
+    kernel the writes to one file go one after another. A chunk is in one of them: the caller asks once for each."""
+
+    def __init__(self, layout: Layout, first: PackWriter) -> None:
+        self._layout = layout
+        self._busy = {first: 0}
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def append(self, digest: Digest, codec: Codec, plain_length: int, stored: Buffer) -> bool:
+        """Add a chunk; False when it is there already."""
+        writer = self._take(len(stored))
+        try:
+            return writer.append(digest, codec, plain_length, stored)
+        finally:
+            with self._lock:
+                self._busy[writer] -= 1
+
+    def filled(self) -> list[PackWriter]:
+        """Those that have chunks."""
+        return [writer for writer in self._busy if writer.entries]
+
+    def close(self) -> None:
+        """Let go of all; what was not installed is removed. Idempotent."""
+        with contextlib.ExitStack() as exits:
+            for writer in self._busy:
+                exits.callback(writer.close)
+
+    def _take(self, length: int) -> PackWriter:
+        with self._lock:
+            writer = min(self._busy, key=self._busy.__getitem__)
+            if self._busy[writer] and self._bytes >= _SPREAD_FROM and len(self._busy) < _MOST_PACKS:
+                writer = self._layout.new_writer()
+                self._busy[writer] = 0
+            self._busy[writer] += 1
+            self._bytes += length
+            return writer
+
 
 class Transaction:
     """Made by `Store.begin`; a context manager. Leaving it without `commit` leaves no trace.
@@ -37,7 +83,7 @@ class Transaction:
         self.new_chunks = 0
         self._layout = layout
         self._in_use = in_use
-        self._writer = writer
+        self._packs = _Packs(layout, writer)
         self._lengths: dict[Digest, int] = {}
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -49,8 +95,22 @@ class Transaction:
     def __exit__(self, *_exception: object) -> None:
         self._end()
 
-    def put(self, plain: Buffer, *, codec: Codec = Codec.LZ4, payload: Buffer | None = None) -> Digest:
-        """Store a chunk unless it is there already; its name. Thread-safe.
+    def known(self, plain: Buffer) -> Digest | None:
+        """The name of a chunk that is there already, as `put` would give it; None for another. Thread-safe."""
+        view = memoryview(plain).cast("B")
+        digest = digest_of(view)
+        with self._lock:
+            known = digest in self._lengths
+        if not known and not self._layout.index.has(digest):
+            return None
+        with self._lock:
+            self.raw_bytes += len(view)
+            self._lengths[digest] = len(view)
+        return digest
+
+    def put(self, plain: Buffer, *, codec: Codec | Choose = Codec.LZ4, payload: Buffer | None = None) -> Digest:
+        """Store a chunk unless it is there already; its name. Thread-safe. `codec` may be a function that is asked
+        when the chunk is to be stored.
 
         `payload` is what `codec` makes of the chunk, where somebody has coded it already; they answer for it that it
         decodes to the chunk, which is not tried again here. An all-zero chunk is stored as such all the same.
@@ -61,7 +121,7 @@ class Transaction:
         if len(view) > MAX_CHUNK:
             raise StoreError(f"a chunk of {len(view)} bytes is too long; at most {MAX_CHUNK} are allowed")
         if payload is not None and (codec not in FLOATS or len(payload) * 8 > len(view) * 7):
-            raise StoreError(f"a payload of {len(payload)} bytes is not what {codec.name} stores for {len(view)}")
+            raise StoreError(f"a payload of {len(payload)} bytes is not what {codec!r} stores for {len(view)}")
         digest = digest_of(view)
         with self._lock:
             self.raw_bytes += len(view)
@@ -87,20 +147,21 @@ class Transaction:
         target = self._layout.manifests / manifest_name(manifest.id)
         raw_bytes = self._raw_bytes_of(manifest.refs)
         self._layout.checkpoint("begin")
-        if self._writer.entries:
-            self._writer.finish()
+        for writer in self._packs.filled():
+            writer.finish()
         self._layout.checkpoint("pack written")
         with self._layout.change():
             self._publish(manifest, target, raw_bytes)
         self._layout.checkpoint("index written")
         self._end()
 
-    def _append(self, digest: Digest, view: memoryview, codec: Codec, payload: Buffer | None) -> None:
+    def _append(self, digest: Digest, view: memoryview, codec: Codec | Choose, payload: Buffer | None) -> None:
         if payload is None or is_zero(view):
-            used, stored = encode(view, codec)
+            used, stored = encode(view, codec if isinstance(codec, Codec) else codec(view))
         else:
+            assert isinstance(codec, Codec)
             used, stored = codec, payload
-        if self._writer.append(digest, used, len(view), stored):
+        if self._packs.append(digest, used, len(view), stored):
             with self._lock:
                 self.stored_bytes += len(stored)
                 self.new_chunks += 1
@@ -118,29 +179,29 @@ class Transaction:
         """The files first, they are the truth; then the index. Undone when the index refuses (its disk may be full)."""
         if target.exists():
             raise StoreError(f"there is a manifest {manifest.id} already", remedy="Commit it under another id")
-        number = None
+        numbers: list[int] = []
         try:
             with self._layout.index.change() as connection:
-                if self._writer.entries:
-                    number = self._layout.install(self._writer)
-                    add_pack(connection, number, self._writer.entries.values())
+                for writer in self._packs.filled():
+                    numbers.append(self._layout.install(writer))
+                    add_pack(connection, numbers[-1], writer.entries.values())
                 self._layout.checkpoint("pack named")
                 add_manifest(connection, manifest, raw_bytes, self._layout.key)
                 self._write_manifest(manifest.id, target, encode_manifest(manifest, raw_bytes, self._layout.key))
                 self._layout.checkpoint("manifest named")
         except BaseException:
-            self._undo(target, number)
+            self._undo(target, numbers)
             raise
 
-    def _undo(self, target: Path, number: int | None) -> None:
-        """The manifest first, and for certain: one that stays, or comes back with a power cut, must find its pack."""
+    def _undo(self, target: Path, numbers: Sequence[int]) -> None:
+        """The manifest first, and for certain: one that stays, or comes back with a power cut, must find its packs."""
         try:
             target.unlink(missing_ok=True)
             sync_folder(target.parent)
         except OSError as error:
             log.warning("%s may stay although its commit failed: %s", target, error)
             return
-        if number is not None:
+        for number in numbers:
             discard(self._layout.pack(number))
 
     def _write_manifest(self, manifest_id: str, target: Path, data: bytes) -> None:
@@ -152,6 +213,6 @@ class Transaction:
         if not self._ended:
             self._ended = True
             try:
-                self._writer.close()
+                self._packs.close()
             finally:
                 self._in_use.release()

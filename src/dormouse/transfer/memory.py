@@ -12,6 +12,7 @@ import ctypes
 import logging
 import mmap
 from functools import cache
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ _M_ARENA_MAX = -8
 _LARGEST_FROM_HEAP = 32 << 20  # glibc accepts no more; a chunk and its worst expansion fit
 _KEPT_PER_HEAP = 16 << 20
 _HEAPS = 2
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @cache
@@ -37,8 +39,21 @@ def anonymous(size: int) -> mmap.mmap:
     """New memory of zeros that begins at a page, on huge pages where the kernel has them: to fill it then takes half
     the CPU time. Raises OSError."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    advise_huge(memory)
+    return memory
+
+
+def huge_pages_on_request() -> bool:
+    """Whether this kernel has huge pages where they are asked for, and there alone."""
+    try:
+        return "[madvise]" in _HUGE_PAGES.read_text()
+    except FileNotFoundError:
+        return False  # a kernel without them, which would refuse the request too
+
+
+def advise_huge(memory: mmap.mmap) -> None:
+    """Have huge pages behind new memory where the kernel has them."""
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError as error:
-        log.info("no huge pages for %d bytes of memory: %s", size, error)
-    return memory
+        log.info("no huge pages for %d bytes of memory: %s", len(memory), error)
