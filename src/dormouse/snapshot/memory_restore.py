@@ -228,7 +228,7 @@ class Fill:
         self._bulk.close()
 
     @property
-    def bytes(self) -> int:
+    def plain_bytes(self) -> int:
         """What is filled in."""
         return PAGE * sum(window_mask(window).bit_count() for plan in self._plans for window in plan.filled)
 

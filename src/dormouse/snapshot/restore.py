@@ -111,7 +111,7 @@ def restore(
                 compared = beside.submit(first_changed_file, [file for file in body.mapped if file.digest], digests)
                 pid, control = _run_criu(home, body, work, command, phases)
                 try:
-                    with phases.time("fill", track="fill", bytes=work.fill.bytes, stored=work.fill.stored_bytes):
+                    with phases.time("fill", track="fill", bytes=work.fill.plain_bytes, stored=work.fill.stored_bytes):
                         work.fill_in(home)
                     if work.fill.begun is not None:
                         phases.add("fill ahead", work.fill.begun, work.fill.run_at, track="fill")
