@@ -10,6 +10,8 @@ import ctypes
 import json
 import mmap
 import os
+import platform
+import re
 import subprocess
 import sys
 import threading
@@ -18,12 +20,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dormouse import host_memory
 from dormouse.bench_load import limits
-from dormouse.bench_start import host_facts
 from measuring import drop_page_cache
 
 _INTERVAL = 0.02
@@ -80,8 +82,25 @@ def find_gpu(device: str) -> Gpu | None:
 
 def facts(gpu: Gpu | None, criu: str) -> dict[str, Any]:
     """What the figures depend on."""
-    memory = {"memory_bytes": host_memory.total(), "criu": criu}
-    return host_facts() | memory | (gpu.facts() if gpu is not None else {"gpu": None})
+    model = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}",
+        "memory_bytes": host_memory.total(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "criu": criu,
+        **{name: _version(name) for name in ("dormouse", "torch", "transformers", "triton", "cuda-bindings")},
+        **(gpu.facts() if gpu is not None else {"gpu": None}),
+    }
+
+
+def _version(package: str) -> str | None:
+    """None for one that is not installed, or runs from its sources."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def measure_limits(folder: Path, device: str) -> dict[str, float]:

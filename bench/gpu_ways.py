@@ -236,9 +236,21 @@ class Raw:
     def restore(self, deadline: Deadline, phases: Phases) -> None:
         """From the files; it runs when this returns."""
         with phases.time("criu restore", track="criu", bytes=folder_bytes(self.images)):
-            self._run_criu(["restore", "--restore-detached"], "restore.log", deadline)
+            self._restore_images(deadline)
         if self._cuda is not None:
             self._cuda.go_on(self._pid, phases, deadline)
+
+    def _restore_images(self, deadline: Deadline) -> None:
+        """Without namespaces a pid may be taken, often by a short-lived process."""
+        for last in (False, False, True):
+            try:
+                self._run_criu(["restore", "--restore-detached"], "restore.log", deadline)
+            except RowFailed as error:
+                if last or "File exists" not in str(error):
+                    raise
+                time.sleep(0.2)
+            else:
+                return
 
     def close(self) -> None:
         """End it, and remove its files."""

@@ -482,7 +482,7 @@ def _compressed(bench: Bench, raw: Raw, row: Row, text: str, deadline: Deadline)
         found = {
             "capture_s": row["capture_s"] + step.seconds,
             "capture_steps": row["capture_steps"] + steps_of(packed),
-            "raw_bytes": row["raw_bytes"],
+            **{key: row[key] for key in ("raw_bytes", "gpu_bytes", "host_bytes")},
             "stored_bytes": step.stored,
         }
         return found | _raw_restore(raw, text, deadline, lambda phases: decompress(raw.images, phases, threads))
@@ -492,11 +492,11 @@ def _compressed(bench: Bench, raw: Raw, row: Row, text: str, deadline: Deadline)
 
 def _raw_restore(raw: Raw, text: str, deadline: Deadline, before: Callable[[Phases], None]) -> Row:
     drop_page_cache()
-    raw.subject.ask()
     phases, begin = Phases(), time.monotonic()
     with peak_memory() as peak:
         before(phases)
         raw.restore(deadline, phases)
+        raw.subject.ask()  # not before: nothing holds the program back until CUDA is there again
         restored = raw.subject.first_token(deadline, raw.alive) - begin
     row = {"restore_s": restored, "restore_peak_bytes": peak.bytes, "restore_steps": steps_of(phases)}
     return row | {"identical": _same(text, raw.subject.answer(deadline, raw.alive))}
@@ -603,7 +603,7 @@ def finish(bench: Bench, result: dict[str, Any]) -> None:
         row["date"] = result["machine"]["date"]
         for kind in ("capture", "restore"):
             if f"{kind}_steps" in row:
-                steps = row[f"{kind}_steps"]
+                steps = [_with_gpu_bytes(name, row, fields) for fields in row[f"{kind}_steps"]]
                 row[f"{kind}_steps"] = [fields | _rate(name, kind, fields, result["limits"]) for fields in steps]
     result["rows"] = result.get("rows", {}) | rows
     result["figures"] = figures(result)
@@ -611,6 +611,12 @@ def finish(bench: Bench, result: dict[str, Any]) -> None:
         draft = bench.options.json.with_suffix(".draft")
         draft.write_text(json.dumps(result, indent=2) + "\n")
         draft.rename(bench.options.json)
+
+
+def _with_gpu_bytes(name: str, row: Row, fields: dict[str, Any]) -> dict[str, Any]:
+    """The driver moves all GPU memory of a program that knows nothing of it, and does not tell."""
+    moves = fields["name"] in ("cuda checkpoint", "cuda restore") and name not in SERVED
+    return fields | {"bytes": row.get("gpu_bytes")} if moves and fields["bytes"] is None else fields
 
 
 def _rate(row: str, kind: str, fields: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, Any]:
