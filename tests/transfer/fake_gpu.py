@@ -89,9 +89,11 @@ class FakeGpu:
     @contextlib.contextmanager
     def on(self, stream: FakeStream) -> Iterator[None]:
         """Copies and kernels within are put into the stream."""
-        gpu = self
+        gpu, mine = self, threading.get_ident()
 
         def later(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+            if threading.get_ident() != mine:
+                return _copy(target, source)  # of another thread, which has nothing to do with this GPU now
             assert non_blocking
             gpu.copies += 1
             if gpu.copies == gpu.fail_at:

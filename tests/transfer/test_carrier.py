@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ from dormouse.store.codec import Codec
 from dormouse.store.key import Key
 from dormouse.store.pack import ALIGNMENT
 from dormouse.store.store import Store
-from dormouse.transfer import carrier, pinned
-from dormouse.transfer.carrier import PIECE_BYTES, PIECES, shared_out, stretches
+from dormouse.transfer import carrier, pinned, source_files
+from dormouse.transfer.carrier import BLOCK_BYTES, SENT_BLOCKS, shared_out, stretches
 from dormouse.transfer.load_device import carry_out
+from dormouse.transfer.parallel_reads import Read
 from dormouse.transfer.plan import LoadPlan
 from dormouse.transfer.report import LoadReport
 from dormouse.transfer.source_files import SourceFile, room_for
@@ -34,12 +36,12 @@ from dormouse.transfer.source_files import SourceFile, room_for
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small files have many."""
     monkeypatch.setattr(carrier, "_LEAST", 2 * ALIGNMENT)
-    monkeypatch.setattr(carrier, "PIECE_BYTES", 4 * ALIGNMENT)
+    monkeypatch.setattr(carrier, "BLOCK_BYTES", 8 * ALIGNMENT)
 
 
 @pytest.fixture(params=["direct", "cached"])
 def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether files are read past the page cache."""
+    """Whether files are read past the page cache, by readers in any case."""
     wanted: bool = request.param == "direct"
     monkeypatch.setattr(SourceFile, "is_resident", lambda _self, _offset, _length: not wanted)
     return wanted
@@ -93,19 +95,22 @@ def test_stretches_are_all_of_it_and_can_be_read_past_the_page_cache(offset: int
     assert max(room_for(low, high - low) for low, high in parts) <= pages * ALIGNMENT
 
 
-@given(budget=st.integers(0, 1 << 30), threads=st.integers(1, 64))
-def test_pinned_memory_is_shared_out_among_readers(budget: int, threads: int) -> None:
+@given(budget=st.integers(0, 1 << 30), carriers=st.integers(0, 64), reads=st.integers(0, 64))
+def test_pinned_memory_is_shared_out(budget: int, carriers: int, reads: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(carrier, "_LEAST", 64 << 10)
-        patch.setattr(carrier, "PIECE_BYTES", PIECE_BYTES)
+        patch.setattr(carrier, "BLOCK_BYTES", BLOCK_BYTES)
         try:
-            readers, size = shared_out(budget, threads)
+            shares = shared_out(budget, carriers=carriers, reads=reads)
         except ConfigError as error:
-            assert budget < 2 * PIECES * ALIGNMENT and str(budget) in str(error)
+            assert budget < 6 * ALIGNMENT and str(budget) in str(error)
             return
-    assert 1 <= readers <= threads and readers * PIECES * size <= budget
-    assert 2 * ALIGNMENT <= size <= PIECE_BYTES and size % ALIGNMENT == 0
-    assert budget < threads * PIECES * PIECE_BYTES or (readers, size) == (threads, PIECE_BYTES)
+    blocks = shares.carriers + shares.flow
+    assert blocks * shares.block_bytes <= budget or not blocks
+    assert shares.block_bytes % (2 * ALIGNMENT) == 0 and shares.block_bytes <= BLOCK_BYTES
+    assert (shares.carriers > 0, shares.flow > 0) == (carriers > 0, reads > 0)
+    wanted = carriers + (reads + SENT_BLOCKS if reads else 0)
+    assert not wanted or budget < wanted * BLOCK_BYTES or (blocks, shares.block_bytes) == (wanted, BLOCK_BYTES)
 
 
 @pytest.mark.parametrize("pinned_bytes", [64 << 10, 300_000, 8 << 20])
@@ -146,16 +151,33 @@ def test_a_stretch_that_fails_ends_all(
     store: Store, monkeypatch: pytest.MonkeyPatch, direct: bool, failing: int, pinned_bytes: int
 ) -> None:
     chunks = stored(store, [(weights(at, 100_000), Codec.BF16) for at in range(12)])
-    original, calls = os.preadv, iter(range(1000))
+    calls = iter(range(1000))
 
-    def sometimes(fd: int, buffers: list[memoryview], offset: int) -> int:
-        if next(calls) == failing:
-            raise OSError(5, "Input/output error")
-        return original(fd, buffers, offset)
+    class Sometimes(Read):
+        def wait(self) -> int:
+            if next(calls) == failing:
+                raise OSError(5, "Input/output error")
+            return super().wait()
 
-    monkeypatch.setattr(os, "preadv", sometimes)
+    monkeypatch.setattr(source_files, "Read", Sometimes)
     with pytest.raises(DamagedError, match="pack is damaged: the disk can't read it"):
         load(chunks.plan(extent_bytes=90_000), chunks.key, pinned_bytes=pinned_bytes)
+
+
+def test_what_can_not_be_read_past_the_page_cache_is_read_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refused(Read):
+        def wait(self) -> int:
+            super().wait()
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(SourceFile, "is_resident", lambda _self, _offset, _length: False)
+    monkeypatch.setattr(source_files, "Read", Refused)
+    content = random.Random(1).randbytes(300_001)
+    found, report = load(plain_file(tmp_path / "plain", content, []))
+    assert found == content
+    assert (report.direct_bytes, report.cached_bytes) == (0, len(content))
 
 
 @pytest.mark.parametrize("left", [0, 1, 300_000, 999_999])
@@ -167,33 +189,39 @@ def test_a_file_that_became_short_is_named_with_its_end(tmp_path: Path, direct: 
 
 
 @pytest.mark.parametrize("at", [0, 1, 7, 30])
-def test_cancel_between_two_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool, at: int) -> None:
+def test_cancel_between_two_parcels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool, at: int) -> None:
     plan = plain_file(tmp_path / "plain", random.Random(1).randbytes(3_000_000), [])
-    cancelled, original, calls = threading.Event(), os.preadv, iter(range(1000))
+    cancelled, calls = threading.Event(), iter(range(1000))
 
-    def read(fd: int, buffers: list[memoryview], offset: int) -> int:
-        if next(calls) == at:
-            cancelled.set()
-        return original(fd, buffers, offset)
+    class Counted(Read):
+        def wait(self) -> int:
+            if next(calls) == at:
+                cancelled.set()
+            return super().wait()
 
-    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(source_files, "Read", Counted)
+    monkeypatch.setattr("dormouse.transfer.load_device.AT_ONCE", 100_000)
     with pytest.raises(StoreError, match="not needed any more"):
         load(plan, pinned_bytes=300_000, cancelled=cancelled)
     assert next(calls) < 60
 
 
-def test_several_readers_are_in_one_parcel_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
-) -> None:
-    content = random.Random(1).randbytes(16 * ALIGNMENT)
+def test_many_reads_are_under_way_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+    content = random.Random(1).randbytes(64 * ALIGNMENT)
     plan = plain_file(tmp_path / "plain", content, [])
-    together, original = threading.Barrier(4), os.preadv
+    under_way, most = [0], [0]
 
-    def read(fd: int, buffers: list[memoryview], offset: int) -> int:
-        together.wait(timeout=10)  # breaks, and so fails the load, when there are fewer
-        return original(fd, buffers, offset)
+    class Counted(Read):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
 
-    monkeypatch.setattr(os, "preadv", read)
-    found, report = load(plan, threads=4, pinned_bytes=32 * ALIGNMENT)
+        def wait(self) -> int:
+            under_way[0] -= 1
+            return super().wait()
+
+    monkeypatch.setattr(source_files, "Read", Counted)
+    found, _report = load(plan, threads=4)
     assert found == content
-    assert report.peak_pinned_bytes <= 32 * ALIGNMENT
+    assert (under_way, most) == ([0], [4])

@@ -1,10 +1,11 @@
 """Load a plan into the memory of GPUs.
 
-    parcels in plan order -> readers (threads, carrier.py): stretches into pinned memory of their own, over the link
-                          -> this thread (delivery.py): check, decode, place, on one of a few lanes of each device
+    parcels in plan order -> read by many threads at once into a little pinned memory -> over the link (carrier.py)
+                          -> checked, decoded, placed, on one of a few lanes of each device (delivery.py)
 
-Little memory is pinned, and the readers wait for the link: what is under way is bounded by that. What the DRAM tier
-holds is copied from there and needs none.
+The pinned memory bounds what is under way, and slows the reads down to the speed of the link. What the DRAM tier holds
+is copied from there and needs none. What the GPU does not decode (LZ4, zstd; all, where it has no kernels), some
+threads decode before.
 
 Chunks are checked on the GPU, because the memory bus of the host is what limits a load. The words in which the GPU
 tells of damage are looked at when all is done, and the CPU then finds the chunk to name.
@@ -29,14 +30,14 @@ from dormouse.errors import ConfigError, HostError, StoreError
 from dormouse.store.codec import FLOATS, Codec
 from dormouse.transfer import pinned
 from dormouse.transfer.budget import default_threads
-from dormouse.transfer.carrier import PIECES, Carrier, Pieces, shared_out
+from dormouse.transfer.carrier import Carrier, Flow, Shares, most_reads, shared_out
 from dormouse.transfer.crew import clear_frames
-from dormouse.transfer.delivery import HELD_LANES, LANES, Delivery, Lanes
+from dormouse.transfer.delivery import DECODED_LANES, LANES, Delivery, Lanes
 from dormouse.transfer.device_plan import SOURCE_ALIGNMENT, Parcel, pack
 from dormouse.transfer.gpus import Cuda, Gpu, have_kernels, translated
 from dormouse.transfer.lane import Kernels, Lane
 from dormouse.transfer.pieces import Checker
-from dormouse.transfer.plan import Extent, LoadPlan, split
+from dormouse.transfer.plan import EXTENT_BYTES, Extent, LoadPlan, gathered, split
 from dormouse.transfer.prepared import Prepared, Unread, check
 from dormouse.transfer.report import LoadReport, Progress
 from dormouse.transfer.source_files import SourceFiles
@@ -50,6 +51,9 @@ log = logging.getLogger(__name__)
 
 PINNED_BYTES = 512 << 20
 """What a load may pin at most. It takes less by itself, see carrier.py."""
+
+AT_ONCE = 2 * EXTENT_BYTES
+"""What is checked and decoded by one launch. Launches are what Python is slowest at."""
 
 _SMALL = 8 << 20
 _PER_READER = 4
@@ -132,15 +136,15 @@ def carry_out(
         else:
             files = Unread(prepared.plan.files)
         stack.enter_context(files)
-        pieces = shared_out(pinned_bytes, threads)
+        shares = _shares(prepared.packed.parcels, pinned_bytes, threads)
         checker = Checker(prepared.plan.files, key)
         lanes = Lanes()
-        with _Carriers(pieces, pinner, gpus, files, checker, lanes) as carriers:
+        with _Carriers(shares, pinner, gpus, files, checker, lanes) as carriers:
             delivery = Delivery(
                 prepared.packed,
                 lanes,
-                carriers.make,
-                pieces.size,
+                carriers.flow,
+                carriers.carrier,
                 files,
                 checker,
                 _nothing_to_forget if tier is None else tier.forget,
@@ -149,7 +153,7 @@ def carry_out(
                 sources(prepared.runs),
                 # while the first bytes are read
                 partial(_add_lanes, lanes, prepared, gpus, destinations, key),
-                threads=pieces.readers,
+                threads=shares.carriers,
                 progress=progress,
                 cancelled=cancelled,
             )
@@ -171,6 +175,7 @@ def _prepared(
     """The load, worked out. What is held stays where it is until `stack` is closed."""
     found = [None] * len(plan.extents) if tier is None else stack.enter_context(tier.borrow(plan.extents))
     held, rest = tier_held(plan.extents, found)
+    rest = list(gathered(rest, AT_ONCE))
     cut = replace(plan, extents=(*(each.extent for each in held), *_tapered(rest, threads, kernels=kernels)))
     packed = pack(cut, kernels=kernels, held=len(held))
     runs = tuple(None if each.held is None else held[each.held].for_parcel(each) for each in packed.parcels)
@@ -204,6 +209,14 @@ def _nothing_to_forget(_extent: Extent) -> None:
     """There is no tier."""
 
 
+def _shares(parcels: Sequence[Parcel], pinned_bytes: int, threads: int) -> Shares:
+    """No more of anything than has something to do."""
+    decoded = sum(parcel.host for parcel in parcels)
+    lengths = (parcel.extent.length for parcel in parcels if not parcel.host and parcel.held is None)
+    reads = min(threads, most_reads(lengths))
+    return shared_out(pinned_bytes, carriers=min(threads, decoded), reads=reads)
+
+
 def _add_lanes(
     lanes: Lanes,
     prepared: Prepared,
@@ -213,14 +226,15 @@ def _add_lanes(
 ) -> None:
     """For each device, as many as help."""
     packed = prepared.packed
-    held = [parcel for parcel in packed.parcels if parcel.held is not None]
-    read = [parcel for parcel in packed.parcels if parcel.held is None]
+    own, decoded = list[Parcel](), list[Parcel]()
+    for parcel in packed.parcels:
+        (decoded if parcel.host else own).append(parcel)
     kernels = []
     for number, (gpu, destination) in enumerate(zip(gpus, destinations, strict=True)):
         place = (number, destination.device)
         kernels.append(Kernels(gpu, packed.tables[number], key, len(packed.parcels), prepared.tasks.get(place)))
         prepared.tasks[place] = kernels[-1].decodes
-    for parcels, made, most in ((held, lanes.held, HELD_LANES), (read, lanes.reading, LANES)):
+    for parcels, made, most in ((own, lanes.own, LANES), (decoded, lanes.decoded, DECODED_LANES)):
         staging = _staging_bytes(parcels, len(gpus))
         for _ in range(min(most, len(parcels))):
             made.append(
@@ -242,19 +256,19 @@ def _staging_bytes(parcels: Sequence[Parcel], devices: int) -> list[int]:
 
 
 class _Carriers:
-    """The readers' pinned memory and streams. At the end no device uses them, nor anything else of the load, any more,
-    and the memory is kept for the next load."""
+    """Makes those that bring bytes, with their pinned memory and streams. At the end no device uses these, nor anything
+    else of the load, any more, and the memory is kept for the next load."""
 
     def __init__(
         self,
-        pieces: Pieces,
+        shares: Shares,
         pinner: pinned.Pinner,
         gpus: Sequence[Gpu],
         files: SourceFiles,
         checker: Checker,
         lanes: Lanes,
     ) -> None:
-        self._pieces = pieces
+        self._shares = shares
         self._pinner = pinner
         self._gpus = gpus
         self._files = files
@@ -262,31 +276,39 @@ class _Carriers:
         self._lanes = lanes
         self._streams = SimpleQueue[list[Any]]()
         self._used: list[tuple[Gpu, Any]] = []
-        self._memories: list[pinned.PinnedMemory] = []
-        for _ in range(pieces.readers):  # by this thread: what it asked of the devices before comes first
+        self._blocks: list[pinned.PinnedMemory] = []
+        for _ in range(shares.carriers + 1):
+            # by this thread: what it asked of the devices before comes first
             streams = [gpu.stream() for gpu in gpus]
             self._used += zip(gpus, streams, strict=True)
             self._streams.put(streams)
 
     @property
     def pinned_bytes(self) -> int:
-        """What was under way at most."""
-        return len(self._memories) * PIECES * self._pieces.size
+        """What was used of it."""
+        return len(self._blocks) * self._shares.block_bytes
 
-    def make(self) -> Carrier:
+    def flow(self, parcels: Sequence[Parcel]) -> Flow:
+        """For parcels that are read as they are stored. Raises HostError when there is no memory for it."""
+        blocks = [self._block() for _ in range(self._shares.flow)]
+        return Flow(parcels, blocks, self._shares.block_bytes, self._streams.get_nowait(), self._files)
+
+    def carrier(self) -> Carrier:
         """One for the thread that asks. Raises HostError when there is no memory for it."""
-        size = self._pieces.size
-        memory = pinned.borrow(PIECES * size, self._pinner)
-        self._memories.append(memory)
-        return Carrier(memory, size, self._streams.get_nowait(), self._files, self._checker)
+        size = self._shares.block_bytes
+        return Carrier(self._block(), size, self._streams.get_nowait(), self._files, self._checker)
+
+    def _block(self) -> pinned.PinnedMemory:
+        self._blocks.append(pinned.borrow(self._shares.block_bytes, self._pinner))
+        return self._blocks[-1]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exception: object) -> None:
         leave = pinned.give_back if self._drained() else pinned.abandon
-        for memory in self._memories:
-            leave(memory)
+        for block in self._blocks:
+            leave(block)
 
     def _drained(self) -> bool:
         """Whether all streams have come to their ends. One whose GPU has failed does not keep the others from being

@@ -204,6 +204,25 @@ def join(pieces: Iterable[Piece], extent_bytes: int, plain_bytes: int | None = N
         yield Extent(number, begin, end - begin, tuple(run))
 
 
+def gathered(extents: Iterable[Extent], extent_bytes: int) -> Iterator[Extent]:
+    """The same extents, those that follow each other in a file as one of at most `extent_bytes`."""
+    last: Extent | None = None
+    for extent in extents:
+        if last is None:
+            last = extent
+            continue
+        end = last.offset + last.length
+        near = extent.file == last.file and end <= extent.offset <= aligned(end) + ALIGNMENT
+        length = extent.offset + extent.length - last.offset
+        if near and length <= extent_bytes:
+            last = Extent(last.file, last.offset, length, last.pieces + extent.pieces)
+        else:
+            yield last
+            last = extent
+    if last is not None:
+        yield last
+
+
 def split(extent: Extent, extent_bytes: int) -> Iterator[Extent]:
     """The same in extents of at most `extent_bytes`, as far as its pieces allow."""
     return join((part for piece in extent.pieces for part in _cut(piece, extent_bytes)), extent_bytes)

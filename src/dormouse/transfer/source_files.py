@@ -1,6 +1,6 @@
 """The files of a load, each range read the way that suits where its bytes are.
 
-    range -> are its pages in memory? (mincore) -> yes: preadv, a copy        -> the caller's memory
+    range -> are its pages in memory? (mincore) -> yes: a read that copies    -> the caller's memory
                                                 -> no:  O_DIRECT, no copy in the kernel, aligned by us
 
 A file whose file system has no O_DIRECT is read through the page cache, which the report shows as `cached_bytes`.
@@ -9,6 +9,7 @@ Packs are opened as files of ours are; a user's own files as they are, whoever o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -24,6 +25,7 @@ from typing import Self
 from dormouse.errors import DamagedError, NotFoundError, StoreError
 from dormouse.store.files import open_ours, reading
 from dormouse.store.pack import ALIGNMENT, aligned
+from dormouse.transfer.parallel_reads import Read
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class SourceFile:
         self._lock = threading.Lock()
         self._mapped: tuple[int, int] | None = None
         self._direct: int | None = None
+        self._more: dict[tuple[bool, int], int] = {}
         try:
             with reading(path):
                 self._fd = open_ours(path) if ours else _open_plain(path)
@@ -72,10 +75,11 @@ class SourceFile:
 
     def close(self) -> None:
         """Let go of it. No read may be under way. Idempotent."""
-        for fd in (self._fd, self._direct):
+        for fd in (self._fd, self._direct, *self._more.values()):
             if fd is not None and fd >= 0:
                 os.close(fd)
         self._fd, self._direct = -1, None
+        self._more.clear()
         mapped, self._mapped = self._mapped, None
         if mapped:
             _libc().munmap(*mapped)
@@ -118,6 +122,20 @@ class SourceFile:
         self._read_direct(buffer[: aligned(lead + length)], offset - lead, lead + length)
         return buffer[lead : lead + length]
 
+    def begin(self, room: memoryview, offset: int, length: int, *, direct: bool, turn: int) -> PendingRead:
+        """Like `read_around`, and does not wait. Of reads that are under way together, none has another's `turn`."""
+        lead = self.lead(offset, direct=direct)
+        wanted = aligned(lead + length) if direct else length
+        read = Read(self._descriptor(direct, turn), address_of(room), offset - lead, wanted)
+        return PendingRead(self, read, room, offset, length, direct=direct)
+
+    def _descriptor(self, direct: bool, turn: int) -> int:
+        found = self._more.get((direct, turn))
+        if found is None:
+            with reading(self.path):
+                found = self._more[direct, turn] = os.dup((self._direct or self._fd) if direct else self._fd)
+        return found
+
     @staticmethod
     def lead(offset: int, *, direct: bool) -> int:
         """Where in its buffer `read_around` puts the first byte."""
@@ -134,6 +152,14 @@ class SourceFile:
         for part, at in ((target[:lead], offset), (target[end:], offset + end)):
             if part:
                 self._read_cached(part, at)
+
+    def complete(self, room: memoryview, offset: int, length: int, come: int, *, direct: bool) -> None:
+        """Read what a read that was begun has not brought, of a range of which `come` bytes have."""
+        come = min(max(come, 0), length)
+        self._count(direct=come if direct else 0, cached=0 if direct else come)
+        if come < length:
+            lead = self.lead(offset, direct=direct)
+            self._read_cached(room[lead + come : lead + length], offset + come)
 
     def _read_cached(self, target: memoryview, offset: int) -> None:
         self._read(self._fd, target, offset, len(target))
@@ -161,17 +187,51 @@ class SourceFile:
                 count = os.preadv(fd, [target[done:]], offset + done)
                 if count == 0:
                     size = min(os.fstat(fd).st_size, offset + done)  # others may have read what came before
-                    raise DamagedError(
-                        f"{self.path} is damaged: it ends at {size}, and was to go on to {offset + needed} at least",
-                        remedy=_REMEDY,
-                    )
+                    raise self._too_short(size, offset + needed)
                 done += count
         return done
+
+    def _too_short(self, size: int, end: int) -> DamagedError:
+        return DamagedError(
+            f"{self.path} is damaged: it ends at {size}, and was to go on to {end} at least", remedy=_REMEDY
+        )
 
     def _count(self, direct: int = 0, cached: int = 0) -> None:
         with self._lock:
             self.direct_bytes += direct
             self.cached_bytes += cached
+
+
+class PendingRead:
+    """A range on its way into `room`."""
+
+    def __init__(
+        self, file: SourceFile, read: Read, room: memoryview, offset: int, length: int, *, direct: bool
+    ) -> None:
+        self._file = file
+        self._read = read
+        self._room = room
+        self._offset = offset
+        self._length = length
+        self._direct = direct
+
+    def finish(self) -> int:
+        """Wait until it is there. Where in the room it begins. Raises DamagedError, StoreError."""
+        lead = self._file.lead(self._offset, direct=self._direct)
+        try:
+            count = self._read.wait()
+        except OSError as error:
+            if not (self._direct and error.errno == errno.EINVAL):
+                with reading(self._file.path):
+                    raise
+            count = 0  # what can't be read past the page cache is read through it
+        self._file.complete(self._room, self._offset, self._length, count - lead, direct=self._direct)
+        return lead
+
+    def settle(self) -> None:
+        """Wait until nothing comes into the room any more, in an error."""
+        with contextlib.suppress(OSError):
+            self._read.wait()
 
 
 class SourceFiles:
