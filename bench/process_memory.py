@@ -177,7 +177,7 @@ def ours(kind: str, size: int, folder: Path, criu: Criu, cold: bool) -> Row:
         with Store.open(folder / "store") as store:
             with timed(row, "capture"):
                 result = _captured(tree, store, criu, digests, work)
-            row.stored_bytes, row.capture_phases = result.stored_bytes, result.phases
+            row.stored_bytes, row.capture_phases = result.stored_bytes, result.phases.seconds()
             tree.home.close()
             tree = _restored(row, result, store, criu, digests, work, cold)
             if digest_of_block(tree, address, size) != expected:
@@ -224,7 +224,7 @@ def _restored(
             folders=work,
             inherit=(),
         )
-    row.restore_phases = made.phases
+    row.restore_phases = made.phases.seconds()
     return made.tree
 
 

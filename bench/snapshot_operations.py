@@ -29,6 +29,7 @@ from dormouse.errors import DormouseError
 from dormouse.node.assemble import assemble_node
 from dormouse.node.node import Node
 from dormouse.node.replica import Start, StartPath
+from dormouse.phases import Phases
 from dormouse.snapshot.capture import SNAPSHOT_KIND, CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
@@ -233,7 +234,7 @@ def our_capture(*, home: str, words: list[str], store: str) -> None:
                 digests=DigestCache(Path(home) / CACHE_NAME),
                 folders=criu_folders(Path(home) / "run"),
             )
-        Operation.add("capture", sync_seconds=0.0, phases=result.phases, raw_bytes=result.raw_bytes)
+        Operation.add("capture", sync_seconds=0.0, phases=result.phases.seconds(), raw_bytes=result.raw_bytes)
         Operation.add("capture", stored_bytes=allocated_bytes([folder]))
         Operation.add("capture", snapshot={"id": result.snapshot_id, "expected": expected})
 
@@ -261,7 +262,7 @@ def our_restore(*, home: str, store: str, snapshot: dict[str, Any], fill: bool) 
             assert made.control is not None
             control = Control(made.control)
             control.ask("ping")
-        Operation.add("restore", phases=made.phases)
+        Operation.add("restore", phases=made.phases.seconds())
         check(control, snapshot["expected"])
 
 
@@ -287,14 +288,14 @@ class Watch:
 
     def __init__(self) -> None:
         self.start: Start | None = None
-        self.phases: dict[str, float] = {}
+        self.phases = Phases()
         self.capture: CaptureResult | None = None
 
-    def started(self, model: str, start: Start, phases: Mapping[str, float]) -> None:
-        self.start, self.phases = start, dict(phases)
+    def started(self, model: str, start: Start, phases: Phases) -> None:
+        self.start, self.phases = start, phases.copy()
 
-    def captured(self, model: str, result: CaptureResult, phases: Mapping[str, float]) -> None:
-        self.capture, self.phases = result, dict(phases)
+    def captured(self, model: str, result: CaptureResult, phases: Phases) -> None:
+        self.capture, self.phases = result, phases.copy()
 
     def start_failed(self, model: str, error: DormouseError) -> None:
         raise error
@@ -333,14 +334,14 @@ async def _cooperative(home: Path, model: str) -> None:
         with Operation.measured("capture", [store]):
             await node.sleep(model)
         assert watch.capture is not None
-        Operation.add("capture", sync_seconds=0.0, phases=watch.phases, raw_bytes=watch.capture.raw_bytes)
+        Operation.add("capture", sync_seconds=0.0, phases=watch.phases.seconds(), raw_bytes=watch.capture.raw_bytes)
         Operation.add("capture", stored_bytes=allocated_bytes([store]) - before)
         await asyncio.to_thread(drop_page_cache)
         with Operation.measured("restore", [store]):
             await node.wake(model)
         begin = time.perf_counter()
         text = await _answer(node, model)
-        Operation.add("restore", phases=watch.phases, proof_seconds=time.perf_counter() - begin)
+        Operation.add("restore", phases=watch.phases.seconds(), proof_seconds=time.perf_counter() - begin)
         if watch.start is None or watch.start.path != "snapshot" or text != expected:
             raise ValueError(f"the worker woke by {watch.start} and answers {text!r} instead of {expected!r}")
 

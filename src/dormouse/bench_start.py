@@ -23,7 +23,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -44,6 +44,7 @@ from dormouse.node.node import Node
 from dormouse.node.parts import Evicted
 from dormouse.node.replica import Start, StartPath
 from dormouse.node.runner import Lease
+from dormouse.phases import Phases, host_clock
 from dormouse.snapshot.service import CaptureResult
 from dormouse.store.store import Store
 
@@ -57,7 +58,7 @@ class Run:
     """One start, in seconds: until the first token, of that by phase; and the first token of the request after."""
 
     first_token: float
-    phases: dict[str, float]
+    phases: Phases
     next_first_token: float
     text: str
 
@@ -101,12 +102,12 @@ class _Watch:
     """The node's observer: keeps the latest start's phases and the latest capture."""
 
     def __init__(self) -> None:
-        self.phases: dict[str, float] = {}
+        self.phases = Phases()
         self.capture: CaptureResult | None = None
         self.error: DormouseError | None = None
 
-    def started(self, model: str, start: Start, phases: Mapping[str, float]) -> None:
-        self.phases = dict(phases)
+    def started(self, model: str, start: Start, phases: Phases) -> None:
+        self.phases = phases.copy()
 
     def start_failed(self, model: str, error: DormouseError) -> None:
         self.error = error
@@ -120,7 +121,7 @@ class _Watch:
     def quarantined(self, model: str, error: DormouseError) -> None:
         self.error = error
 
-    def captured(self, model: str, result: CaptureResult, phases: Mapping[str, float]) -> None:
+    def captured(self, model: str, result: CaptureResult, phases: Phases) -> None:
         self.capture = result
 
     def capture_failed(self, model: str, error: DormouseError) -> None:
@@ -201,18 +202,19 @@ async def _run(node: Node, name: str, prompt: str, way: Way) -> Run:
     if way.dropped:
         await node.free_weights()
         await asyncio.to_thread(_drop_page_cache)
-    begin = time.perf_counter()
+    begin = host_clock()
     async with node.replica(name) as lease:
-        ready = time.perf_counter()
+        ready = host_clock()
         first, text = await _ask(lease, prompt)
         first_token = first - begin
         if lease.start.path != way.path:
             reason = watch.error or "no reason was given"
             raise EngineError(f"{name} started by the path {lease.start.path!r} instead of {way.path!r}: {reason}")
-        again = time.perf_counter()
+        again = host_clock()
         second, _text = await _ask(lease, prompt)
     await node.sleep(name, keep=way.path == "sleep")
-    return Run(first_token, watch.phases | {"first token": first - ready}, second - again, text)
+    watch.phases.add("first token", ready, first, track="worker")
+    return Run(first_token, watch.phases, second - again, text)
 
 
 def _drop_page_cache() -> None:
@@ -257,10 +259,12 @@ def as_json(result: Result) -> dict[str, Any]:
         "stored_bytes": result.capture.stored_bytes,
         "stored_ratio": result.capture.stored_bytes / result.capture.raw_bytes,
         "identical_text": result.identical(),
-        "capture_phases": result.capture.phases,
+        "capture_phases": result.capture.phases.seconds(),
         **{f"{way.field}_phases": _median_phases(result.runs[way.name]) for way in WAYS},
         "all": {
-            way.field: [{"first_token_s": run.first_token, "phases": run.phases} for run in result.runs[way.name]]
+            way.field: [
+                {"first_token_s": run.first_token, "phases": run.phases.seconds()} for run in result.runs[way.name]
+            ]
             for way in WAYS
         },
     }
@@ -268,8 +272,9 @@ def as_json(result: Result) -> dict[str, Any]:
 
 def _median_phases(runs: list[Run]) -> dict[str, float]:
     """Median seconds by phase. The first answer is split: what the same answer takes a moment later is compute."""
-    names = list(dict.fromkeys(name for run in runs for name in run.phases))
-    medians = {name: statistics.median(run.phases.get(name, 0.0) for run in runs) for name in names}
+    seconds = [run.phases.seconds() for run in runs]
+    names = list(dict.fromkeys(name for run in seconds for name in run))
+    medians = {name: statistics.median(run.get(name, 0.0) for run in seconds) for name in names}
     compute = min(statistics.median(run.next_first_token for run in runs), medians["first token"])
     medians["page faults"] = medians["first token"] - compute
     medians["first token"] = compute

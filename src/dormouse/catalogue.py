@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
@@ -22,15 +24,18 @@ from dormouse.checkpoint.models import ImportedModel, list_models
 from dormouse.checkpoint.writer import CHECKPOINT_KIND
 from dormouse.config import DataDir
 from dormouse.errors import ConfigError, NotFoundError, StoreError
+from dormouse.jobs.control import Request, ask, jobs_folder
 from dormouse.node.catalog import StoreCatalog, refuse_if_pinned, snapshot_rows, snapshots_of
 from dormouse.node.presence import read_node
 from dormouse.node.runner import ModelStatus
+from dormouse.phases import Phase
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.images import SnapshotBody, decode_body
 from dormouse.snapshot.pages import extents, permissions, process_map, read, usage
 from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.pack import StoredChunk
 from dormouse.store.store import Store, VerifyReport
+from dormouse.trace import Operation, gigabytes_per_second, steps_json
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +168,7 @@ def details(data_dir: DataDir, snapshot_id: str) -> dict[str, Any]:
         "raw_bytes": body.raw_bytes(),
         "key": body.key,
         "places": places,
-        "capture_phases": body.phases,
+        "capture_phases": steps_json(body.phases),
         "images": _images(body, stored),
         "mapped_files": [
             {"path": file.path, "bytes": sum(length for _offset, length in file.ranges)} for file in body.mapped
@@ -300,7 +305,45 @@ def render_details(details: dict[str, Any]) -> Group:
     key.add_column("value", overflow="fold")
     for field, value in details["key"].items():
         key.add_row(field, value)
-    return Group(*_reasons([details]), images, places, mapped, key)
+    steps = phase_table("steps of the capture", details["capture_phases"])
+    return Group(*_reasons([details]), images, steps, places, mapped, key)
+
+
+def phase_table(title: str, steps: Sequence[dict[str, Any]]) -> Table:
+    """Steps as a table: when each began, how long it took, what it moved and how fast."""
+    table = Table(title=title, title_justify="left")
+    for column in ("step", "track", "start", "seconds", "bytes", "stored", "GB/s"):
+        table.add_column(column, justify="left" if column in ("step", "track") else "right", no_wrap=True)
+    for fields in steps:
+        step = Phase(**fields)
+        rate = gigabytes_per_second(step)
+        moved = ["" if count is None else human(count) for count in (step.bytes, step.stored)]
+        table.add_row(
+            *(escape(step.name), escape(step.track), f"{step.start:.3f}", f"{step.seconds:.3f}"),
+            *(*moved, "" if rate is None else f"{rate:.2f}"),
+        )
+    return table
+
+
+def operations(data_dir: DataDir, target: str) -> list[Operation]:
+    """What is known of how `target` was started, restored or captured, oldest first: a job that runs, a model of the
+    node that runs, or a snapshot. Raises NotFoundError."""
+    if target in (path.stem for path in jobs_folder(data_dir).glob("*.sock")):
+        with contextlib.suppress(NotFoundError):  # its keeper has died
+            found = ask(data_dir, target, Request("trace"))["operations"]
+            return msgspec.convert(found, list[Operation])
+    if any(model.name == target for model in list_models(data_dir.models)):
+        found = ask_node(data_dir.run, "GET", "models", target, "trace")["data"]
+        return msgspec.convert(found, list[Operation])
+    with _body(data_dir, target) as (body, store):
+        identity = resolve(store, target)
+        row = next(row for row in snapshots_of(store) if row.id == identity)
+    return [Operation("capture", body.name, identity, row.created, body.phases)]
+
+
+def render_operations(operations: Sequence[Operation]) -> Group:
+    """Each as a table."""
+    return Group(*(phase_table(escape(operation.title), operation.as_json()["phases"]) for operation in operations))
 
 
 def pin(data_dir: DataDir, snapshot_id: str, pinned: bool) -> str:

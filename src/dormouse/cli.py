@@ -30,7 +30,7 @@ from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import list_models, open_model, remove_model
 from dormouse.checkpoint.writer import sweep
 from dormouse.config import DataDir, default_data_dir, load_config
-from dormouse.errors import DormouseError, HostError, NotFoundError
+from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError
 from dormouse.progress import Reporter
 from dormouse.snapshot.capture import SNAPSHOT_KIND
 from dormouse.snapshot.criu_setup import find_criu, setup_criu
@@ -38,6 +38,7 @@ from dormouse.snapshot.pages import hex_lines
 from dormouse.store.key import Key, parse_key, read_key
 from dormouse.store.key_import import export_key, host_key, import_key
 from dormouse.store.store import Store
+from dormouse.trace import chrome_trace
 from dormouse.transfer.memory import keep_freed_memory
 
 INTERNAL_ERROR = 70
@@ -322,6 +323,34 @@ def inspect(
     else:
         details = catalogue.details(data_dir, snapshot_id)
         emit(details) if as_json else out.print(catalogue.render_details(details))
+
+
+@cli.command()
+@click.argument("target", metavar="MODEL|JOB|ID")
+@click.option("--output", type=click.Path(path_type=Path), help="Write a trace for ui.perfetto.dev there.")
+@common
+def trace(target: str, output: Path | None, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Show step by step what the latest starts and captures of a served model took, of a running job, or the capture
+    of a snapshot."""
+    operations = catalogue.operations(data_dir, target)
+    if output is not None:
+        write_trace(output, chrome_trace(operations))
+    if as_json:
+        emit([operation.as_json() for operation in operations])
+    elif output is not None:
+        out.print(f"Wrote {len(operations)} operations to {escape(str(output))}; open it with ui.perfetto.dev")
+    elif operations:
+        out.print(catalogue.render_operations(operations))
+    else:
+        out.print(f"{escape(target)} has not been started yet")
+
+
+def write_trace(path: Path, trace: dict[str, Any]) -> None:
+    """As a file of JSON. Raises ConfigError."""
+    try:
+        path.write_text(json.dumps(trace))
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written: {error.strerror}", remedy="Name another file") from error
 
 
 def show_memory(parts: Iterator[bytes], address: int, raw: bool, as_json: bool) -> None:

@@ -62,3 +62,21 @@ def test_soak_counts_what_must_not_grow(tmp_path: Path) -> None:
     assert len(result["samples"]) == 4
     assert {sample["temporary"] for sample in result["samples"]} == {0}
     assert all(sample["store_bytes"] > 1 << 20 for sample in result["samples"])
+
+
+@pytest.mark.model
+@pytest.mark.timeout(300)
+def test_ways_of_a_gpu_snapshot_run_on_the_cpu_too(tmp_path: Path) -> None:
+    """All but the driver's part: our own captures, plain CRIU, and LZ4 behind it."""
+    pytest.importorskip("transformers")
+    rows = "transparent,raw,raw-lz4,vllm"
+    sizes = ("--size", "tiny", "--kv-gigabytes", "0.01", "--block-gigabytes", "0.01")
+    result = run("snapshot_gpu.py", tmp_path, "--device", "cpu", "--rows", rows, "--folder", str(tmp_path), *sizes)
+    found = result["rows"]
+    assert found["vllm"]["error"] == "no --vllm-site was given"
+    for name in ("transparent", "raw", "raw-lz4"):
+        assert found[name].get("identical"), found[name].get("error")
+        assert found[name]["restore_s"] > 0 and found[name]["restore_steps"]
+    assert found["raw-lz4"]["stored_bytes"] < found["raw"]["stored_bytes"] / 2
+    assert result["figures"]["plain CRIU / ours transparent, restore"] > 0
+    assert not list(tmp_path.glob("bench-gpu-*"))

@@ -64,7 +64,7 @@ def test_a_worker_that_sleeps_gives_its_cache_back_and_answers_as_before(tmp_pat
     model = import_model(str(tmp_path / "hub"), "tiny", DataDir(tmp_path), progress=lambda _step, _done, _total: None)
     with WorkerClient(tmp_path / "log") as client:
         loaded = client.load(model.path, device="cuda:0", kv_tokens=1 << 20)
-        print({name: round(seconds, 3) for name, seconds in loaded.phases.items()})
+        print({name: round(seconds, 3) for name, seconds in loaded.phases.seconds().items()})
         before = [client.ask(PROMPT, sampling).token_ids for sampling in (GREEDY, SEEDED)]
         free: list[int] = []
         for _ in range(16):

@@ -199,10 +199,10 @@ def test_an_engine_prepared_without_a_model_loads_one_and_answers_the_same(
 ) -> None:
     with WorkerClient(tmp_path / "log") as worker:
         prepared = worker.prepare()
-        assert set(prepared.phases) == {"import", "rehearsal"}
+        assert set(prepared.phases.seconds()) == {"import", "rehearsal"}
         worker.quiesce()
         worker.resume()
-        assert worker.load(smollm2.path).phases["import"] < prepared.phases["import"] / 2
+        assert worker.load(smollm2.path).phases.seconds()["import"] < prepared.phases.seconds()["import"] / 2
         assert worker.ask(CAPITAL, GREEDY).text == "The capital of France is Paris."
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from dormouse import cli
@@ -29,10 +30,12 @@ from dormouse.errors import (
 )
 from dormouse.gateway.admin import listen_privately, serve_admin
 from dormouse.node.catalog import StoreCatalog
+from dormouse.node.history import KEPT
 from dormouse.node.node import Node
 from dormouse.node.presence import ADMIN_SOCKET
 from dormouse.snapshot.capture import SNAPSHOT_KIND
 from dormouse.store.store import Manifest, Store
+from dormouse.trace import Operation
 from tests.gateway.http import assert_problem_body
 from tests.node.standin import StandInHost, configure, on_loop, run_node, until
 
@@ -64,6 +67,28 @@ async def test_models_are_woken_captured_and_put_to_sleep(tmp_path: Path) -> Non
 
 
 @on_loop
+async def test_starts_and_captures_are_told_step_by_step(tmp_path: Path) -> None:
+    async with admin(tmp_path):
+        assert (await ask(tmp_path, "GET", "models", "mouse", "trace"))["data"] == []
+        for _ in range(KEPT):
+            await ask(tmp_path, "POST", "models", "mouse", "wake")
+            await ask(tmp_path, "POST", "models", "mouse", "sleep")
+        await ask(tmp_path, "POST", "models", "mouse", "snapshot")
+        found = (await ask(tmp_path, "GET", "models", "mouse", "trace"))["data"]
+        operations = msgspec.convert(found, list[Operation])
+    assert len(operations) == KEPT
+    start, capture = operations[-2:]
+    assert (start.kind, capture.kind, capture.how) == ("start", "capture", "snap2")
+    steps = {step.name: step for step in start.phases.steps}
+    assert {"room", "host", "host.cell"} <= steps.keys()
+    assert steps["host.cell"].start >= steps["host"].start >= 0
+    assert steps["host.cell"].track == "host"
+    names = [step.name for step in capture.phases.in_order()]
+    assert names.index("quiesce") < names.index("host")
+    assert {"quiesce.park", "host.dump"} <= set(names)
+
+
+@on_loop
 async def test_snapshots_are_listed_pinned_released_and_deleted(tmp_path: Path) -> None:
     host = StandInHost()
     async with admin(tmp_path, host) as node:
@@ -87,6 +112,7 @@ async def test_snapshots_are_listed_pinned_released_and_deleted(tmp_path: Path) 
     ("method", "parts", "kind"),
     [
         ("POST", ("models", "mose", "wake"), NotFoundError),
+        ("GET", ("models", "mose", "trace"), NotFoundError),
         ("POST", ("models", "../x", "wake"), NotFoundError),
         ("POST", ("snapshots", "gone", "pin"), NotFoundError),
         ("DELETE", ("snapshots", "gone"), NotFoundError),

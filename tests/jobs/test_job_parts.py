@@ -31,6 +31,7 @@ from dormouse.jobs.record import (
 )
 from dormouse.jobs.streams import Input, NumberedSink, unread
 from dormouse.jobs.survey import Descriptor, Survey, parse_tcp, refusal, unix_peers
+from dormouse.phases import Phases
 from dormouse.snapshot.images import BODY_VERSION, ImageFile, SnapshotBody
 from dormouse.snapshot.tree import External
 from tests.jobs.conftest import eventually
@@ -39,7 +40,7 @@ from tests.jobs.conftest import eventually
 def body(*images: ImageFile, externals: tuple[External, ...] = (), name: str = "job") -> SnapshotBody:
     return SnapshotBody(
         version=BODY_VERSION, name=name, key={}, pid=9, externals=list(externals), images=list(images), memory=[],
-        mapped=[], phases={},
+        mapped=[], phases=Phases(),
     )  # fmt: skip
 
 

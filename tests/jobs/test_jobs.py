@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import shutil
@@ -110,6 +111,32 @@ def test_replicas_are_told_apart_and_captured_one_by_one(dormouse: Dormouse) -> 
     assert not any(line.startswith("1|") for line in both.lines()[1:])
     dormouse.checkpoint("job")
     assert both.code() == 0
+
+
+def test_captures_and_restores_are_told_step_by_step(dormouse: Dormouse, tmp_path: Path) -> None:
+    job = dormouse.python(COUNT)
+    job.until("\n3\n")
+    captured = dormouse.do("checkpoint", "job")
+    assert isinstance(captured, dict)
+    dump = next(step for step in captured["phases"] if step["name"] == "dump")
+    assert dump["bytes"] == captured["raw_bytes"] and dump["seconds"] > 0
+    restored = dormouse.do("restore", "-d", captured["id"], "--replicas", "2")
+    assert isinstance(restored, dict)
+    for replica in restored["restores"]:
+        filled = next(step for step in replica["phases"] if step["name"] == "fill")
+        assert filled["bytes"] > 0 and 0 <= filled["start"] <= replica["seconds"]
+    file = tmp_path / "trace.json"
+    assert len(dormouse.do("trace", "job", "--output", str(file))) == 2
+    events = json.loads(file.read_text())["traceEvents"]
+    assert {"criu", "fill"} <= {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert dormouse.start("stop", "job").code() == 0
+    eventually(lambda: dormouse.do("jobs") == [], "no more jobs")
+    # Of a snapshot, its own capture.
+    (capture,) = dormouse.do("trace", captured["id"])
+    assert capture["phases"][0]["name"] == "dump"  # type: ignore[index]
+    shown = dormouse.start("inspect", captured["id"])
+    assert shown.code() == 0
+    assert "steps of the capture" in shown.out.decode() and "dump.memory" in shown.out.decode()
 
 
 def test_a_job_that_is_killed_in_the_middle_of_its_capture(dormouse: Dormouse) -> None:

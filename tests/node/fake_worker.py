@@ -14,6 +14,12 @@ import socket
 
 from dormouse.engine import messages as m
 from dormouse.engine.frames import Inbox, pack_frame
+from dormouse.phases import Phase, Phases, host_clock
+
+
+def took(name: str) -> Phases:
+    """One short step."""
+    return Phases(host_clock(), [Phase(name, 0.0, 0.001)])
 
 
 class FakeWorker:
@@ -37,9 +43,9 @@ class FakeWorker:
     def handle(self, message: m.ToWorker) -> None:
         match message:
             case m.Prepare() if not self.faulty("prepare"):
-                self.send(m.Prepared(phases={"import": 0.001}))
+                self.send(m.Prepared(phases=took("import")))
             case m.Load() if not self.faulty("load"):
-                self.send(m.Loaded(context=64, kv_tokens=64, phases={"weights": 0.001}))
+                self.send(m.Loaded(context=64, kv_tokens=64, phases=took("weights")))
             case m.Generate():
                 self.running[message.id] = asyncio.create_task(self.generate(message))
             case m.Cancel() if task := self.running.pop(message.id, None):
@@ -62,9 +68,9 @@ class FakeWorker:
             case m.Quiesce() if not self.faulty("quiesce"):
                 assert not self.running, "quiesced with a request in flight"
                 self.adapters.clear()
-                self.send(m.Quiesced(phases={"park": 0.001}))
+                self.send(m.Quiesced(phases=took("park")))
             case m.Resume() if not self.faulty("resume"):
-                self.send(m.Resumed(phases={"unpark": 0.001}))
+                self.send(m.Resumed(phases=took("unpark")))
 
     async def generate(self, request: m.Generate) -> None:
         self.send(await self.answer(request))

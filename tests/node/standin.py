@@ -23,6 +23,7 @@ from dormouse.config import ModelConfig, ServeConfig
 from dormouse.errors import ConfigError, DormouseError, IncompatibleError, NotFoundError
 from dormouse.node.node import Node
 from dormouse.node.parts import Model
+from dormouse.phases import Phase, Phases, host_clock
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
 from dormouse.snapshot.compatibility import first_mismatch
 from dormouse.snapshot.service import CaptureResult, WorkerHandle
@@ -30,6 +31,11 @@ from dormouse.transfer.handles import SegmentHandle
 from dormouse.transfer.segment import Segment
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
+
+
+def took(name: str, seconds: float) -> Phases:
+    """One step."""
+    return Phases(host_clock(), [Phase(name, 0.0, seconds)])
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class StandInHost:
         child.close()
         cell_id = f"cell{process.pid}"
         self.processes[cell_id] = process
-        return WorkerHandle(cell_id=cell_id, pid=process.pid, control=own, phases={"cell": 0.002})
+        return WorkerHandle(cell_id=cell_id, pid=process.pid, control=own, phases=took("cell", 0.002))
 
     def alive(self) -> int:
         """Worker processes that have not been ended and reaped."""
@@ -110,7 +116,7 @@ class StandInHost:
         self.models[snapshot_id] = model
         if not keep:
             await self._kill(worker)
-        return CaptureResult(snapshot_id, raw_bytes=1000, stored_bytes=300, phases={"dump": 0.003})
+        return CaptureResult(snapshot_id, raw_bytes=1000, stored_bytes=300, phases=took("dump", 0.003))
 
     async def restore(
         self, snapshot_id: str, *, key: dict[str, str], checkpoint: str | None = None, device: str = "cpu"

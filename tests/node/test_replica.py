@@ -27,6 +27,7 @@ from dormouse.errors import (
 )
 from dormouse.node import replica as r
 from dormouse.node.replica import Replica, Start, State
+from dormouse.phases import Phase, Phases
 
 
 def new_replica(
@@ -60,8 +61,9 @@ def ready_replica(**options: float | bool | str | None) -> Replica:
 def test_first_request_starts_cold_and_is_told_so() -> None:
     replica = new_replica()
     assert replica.handle(r.Request(1), 0.0) == [r.StartCold()]
-    ready, serve = replica.handle(r.Done(phases={"load": 2.5}), 2.5)
-    assert ready == r.Ready(Start("cold", 2.5), {"load": 2.5})
+    phases = Phases(0.0, [Phase("load", 0.0, 2.5)])
+    ready, serve = replica.handle(r.Done(phases=phases), 2.5)
+    assert ready == r.Ready(Start("cold", 2.5), phases)
     assert serve == r.Serve(1, Start("cold", 2.5))
     assert str(Start("snapshot", 1.17)) == "snapshot; 1.170"
 
@@ -75,7 +77,7 @@ def test_many_requests_share_one_restore() -> None:
     assert replica.handle(r.Request(1), 0.0) == [r.Restore("s")]
     assert replica.handle(r.Request(2), 0.5) == []
     start = Start("snapshot", 1.0)
-    assert replica.handle(r.Done(), 1.0) == [r.Ready(start, {}), r.Serve(1, start), r.Serve(2, start)]
+    assert replica.handle(r.Done(), 1.0) == [r.Ready(start, Phases(0.0)), r.Serve(1, start), r.Serve(2, start)]
 
 
 def test_one_too_many_is_refused_with_a_time_to_come_back() -> None:
@@ -284,7 +286,7 @@ def test_without_a_snapshot_a_template_is_the_start_path() -> None:
     replica.handle(r.OfferTemplate("t"), 0.0)
     assert replica.handle(r.Request(1), 1.0) == [r.RestoreTemplate("t")]
     start = Start("template", 1.0)
-    assert replica.handle(r.Done(), 2.0) == [r.Ready(start, {}), r.Serve(1, start)]
+    assert replica.handle(r.Done(), 2.0) == [r.Ready(start, Phases(0.0)), r.Serve(1, start)]
 
 
 def test_own_snapshot_comes_before_the_template_and_the_template_before_cold() -> None:

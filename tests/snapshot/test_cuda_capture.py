@@ -151,10 +151,10 @@ def test_gpu_state_is_in_memory_when_criu_dumps_and_comes_back_before_any_other_
 
     captured = host.capture(tree, attach=attach)
     assert dumped == [{"checkpointed"}]
-    assert {"cuda lock", "cuda checkpoint", "dump"} <= captured.phases.keys()
+    assert {"cuda lock", "cuda checkpoint", "dump"} <= captured.phases.seconds().keys()
     body = decode_body(host.store.manifest(captured.snapshot_id).body, captured.snapshot_id)
     assert body.cuda is not None and len(body.cuda.processes) == 2
-    assert body.cuda.processes[0].pid == tree.pid and "cuda lock" in body.phases
+    assert body.cuda.processes[0].pid == tree.pid and "cuda lock" in body.phases.seconds()
     tree.home.close()
 
     seen: list[tuple[str, set[str], int]] = []
@@ -174,7 +174,7 @@ def test_gpu_state_is_in_memory_when_criu_dumps_and_comes_back_before_any_other_
     assert [call for call, _states, _free in seen] == ["restore", "restore", "unlock", "unlock"]
     assert all(free == 1 for _call, _states, free in seen)
     assert host.driver.gpus == [{}, {}]
-    assert "cuda restore" in restored.phases
+    assert "cuda restore" in restored.phases.seconds()
     assert_runs(restored.tree.home.processes())
     host.driver.watch = lambda _call, _pid: None
     again = host.capture(restored.tree)  # a restored one can be captured in turn
@@ -278,7 +278,7 @@ def test_a_snapshot_without_gpu_state_does_not_ask_for_a_gpu(host: Host) -> None
     captured = host.capture(tree)
     tree.home.close()
     body = decode_body(host.store.manifest(captured.snapshot_id).body, captured.snapshot_id)
-    assert body.cuda is None and "cuda lock" not in body.phases
+    assert body.cuda is None and "cuda lock" not in body.phases.seconds()
     assert_runs(host.restore(captured.snapshot_id).tree.home.processes())
 
 

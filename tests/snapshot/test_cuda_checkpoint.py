@@ -79,7 +79,7 @@ def test_all_are_locked_before_the_first_is_checkpointed_and_restored_before_the
     verbs = [verb for verb, _pid in tree.driver.calls]
     assert verbs == ["lock"] * 3 + ["checkpoint"] * 3 + ["restore"] * 3 + ["unlock"] * 3
     assert tree.driver.gpus == [{"GPU-a": "GPU-b"}] * 3
-    assert list(phases) == ["cuda lock", "cuda checkpoint", "cuda restore"]
+    assert list(phases.seconds()) == ["cuda lock", "cuda checkpoint", "cuda restore"]
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])

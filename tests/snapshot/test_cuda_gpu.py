@@ -187,7 +187,7 @@ class GpuHost(Host):
             digests=self.digests, folders=self.folders, gpus=wanted, cuda=self.cuda,
         )  # fmt: skip
         assert restored.control is not None
-        return self._adopt(restored.tree, restored.control), restored.phases
+        return self._adopt(restored.tree, restored.control), restored.phases.seconds()
 
     def _adopt(self, tree: ProcessTree, control: socket.socket) -> Program:
         program = Program(tree, control, self._log)
@@ -258,7 +258,13 @@ def test_a_torch_program_with_a_cuda_graph_wakes_bit_for_bit_and_again(host: Gpu
     assert not devices(program.pid)
     program.close()
     body = decode_body(host.store.manifest(captured.snapshot_id).body, captured.snapshot_id)
-    facts(capture=captured.phases, raw=captured.raw_bytes, stored=captured.stored_bytes, cuda=body.cuda, key=body.key)
+    facts(
+        capture=captured.phases.seconds(),
+        raw=captured.raw_bytes,
+        stored=captured.stored_bytes,
+        cuda=body.cuda,
+        key=body.key,
+    )
     assert body.cuda is not None and len(body.cuda.processes) == 1
     assert body.cuda.processes[0].gpus == [gpu.uuid for gpu in gpus()[:1]]
     assert body.key["gpu_driver"] == body.cuda.driver and body.key["gpu"]
@@ -287,7 +293,7 @@ def test_a_tree_falls_asleep_and_wakes_in_place_without_criu(host: GpuHost) -> N
     assert not devices(program.pid) and used_memory()[0] <= busy - SIZE
     assert int(program.ask("ticks")) > 0  # the program's own threads go on
     tree.resume(phases)
-    facts(phases=dict(phases))
+    facts(phases=phases.seconds())
     assert program.ask() == before
 
 

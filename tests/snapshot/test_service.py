@@ -63,13 +63,14 @@ def test_start_capture_restore_stop(data_dir: DataDir, null_model: Path, tmp_pat
         handle.control.close()
         restored = await service.restore(captured.snapshot_id, key=KEY)
         assert await talk(restored, log, None) == text
-        assert set(restored.phases) == {
+        assert set(restored.phases.seconds()) == {
             "manifest",
             "cell",
             "plan",
             "criu start",
             "criu images",
             "criu finish",
+            "fill ahead",
             "fill",
             "mapped files",
         }

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dormouse.errors import DamagedError, HostError, IncompatibleError, SnapshotError
+from dormouse.phases import Phase, Phases
 from dormouse.snapshot.criu import failure_reason, failures
 from dormouse.snapshot.images import BODY_VERSION, ImageFile, MappedFile, SnapshotBody, decode_body, encode_body
 from dormouse.snapshot.memory_map import AddressSpace, Piece, Window
@@ -48,7 +49,7 @@ def body() -> SnapshotBody:
             )
         ],
         mapped=[MappedFile(path="/lib/x.so", ranges=[(0, 4096)])],
-        phases={"dump": 0.5},
+        phases=Phases(0.0, [Phase("dump", 0.0, 0.5)]),
     )
 
 

@@ -181,7 +181,7 @@ class DeviceBlocks:
         """New memory of a GPU. Raises HostError."""
         return DeviceSegment(self._gpus.driver, ordinal_of(device), size)
 
-    def load(self, manifest: Manifest, segment: DeviceSegment, cancelled: threading.Event) -> None:
+    def load(self, manifest: Manifest, segment: DeviceSegment, cancelled: threading.Event) -> int:
         """Bring all chunks of a checkpoint into a segment. Raises what `load_device` does."""
         busy = contextlib.nullcontext() if self._holder is None else self._holder.interrupted()
         with busy, self._ready(manifest, segment.size) as (plan, key, prepared):
@@ -193,6 +193,7 @@ class DeviceBlocks:
         log.info("%s", _line(manifest.name, report))
         if self._holder is not None and prepared is None:
             self._holder.want(manifest.id)
+        return report.stored_bytes
 
     @contextlib.contextmanager
     def _ready(self, manifest: Manifest, size: int) -> Iterator[tuple[LoadPlan, Key | None, Prepared | None]]:
@@ -253,8 +254,8 @@ class _OnGpu:
         self.handle = self._segment.handle
         blocks.count(device, self._segment.taken)
 
-    def fill(self, cancelled: threading.Event) -> None:
-        self._blocks.load(self._manifest, self._segment, cancelled)
+    def fill(self, cancelled: threading.Event) -> int:
+        return self._blocks.load(self._manifest, self._segment, cancelled)
 
     def close(self) -> None:
         if self._closed:

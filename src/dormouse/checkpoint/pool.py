@@ -25,8 +25,9 @@ from typing import Protocol
 from dormouse.checkpoint.tensors import decode_body
 from dormouse.checkpoint.writer import CHECKPOINT_KIND
 from dormouse.errors import DamagedError, DormouseError, HostError, NotFoundError, StoreError
+from dormouse.phases import host_clock
 from dormouse.store.store import Manifest, Reader, Store
-from dormouse.transfer.handles import SegmentHandle, send_report
+from dormouse.transfer.handles import Filled, SegmentHandle, send_report
 from dormouse.transfer.segment import Segment, fill
 
 _MODEL_REMEDY = "Restart `dormouse serve` if the model was imported anew; else import it again with --replace"
@@ -44,8 +45,8 @@ class Block(Protocol):
     def size(self) -> int:
         """In bytes."""
 
-    def fill(self, cancelled: threading.Event) -> None:
-        """Bring all of it. Raises DormouseError."""
+    def fill(self, cancelled: threading.Event) -> int:
+        """Bring all of it; the bytes it takes as it is stored. Raises DormouseError."""
 
     def handle(self, report: int | None) -> SegmentHandle:
         """What a worker needs to map it. Raises OSError."""
@@ -65,8 +66,8 @@ class _OfHost:
         self.handle = self._segment.handle
         self.close = self._segment.close
 
-    def fill(self, cancelled: threading.Event) -> None:
-        fill(self._segment, self._store, self._manifest.refs, cancelled=cancelled)
+    def fill(self, cancelled: threading.Event) -> int:
+        return fill(self._segment, self._store, self._manifest.refs, cancelled=cancelled)
 
 
 class Elsewhere(Protocol):
@@ -197,8 +198,11 @@ class SegmentPool:
 
     def _fill(self, checkpoint: str, manifest: Manifest, shared: _Shared) -> None:
         error: DormouseError | None = None
+        filled: Filled | None = None
+        begin = host_clock()
         try:
-            shared.segment.fill(shared.cancelled)
+            stored = shared.segment.fill(shared.cancelled)
+            filled = Filled(begin, host_clock(), shared.segment.size, stored)
         except DamagedError as damage:
             error = DamagedError(
                 f"the weights of {manifest.name} can't be read: {damage.message}",
@@ -209,12 +213,12 @@ class SegmentPool:
         except Exception as failure:
             log.exception("filling the segment of %s failed", manifest.name)
             error = StoreError(f"the weights of {manifest.name} can't be read: {failure!r}")
-        self._settle(checkpoint, shared, error)
+        self._settle(checkpoint, shared, error, filled)
         if isinstance(error, DamagedError):
             with self._store.reader() as reader:
                 note_damage(reader, manifest)
 
-    def _settle(self, checkpoint: str, shared: _Shared, error: DormouseError | None) -> None:
+    def _settle(self, checkpoint: str, shared: _Shared, error: DormouseError | None, filled: Filled | None) -> None:
         with self._lock:
             waiting, shared.waiting = shared.waiting or [], None
             if error is not None and self._segments.get(checkpoint) is shared:
@@ -224,7 +228,7 @@ class SegmentPool:
         if error is not None and not shared.cancelled.is_set():
             log.warning("%s", error)
         for pipe in waiting:
-            send_report(pipe, error)
+            send_report(pipe, error, filled)
 
 
 def note_damage(reader: Reader, manifest: Manifest) -> None:

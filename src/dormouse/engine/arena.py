@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dormouse.errors import EngineError
-from dormouse.transfer.handles import MEMFD, SegmentHandle, await_report
+from dormouse.transfer.handles import MEMFD, Filled, SegmentHandle, await_report
 
 BASE = 0x3000_0000_0000
 """Where reservations begin: between what the kernel gives to programs and their heaps (above 0x5500…) and what it gives
@@ -72,8 +72,8 @@ class SegmentArena(Protocol):
     def map(self, handles: Sequence[SegmentHandle]) -> None:
         """Put segments behind the addresses, which are taken the first time, and close the handles."""
 
-    def wait(self) -> None:
-        """Block until every mapped segment is filled."""
+    def wait(self) -> list[Filled]:
+        """Block until every mapped segment is filled; how those were that were not full already."""
 
     def unmap(self) -> None:
         """Take away what is behind the addresses; these stay."""
@@ -141,16 +141,20 @@ class Arena:
             for handle in handles:
                 handle.close()
 
-    def wait(self) -> None:
-        """Block until every mapped segment is filled. Raises what the filling failed with; then nothing is mapped any
-        more, so that nobody looks at half of the weights."""
+    def wait(self) -> list[Filled]:
+        """Block until every mapped segment is filled; how those were that were not full already. Raises what the
+        filling failed with; then nothing is mapped any more, so that nobody looks at half of the weights."""
+        fills = []
         while self._reports:
             try:
-                await_report(self._reports[-1])
+                filled = await_report(self._reports[-1])
             except BaseException:
                 self.unmap()
                 raise
             os.close(self._reports.pop())
+            if filled is not None:
+                fills.append(filled)
+        return fills
 
     def unmap(self) -> None:
         """Take the segments away; their addresses stay reserved."""

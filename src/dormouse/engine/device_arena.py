@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from dormouse.engine.arena import Weights
 from dormouse.errors import DormouseError, EngineError
 from dormouse.transfer.cuda_driver import Driver, array_interface
-from dormouse.transfer.handles import CUDA, SegmentHandle, await_report
+from dormouse.transfer.handles import CUDA, Filled, SegmentHandle, await_report
 
 if TYPE_CHECKING:
     import torch
@@ -111,16 +111,20 @@ class DeviceArena:
             for handle in handles:
                 handle.close()
 
-    def wait(self) -> None:
-        """Block until every mapped segment is filled. Raises what the filling failed with; then nothing is mapped any
-        more, so that nobody computes with half of the weights."""
+    def wait(self) -> list[Filled]:
+        """Block until every mapped segment is filled; how those were that were not full already. Raises what the
+        filling failed with; then nothing is mapped any more, so that nobody computes with half of the weights."""
+        fills = []
         while self._reports:
             try:
-                await_report(self._reports[-1])
+                filled = await_report(self._reports[-1])
             except BaseException:
                 self.unmap()
                 raise
             os.close(self._reports.pop())
+            if filled is not None:
+                fills.append(filled)
+        return fills
 
     def unmap(self) -> None:
         """Wait for the GPU, then give back weights and scratch; the addresses stay reserved. Idempotent."""

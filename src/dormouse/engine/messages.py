@@ -30,6 +30,7 @@ from typing import Any
 import msgspec
 
 from dormouse.checkpoint.tensors import CheckpointBody
+from dormouse.phases import Phases
 from dormouse.transfer.handles import SegmentInfo
 
 PROTOCOL_VERSION = 2
@@ -169,18 +170,18 @@ class Hello(_Message, frozen=True, tag="hello"):
 
 
 class Prepared(_Message, frozen=True, tag="prepared"):
-    """The engine is ready for any of its models. `phases` are seconds by name."""
+    """The engine is ready for any of its models. `phases` are its steps."""
 
-    phases: dict[str, float]
+    phases: Phases
 
 
 class Loaded(_Message, frozen=True, tag="loaded"):
-    """The model is ready. `context` is the longest prompt + answer in tokens; `phases` are seconds by name;
-    `device_bytes` is what it takes of a GPU while it is awake, weights included."""
+    """The model is ready. `context` is the longest prompt + answer in tokens; `phases` are its steps; `device_bytes` is
+    what it takes of a GPU while it is awake, weights included."""
 
     context: int
     kv_tokens: int
-    phases: dict[str, float]
+    phases: Phases
     device_bytes: int = 0
 
 
@@ -227,15 +228,15 @@ class Pong(_Message, frozen=True, tag="pong"):
 
 
 class Quiesced(_Message, frozen=True, tag="quiesced"):
-    """Parked. `phases` are seconds by name."""
+    """Parked. `phases` are its steps."""
 
-    phases: dict[str, float]
+    phases: Phases
 
 
 class Resumed(_Message, frozen=True, tag="resumed"):
-    """Running again. `phases` are seconds by name, `device_bytes` as in `Loaded`."""
+    """Running again. `phases` are its steps, `device_bytes` as in `Loaded`."""
 
-    phases: dict[str, float]
+    phases: Phases
     device_bytes: int = 0
 
 

@@ -74,20 +74,20 @@ class NullEngine:
         return Phases()
 
     def load(self, spec: Load, arena: SegmentArena, emit: Emit) -> Loaded:
-        started = time.perf_counter()
+        phases = Phases()
+        with phases.time("model"):
+            self._open(spec, arena)
+        self._emit = emit
+        self._loop: Loop[Generate | Cancel] = Loop(self._step, self._fail)
+        return Loaded(context=self._context, kv_tokens=spec.kv_tokens or self._context, phases=phases)
+
+    def _open(self, spec: Load, arena: SegmentArena) -> None:
         self._settings = read_settings(Path(spec.path))
         self._context = min(spec.context or self._settings.context, self._settings.context)
         self._heap = [_megabyte(i) for i in range(self._settings.memory_mb)]
         self._weights = arena.weights
         if self._settings.weights_mb:
             self._weights_view()
-        self._emit = emit
-        self._loop: Loop[Generate | Cancel] = Loop(self._step, self._fail)
-        return Loaded(
-            context=self._context,
-            kv_tokens=spec.kv_tokens or self._context,
-            phases={"model": time.perf_counter() - started},
-        )
 
     def submit(self, request: Generate) -> None:
         try:

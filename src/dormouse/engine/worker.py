@@ -250,11 +250,9 @@ class Worker:
             engine = self._fitting_engine(spec)
             arena = self._arena_on(spec.device)
             loaded = engine.load(spec, arena, self._emit)
-        phases = Phases(loaded.phases)
-        with phases.time("weights"):
-            arena.wait()
+        _await_weights(arena, loaded.phases)
         self._engine = engine
-        self._send(msgspec.structs.replace(loaded, phases=phases, device_bytes=arena.device_bytes))
+        self._send(msgspec.structs.replace(loaded, device_bytes=arena.device_bytes))
 
     def _fitting_engine(self, spec: Load) -> Engine:
         if self._prepared is None:
@@ -309,21 +307,20 @@ class Worker:
                 remedy="Check the folder's permissions and free space",
             ) from error
         if self._engine is not None:
-            with phases.time("weights"):
-                self._wake_arena()
+            self._wake_arena(phases)
             with phases.time("engine"):
                 self._engine.resume()
         self._parked = False
         self._send(Resumed(phases=phases, device_bytes=self._arena.device_bytes if self._arena is not None else 0))
 
-    def _wake_arena(self) -> None:
+    def _wake_arena(self, phases: Phases) -> None:
         assert self._arena is not None
         if self._arena.weights is None:
             if not self._arena.mapped:  # scratch may have to come back
                 self._arena.map([])
         elif not self._arena.mapped:
             raise EngineError("the worker was resumed without its weights", remedy="Start the model again")
-        self._arena.wait()
+        _await_weights(self._arena, phases)
 
     def _emit(self, message: FromWorker) -> None:
         """What the engine's thread calls. A node that has gone is the main thread's business: it sees the end of the
@@ -349,6 +346,14 @@ def _much_that_stays() -> Iterator[None]:
         gc.freeze()
     finally:
         gc.enable()
+
+
+def _await_weights(arena: SegmentArena, phases: Phases) -> None:
+    """The wait for them, and their filling, which began before and elsewhere."""
+    with phases.time("weights"):
+        fills = arena.wait()
+    for fill in fills:
+        phases.add("segment", fill.begin, fill.end, track="weights", bytes=fill.bytes, stored=fill.stored)
 
 
 def _redirect_output(path: str, flags: int) -> None:

@@ -1,6 +1,7 @@
 """The admin API: the same node by HTTP over a unix socket that only its owner may open (`run/admin.sock`, mode 0600).
 
 GET  /admin/models                        all models with their states
+GET  /admin/models/{name}/trace           its latest starts and captures, step by step
 POST /admin/models/{name}/snapshot        capture now (once idle), which puts the model to sleep
 POST /admin/models/{name}/wake | sleep
 POST /admin/adapters/{name}/load | unload  serve an imported adapter under its own name, or no more
@@ -22,6 +23,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -44,6 +46,7 @@ def create_admin_app(node: Node) -> Starlette:
     app = Starlette(
         routes=[
             Route("/admin/models", routes.models, methods=["GET"]),
+            Route("/admin/models/{name}/trace", routes.trace, methods=["GET"]),
             Route("/admin/models/{name}/{action}", routes.model_action, methods=["POST"]),
             Route("/admin/adapters/{name}/{action}", routes.adapter_action, methods=["POST"]),
             Route("/admin/snapshots", routes.snapshots, methods=["GET"]),
@@ -123,6 +126,10 @@ class _Routes:
 
     async def snapshots(self, request: Request) -> Response:
         return json_response({"object": "list", "data": await self._node.snapshots()})
+
+    async def trace(self, request: Request) -> Response:
+        operations = self._node.operations(request.path_params["name"])
+        return json_response({"object": "list", "data": [msgspec.to_builtins(operation) for operation in operations]})
 
     async def model_action(self, request: Request) -> Response:
         name, action = request.path_params["name"], request.path_params["action"]

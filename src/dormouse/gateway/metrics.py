@@ -3,7 +3,7 @@ somebody asks. Model labels are names that are served, so their number is bounde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -13,6 +13,7 @@ from dormouse.errors import DormouseError
 from dormouse.node.node import Node
 from dormouse.node.parts import Evicted
 from dormouse.node.replica import Start, StartPath, State
+from dormouse.phases import Phases
 from dormouse.snapshot.service import CaptureResult
 
 _START_BUCKETS = (0.01, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 60, 120, 300)
@@ -104,7 +105,7 @@ class Metrics:
 
     # dormouse.node.parts.Observer
 
-    def started(self, model: str, start: Start, phases: Mapping[str, float]) -> None:
+    def started(self, model: str, start: Start, phases: Phases) -> None:
         self._starts.labels(model, start.path).observe(start.seconds)
         self._add_phases(model, start.path, phases)
 
@@ -120,7 +121,7 @@ class Metrics:
     def quarantined(self, model: str, error: DormouseError) -> None:
         self._quarantines.labels(model, error.code).inc()
 
-    def captured(self, model: str, result: CaptureResult, phases: Mapping[str, float]) -> None:
+    def captured(self, model: str, result: CaptureResult, phases: Phases) -> None:
         self._captures.labels(model, "committed").inc()
         self._captured_bytes.labels(model, "raw").inc(result.raw_bytes)
         self._captured_bytes.labels(model, "stored").inc(result.stored_bytes)
@@ -138,8 +139,8 @@ class Metrics:
     def adapter_failed(self, model: str, adapter: str, error: DormouseError) -> None:
         self._adapter_failures.labels(model, adapter, error.code).inc()
 
-    def _add_phases(self, model: str, step: str, phases: Mapping[str, float]) -> None:
-        for phase, seconds in phases.items():
+    def _add_phases(self, model: str, step: str, phases: Phases) -> None:
+        for phase, seconds in phases.seconds().items():
             self._phases.labels(model, step, phase).inc(seconds)
 
 

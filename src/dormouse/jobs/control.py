@@ -24,7 +24,7 @@ import msgspec
 from dormouse.config import DataDir
 from dormouse.errors import ConfigError, DormouseError, NotFoundError, SnapshotError
 
-_MAX_LINE = 1 << 16
+_MAX_LINE = 1 << 18
 _MAX_REQUESTS = 8
 _ASK_TIMEOUT = 5.0
 _QUEUE_POLL = 0.05

@@ -15,7 +15,9 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ from dormouse.jobs.replica import (
 from dormouse.jobs.streams import FileSink, Input, LogSink, NumberedSink, Output, Sink, say
 from dormouse.snapshot.work_folder import criu_folders, sweep_work_folders
 from dormouse.store.store import Store
+from dormouse.trace import Operation, steps_json
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,8 @@ _PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, sign
 _TO_ALL = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _RESTORES_AT_ONCE = 4
+MAX_OPERATIONS = 64
+"""Restores and captures that a keeper remembers the steps of."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class Keeper:
         self._codes: dict[int, int] = {}
         self._caught: list[signal.Signals] = []
         self._complete = False
+        self._operations: deque[Operation] = deque(maxlen=MAX_OPERATIONS)
         sweep_work_folders(criu_folders(data_dir.run))
         with contextlib.ExitStack() as stack:
             self._control = ControlSocket(data_dir, record.name)
@@ -154,9 +160,22 @@ class Keeper:
                 replica.home.close()
                 replica.pipes.close()
             raise GivenUp(ended_by[0]) if ended_by else errors[0]
+        self._note_restores(replicas)
         self._adopt(replicas)
         with ThreadPoolExecutor(1) as pool:
             self._beside([pool.submit(self._announce, replicas, hook_timeout)], self._pass_on)
+
+    def _note_restores(self, replicas: Sequence[Replica]) -> None:
+        for replica in replicas:
+            assert replica.restored is not None
+            name = f"{self.record.name}#{replica.number}"
+            self._operations.append(
+                Operation("restore", name, replica.snapshot_id or "", time.time(), replica.restored)
+            )
+
+    def operations(self) -> list[Operation]:
+        """The latest restores and captures, oldest first."""
+        return list(self._operations)
 
     def _announce(self, replicas: Sequence[Replica], hook_timeout: float) -> None:
         for replica in replicas:
@@ -271,6 +290,8 @@ class Keeper:
                 return self._status()
             case "checkpoint":
                 return self._checkpoint(request, still_there)
+            case "trace":
+                return {"operations": msgspec.to_builtins(list(self._operations))}
             case "stop":
                 self._events.put(signal.SIGTERM)
                 return {}
@@ -315,6 +336,9 @@ class Keeper:
             )
             with Store.open(self._data_dir.store) as store:
                 result = capture_replica(replica, store, tools, options)
+            self._operations.append(
+                Operation("capture", self.record.name, result.snapshot_id, time.time(), result.phases)
+            )
             if not request.leave_running:
                 self._events.put(Captured(replica.number, result.snapshot_id))
         finally:
@@ -324,6 +348,7 @@ class Keeper:
             "name": self.record.name,
             "raw_bytes": result.raw_bytes,
             "stored_bytes": result.stored_bytes,
+            "phases": steps_json(result.phases),
             "left_running": request.leave_running,
         }
 

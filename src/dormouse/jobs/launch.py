@@ -28,6 +28,7 @@ from dormouse.snapshot.cuda_checkpoint import chosen_gpu
 from dormouse.snapshot.cuda_checkpoint import gpus as gpus_here
 from dormouse.snapshot.tree import stopped_processes
 from dormouse.store.store import Store
+from dormouse.trace import steps_json
 
 Tell = Callable[[str], None]
 Emit = Callable[[dict[str, Any]], None]
@@ -130,6 +131,7 @@ def checkpoint(data_dir: DataDir, target: str, request: Request) -> dict[str, An
         "name": tree.record.name,
         "raw_bytes": result.raw_bytes,
         "stored_bytes": result.stored_bytes,
+        "phases": steps_json(result.phases),
         "left_running": request.leave_running,
     }
 
@@ -172,13 +174,16 @@ def _keep(data_dir: DataDir, record: JobRecord, detach: bool, words: Words, begi
                     raise
                 tell(error.message)
                 return 128 + error.number
-            report({"name": record.name, "pids": keeper.pids, "published": keeper.addresses})
+            restores = [operation.as_json() for operation in keeper.operations()]
+            report({"name": record.name, "pids": keeper.pids, "published": keeper.addresses, "restores": restores})
             return keeper.wait()
 
     def report(state: dict[str, Any]) -> None:
         where = f", published at {', '.join(state['published'])}" if state["published"] else ""
         pids = ", ".join(map(str, state["pids"]))
-        words.tell(f"job {state['name']} runs (pid {pids}{where})")
+        took = max((restore["seconds"] for restore in state["restores"]), default=None)
+        after = f", restored in {took:.3f} s" if took is not None else ""
+        words.tell(f"job {state['name']} runs (pid {pids}{where}{after})")
 
     if log_path is None:
         return work(report)

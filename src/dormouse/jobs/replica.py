@@ -30,6 +30,7 @@ from dormouse.jobs.private_files import pack_files, unpack_files
 from dormouse.jobs.record import FILES_IMAGE, JobRecord, encode_record, record_of
 from dormouse.jobs.streams import Input, Pipes, inode_of, inode_of_path, standard_streams, unread
 from dormouse.jobs.survey import Survey, refusal, survey
+from dormouse.phases import Phases
 from dormouse.snapshot.capture import PROCESS_KIND, CaptureResult, capture, run_on
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.compatibility import system_key
@@ -69,7 +70,8 @@ class CaptureOptions:
 
 @dataclass
 class Replica:
-    """`number` counts from 1. `pipes` are our ends of the standard streams, `feed` what writes to its input."""
+    """`number` counts from 1. `pipes` are our ends of the standard streams, `feed` what writes to its input,
+    `restored` the steps of its restore."""
 
     number: int
     home: JobHome
@@ -79,6 +81,7 @@ class Replica:
     pipes: Pipes = field(default_factory=lambda: Pipes({}, {}))
     feed: Input | None = None
     snapshot_id: str | None = None
+    restored: Phases | None = None
 
     @property
     def tree(self) -> ProcessTree:
@@ -223,7 +226,11 @@ class StoredJob:
         home = restored.tree.home
         assert isinstance(home, Cell)
         externals = tuple(External("pipe", inode) for inode in inodes)
-        return Replica(number, home, restored.tree.pid, record, externals, pipes, snapshot_id=self.snapshot_id)
+        return Replica(
+            *(number, home, restored.tree.pid, record, externals, pipes),
+            snapshot_id=self.snapshot_id,
+            restored=restored.phases,
+        )
 
     def _cell(self, record: JobRecord, store: Store, cells: Cells) -> Cell:
         cell = Cell.create(host_network=record.network == "host", tmpfs=record.tmpfs)

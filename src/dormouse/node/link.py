@@ -266,7 +266,9 @@ class WorkerLink:
         """Let a parked or restored worker go on. Raises EngineError, or what reading the weights failed with."""
         self._segments.send()
         resumed = await self._command(Resume(log_path=log_path), Resumed)
-        if "weights" in resumed.phases:  # it has a model and so has waited for them; a template waits at its load
+        if (
+            "weights" in resumed.phases.seconds()
+        ):  # it has a model and so has waited for them; a template waits at its load
             self._segments.filled()
         return resumed
 

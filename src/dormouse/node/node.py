@@ -20,6 +20,7 @@ from typing import Any, Self
 from dormouse.config import DataDir, ModelConfig, ServeConfig
 from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError, RequestError, SnapshotError
 from dormouse.node.adapters import OpenAdapter, Served, Shelf
+from dormouse.node.history import History
 from dormouse.node.memory import allotted, budget, engine_bytes, gpu_budget
 from dormouse.node.parts import Catalog, Evicted, Host, Model, Observer
 from dormouse.node.presence import NodeState, hold_lock, publish, withdraw
@@ -29,6 +30,7 @@ from dormouse.node.templates import Templates, TemplateSpec, spec_of
 from dormouse.schedule.dozing import displaced, may_stay
 from dormouse.schedule.eviction import Dozer, Plan, Resident, plan_eviction
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
+from dormouse.trace import Operation
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,8 @@ class Node:
         self._gpu_budgets: dict[str, int] = {}
         self._in_need: dict[Runner, int] = {}
         self._host: Host | None = None
-        self._observers: list[Observer] = []
+        self._history = History(wall_clock)
+        self._observers: list[Observer] = [self._history]
         self._runners: dict[str, Runner] = {}
         self._specs: dict[str, TemplateSpec | None] = {}
         self._templates: Templates | None = None
@@ -226,6 +229,10 @@ class Node:
                 f"model {name} fell asleep without a new snapshot", remedy="The node's log says why; try again"
             )
         return runner.status()
+
+    def operations(self, name: str) -> list[Operation]:
+        """The latest starts and captures of a model, oldest first. Raises NotFoundError."""
+        return self._history.of(self._runner(name).model.name)
 
     async def snapshots(self) -> list[dict[str, Any]]:
         """All snapshots and templates on disk."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from dormouse.errors import DormouseError
 from dormouse.node.replica import Start, StartPath
+from dormouse.phases import Phases
 from dormouse.snapshot.capture import SNAPSHOT_KIND
 from dormouse.snapshot.service import CaptureResult, WorkerHandle
 from dormouse.transfer.handles import SegmentHandle
@@ -108,7 +109,7 @@ class Observer(Protocol):
     """Is told once about every start, capture, loading of an adapter and whatever goes to make room, on the event loop,
     with the figures that are also logged."""
 
-    def started(self, model: str, start: Start, phases: Mapping[str, float]) -> None: ...
+    def started(self, model: str, start: Start, phases: Phases) -> None: ...
 
     def start_failed(self, model: str, error: DormouseError) -> None: ...
 
@@ -118,7 +119,7 @@ class Observer(Protocol):
 
     def quarantined(self, model: str, error: DormouseError) -> None: ...
 
-    def captured(self, model: str, result: CaptureResult, phases: Mapping[str, float]) -> None: ...
+    def captured(self, model: str, result: CaptureResult, phases: Phases) -> None: ...
 
     def capture_failed(self, model: str, error: DormouseError) -> None: ...
 

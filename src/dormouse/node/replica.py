@@ -57,6 +57,7 @@ from dormouse.errors import (
     StoreError,
     UntrustedError,
 )
+from dormouse.phases import Phases
 
 MAX_CAPTURE_FAILURES = 3
 MAX_RESTORE_FAILURES = 2
@@ -144,7 +145,7 @@ class Done:
     snapshot_id: str | None = None
     proven: bool = False
     keep: bool = False
-    phases: Mapping[str, float] = field(default_factory=dict)
+    phases: Phases = field(default_factory=lambda: Phases(0.0))
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ class Ready:
     """Tell: a start has succeeded."""
 
     start: Start
-    phases: Mapping[str, float]
+    phases: Phases
 
 
 @dataclass(frozen=True)

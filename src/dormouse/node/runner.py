@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,7 @@ class Runner:
         self._operation: asyncio.Task[machine.Done] | None = None
         self._giving_back: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._parking = Phases()
         self._restored = self._judged = False
         self._oom_kills = 0
         self.expected = self._peak = estimate(model, self._load.engine)
@@ -289,7 +290,7 @@ class Runner:
         name = self.model.name
         match effect:
             case machine.Ready():
-                log.info("model %s is ready: %s (%s)", name, effect.start, _shown(effect.phases))
+                log.info("model %s is ready: %s (%s)", name, effect.start, effect.phases)
                 for observer in self._around.observers:
                     observer.started(name, effect.start, effect.phases)
             case machine.Fallback():
@@ -411,7 +412,7 @@ class Runner:
         with phases.time("resume"), self._judging_ends():
             resumed = await link.resume(str(self._log_path))
         self._note_gpu(resumed.device_bytes)
-        phases |= _details("resume", resumed.phases)
+        phases.nest("resume", resumed.phases, track="worker")
 
     async def _have_segments(self, link: WorkerLink) -> None:
         """Take those of the model anew, if they have been given back."""
@@ -454,7 +455,8 @@ class Runner:
         link = await self._connect(self._handle, fresh=True)
         with phases.time("load"):
             loaded = await self._loaded(link)
-        phases |= _details("host", self._handle.phases) | _details("load", loaded.phases)
+        phases.nest("host", self._handle.phases, track="host")
+        phases.nest("load", loaded.phases, track="worker")
 
     async def _loaded(self, link: WorkerLink) -> Loaded:
         loaded = await link.load(self._load)
@@ -484,11 +486,12 @@ class Runner:
         with phases.time("resume"):
             resumed = await self._resume_restored(link)
         self._note_gpu(resumed.device_bytes)
-        with phases.time("canary"):
+        with phases.time("canary", track="canary"):
             if (answer := await expected) is not None:
                 await canary.judge(link, answer, f"snapshot {snapshot_id} of {self.model.name}")
                 self._judged = True
-        phases |= _details("host", self._handle.phases) | _details("resume", resumed.phases)
+        phases.nest("host", self._handle.phases, track="host")
+        phases.nest("resume", resumed.phases, track="worker")
 
     async def _resume_restored(self, link: WorkerLink) -> Resumed:
         try:
@@ -514,7 +517,8 @@ class Runner:
         self._restored = True
         with phases.time("load"):
             loaded = await self._loaded(link)
-        phases |= _details("host", self._handle.phases) | _details("load", loaded.phases)
+        phases.nest("host", self._handle.phases, track="host")
+        phases.nest("load", loaded.phases, track="worker")
 
     async def _connect(self, handle: WorkerHandle, *, fresh: bool) -> WorkerLink:
         self._link = await WorkerLink.open(
@@ -551,18 +555,22 @@ class Runner:
     async def _quiesce(self) -> machine.Done:
         assert self._link is not None and self._fitting is not None
         self._peak = self.peak
+        phases = self._parking = Phases()
         async with asyncio.timeout(self._around.step_timeout):
             await self._fitting.settle()
             if self.replica.wants_capture or self._canary is None:
-                self._canary = await canary.ask(self._link)
-            quiesced = await self._link.quiesce()
+                with phases.time("canary", track="canary"):
+                    self._canary = await canary.ask(self._link)
+            with phases.time("quiesce"):
+                quiesced = await self._link.quiesce()
             self._fitting.taken_away()
+        phases.nest("quiesce", quiesced.phases, track="worker")
         own = own_bytes(self._handle.pid) if self._handle is not None else 0
-        return machine.Done(phases=quiesced.phases, keep=self._around.may_doze(self, own))
+        return machine.Done(phases=phases, keep=self._around.may_doze(self, own))
 
     async def _capture(self, *, keep: bool) -> machine.Done:
         assert self._link is not None and self._handle is not None
-        phases = Phases()
+        phases = self._parking  # what went before belongs to it
         try:
             async with asyncio.timeout(self._around.step_timeout):
                 with phases.time("host"):
@@ -572,7 +580,7 @@ class Runner:
         except TimeoutError:
             await self._end_worker()  # the capture may yet go on: its worker must never serve again
             raise
-        phases |= _details("host", result.phases)
+        phases.nest("host", result.phases, track="host")
         self._answers = {result.snapshot_id: self._canary}
         if not keep:
             self._handle = None
@@ -588,7 +596,7 @@ class Runner:
         name = self.model.name
         log.info(
             "model %s is captured as %s: %d bytes raw, %d stored (%s)",
-            *(name, result.snapshot_id, result.raw_bytes, result.stored_bytes, _shown(phases)),
+            *(name, result.snapshot_id, result.raw_bytes, result.stored_bytes, phases),
         )
         for observer in self._around.observers:
             observer.captured(name, result, phases)
@@ -629,12 +637,3 @@ class Runner:
 def _gpu(device: str) -> str | None:
     """The GPU of a device as all name it, None for the CPU."""
     return None if not device.startswith("cuda") else device if ":" in device else f"{device}:0"
-
-
-def _details(step: str, phases: dict[str, float]) -> dict[str, float]:
-    """A step's own phases, named after it."""
-    return {f"{step}.{name}": seconds for name, seconds in phases.items()}
-
-
-def _shown(phases: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases.items())

@@ -177,11 +177,15 @@ class Templates:
             link = await WorkerLink.open(spec.name, handle.control, fresh=True, on_lost=_is_told)
             try:
                 with phases.time("prepare"):
-                    await link.prepare(Prepare(engine=spec.engine, device=spec.device, threads=spec.threads))
+                    prepared = await link.prepare(Prepare(engine=spec.engine, device=spec.device, threads=spec.threads))
                 with phases.time("quiesce"):
-                    await link.quiesce()
+                    quiesced = await link.quiesce()
                 with phases.time("capture"):
-                    return await self._host.capture(handle, model=spec.name, key=key, kind=TEMPLATE_KIND)
+                    result = await self._host.capture(handle, model=spec.name, key=key, kind=TEMPLATE_KIND)
+                phases.nest("prepare", prepared.phases, track="worker")
+                phases.nest("quiesce", quiesced.phases, track="worker")
+                phases.nest("capture", result.phases, track="host")
+                return result
             finally:
                 await link.close()
         finally:

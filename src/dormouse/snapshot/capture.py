@@ -25,9 +25,18 @@ from dormouse.errors import DamagedError, DormouseError, NotFoundError, Snapshot
 from dormouse.phases import Phases
 from dormouse.snapshot.compatibility import gpu_key
 from dormouse.snapshot.criu import dump_command, failure_reason
+from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.cuda_checkpoint import CUDA, Cuda, CudaTree, cuda_state
-from dormouse.snapshot.images import BODY_VERSION, ImageFile, MappedFile, SnapshotBody, decode_body, encode_body
+from dormouse.snapshot.images import (
+    BODY_VERSION,
+    ImageFile,
+    MappedFile,
+    SnapshotBody,
+    decode_body,
+    encode_body,
+    raw_bytes,
+)
 from dormouse.snapshot.mapped_files import DigestCache, fingerprint
 from dormouse.snapshot.memory_capture import ParentMemory, capture_memory
 from dormouse.snapshot.memory_map import AddressSpace
@@ -58,7 +67,7 @@ class CaptureResult:
     snapshot_id: str
     raw_bytes: int
     stored_bytes: int
-    phases: dict[str, float]
+    phases: Phases
     suspended: CudaTree | None = None
     """What of the tree has its CUDA state in memory, if any."""
 
@@ -112,13 +121,14 @@ def capture(
             files = mapped_ranges(tree.home.processes())
             with (
                 ThreadPoolExecutor(1, thread_name_prefix="mapped") as beside,
-                phases.time("dump"),
+                phases.time("dump", track="criu") as dumped,
                 Ingest(transaction, choose=_codec_of_bulk(store)) as ingest,
                 _parent(store, tree.snapshot_id or like) as parent,
             ):
                 noted = beside.submit(note_mapped, files, digests)
-                images, memory = _dump(tree, ingest, parent, criu, timeout, criu_options, folders)
+                images, memory = _dump(tree, ingest, parent, criu, timeout, criu_options, folders, phases)
                 images += attach(ingest)
+                dumped.bytes, dumped.stored = raw_bytes(images, memory), transaction.stored_bytes
             with phases.time("mapped files"):
                 mapped = noted.result()
             body = SnapshotBody(
@@ -130,12 +140,12 @@ def capture(
                 images=images,
                 memory=memory,
                 mapped=mapped,
-                phases=dict(phases),
+                phases=phases.copy(),
                 cuda=state,
             )
             if not still_wanted():
                 raise SnapshotError(f"the capture of {name} was given up")
-            with phases.time("commit"):
+            with phases.time("commit", track="disk", stored=transaction.stored_bytes):
                 transaction.commit(
                     Manifest(
                         id=snapshot_id,
@@ -151,7 +161,7 @@ def capture(
         if suspended is not None and (lost := suspended.bring_back(phases)) is not None:
             raise SnapshotError(f"{error}; {lost}", remedy="Start it afresh") from error
         raise
-    return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, dict(phases), suspended)
+    return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, phases, suspended)
 
 
 def run_on(tree: ProcessTree, captured: CaptureResult, *, but: Sequence[int] = ()) -> None:
@@ -200,9 +210,13 @@ def _dump(
     timeout: float,
     options: Sequence[str],
     folders: Path,
+    phases: Phases,
 ) -> tuple[list[ImageFile], list[AddressSpace]]:
     def take_memory(pid: int, pagemap: int) -> AddressSpace:
-        return capture_memory(pid, tree.home.outer_pid(pid), pagemap, ingest, parent)
+        with phases.time("dump.memory", track="memory") as moved:
+            space = capture_memory(pid, tree.home.outer_pid(pid), pagemap, ingest, parent)
+            moved.bytes = PAGE * space.pages
+        return space
 
     with work_folder(folders) as directory:
         command = dump_command(criu, pid=tree.pid, externals=tree.externals, options=options)

@@ -456,10 +456,10 @@ class CudaTree:
     def suspend(self, phases: Phases) -> None:
         """Move all GPU state into the processes' memory. They must run. On any error it is as before, or given up."""
         try:
-            with phases.time("cuda lock"):
+            with phases.time("cuda lock", track="cuda"):
                 for pid in self._pids:
                     self._lock(pid)
-            with phases.time("cuda checkpoint"):
+            with phases.time("cuda checkpoint", track="cuda"):
                 for pid in self._pids:
                     self._do("checkpoint", pid, partial(self._driver.checkpoint, pid), self._limits.memory)
         except DormouseError as error:
@@ -474,7 +474,7 @@ class CudaTree:
     def resume(self, phases: Phases, gpus: Mapping[str, str] | None = None) -> None:
         """Bring the GPU state back, on other GPUs with `gpus` (see `gpu_pairs`), and let CUDA work again. The restore
         threads must run. On an error the tree is of no use any more: close it."""
-        with phases.time("cuda restore"):
+        with phases.time("cuda restore", track="cuda"):
             for pid in self._pids:
                 self._do("restore", pid, partial(self._driver.restore, pid, gpus or {}), self._limits.memory)
             for pid in self._pids:
@@ -483,7 +483,7 @@ class CudaTree:
     def bring_back(self, phases: Phases) -> str | None:
         """After a failure: whatever was done to a process is undone, where it was. Where that can't be, the tree is
         given up, and the words for that are returned."""
-        with phases.time("cuda restore"):
+        with phases.time("cuda restore", track="cuda"):
             for pid in reversed(self._pids):
                 if self._given_up:
                     return "its processes were ended"

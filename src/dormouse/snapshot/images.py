@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from dormouse.errors import DamagedError, IncompatibleError, SnapshotError
+from dormouse.phases import Phases
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.cuda_checkpoint import CudaState
 from dormouse.snapshot.memory_map import AddressSpace, check
@@ -56,7 +57,8 @@ class SnapshotBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `key` is the compatibility key, `pid` the root's pid in its cell, `externals` what tied the tree to the outside,
     `memory` the private memory of its processes (their page maps and pages are not among `images`), `phases` the
-    seconds of the capture, `cuda` what is to be known of processes with CUDA state, whose GPU memory is in theirs.
+    steps of the capture before its commit, `cuda` what is to be known of processes with CUDA state, whose GPU memory is
+    in theirs.
     """
 
     version: int
@@ -67,7 +69,7 @@ class SnapshotBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     images: list[ImageFile]
     memory: list[AddressSpace]
     mapped: list[MappedFile]
-    phases: dict[str, float]
+    phases: Phases
     cuda: CudaState | None = None
 
     def references(self) -> Sequence[Digest]:
@@ -77,11 +79,16 @@ class SnapshotBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def raw_bytes(self) -> int:
         """Bytes of all images as CRIU wrote them, pages included."""
-        return sum(image.size for image in self.images) + PAGE * sum(space.pages for space in self.memory)
+        return raw_bytes(self.images, self.memory)
 
     def image(self, name: str) -> ImageFile | None:
         """The image of that name."""
         return next((image for image in self.images if image.name == name), None)
+
+
+def raw_bytes(images: Sequence[ImageFile], memory: Sequence[AddressSpace]) -> int:
+    """Bytes of these images as CRIU wrote them, pages included."""
+    return sum(image.size for image in images) + PAGE * sum(space.pages for space in memory)
 
 
 def encode_body(body: SnapshotBody) -> bytes:

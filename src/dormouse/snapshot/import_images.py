@@ -104,7 +104,7 @@ def import_images(
             images=[*images, *own],
             memory=memory,
             mapped=[],
-            phases=dict(phases),
+            phases=phases.copy(),
         )
         with phases.time("commit"):
             transaction.commit(
@@ -117,7 +117,7 @@ def import_images(
                     refs=body.references(),
                 )
             )
-    return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, dict(phases))
+    return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, phases)
 
 
 def parse_external(text: str) -> External:

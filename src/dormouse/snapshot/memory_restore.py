@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from dormouse.errors import DamagedError
+from dormouse.phases import host_clock
 from dormouse.snapshot.criu_images import PAGE, Task, encode_pagemap
 from dormouse.snapshot.criu_images import Mapping as ProcessMapping
 from dormouse.snapshot.memory_map import (
@@ -210,6 +211,10 @@ class Fill:
         self._bulk = _Bulk(reader)
         self._merging = threading.BoundedSemaphore(_MERGED_AT_ONCE)
         self._running = self._ended = False
+        self.begun: float | None = None
+        """When `begin` was called, on the host's clock."""
+        self.run_at = 0.0
+        """When `run` was."""
         # One more than decode and write, for the one that waits for the disk on behalf of the others.
         self._pool = ThreadPoolExecutor((threads or default_threads()) + 1, thread_name_prefix="fill")
 
@@ -223,6 +228,16 @@ class Fill:
         self._bulk.close()
 
     @property
+    def plain_bytes(self) -> int:
+        """What is filled in."""
+        return PAGE * sum(window_mask(window).bit_count() for plan in self._plans for window in plan.filled)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What of the store is read for that."""
+        return sum(chunk.stored_length for chunk in self._chunks.values())
+
+    @property
     def pids(self) -> list[int]:
         """The processes to be filled, as their images name them."""
         return [plan.space.pid for plan in self._plans]
@@ -234,6 +249,7 @@ class Fill:
         with self._lock:
             if self._running:
                 return
+            self.begun = host_clock()
             self._pool.submit(self._advise)
             for pid, window in self._first(windows):
                 self._ahead[pid, window.number] = self._pool.submit(self._pages, pid, window)
@@ -251,6 +267,7 @@ class Fill:
         """Fill the processes, whose pids in this namespace are `host_pids`. Raises DamagedError, SnapshotError."""
         with self._lock:
             self._running = True
+            self.run_at = host_clock()
         with contextlib.ExitStack() as memories:
             jobs = []
             try:

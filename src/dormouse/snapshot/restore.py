@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from dormouse.errors import DormouseError, HostError, IncompatibleError, SnapshotError, StoreError
-from dormouse.phases import Phases
+from dormouse.phases import Phases, host_clock
 from dormouse.snapshot.capture import failure_of
 from dormouse.snapshot.compatibility import first_mismatch, gpu_key
 from dormouse.snapshot.criu import failures, restore_command
@@ -58,7 +57,7 @@ class Restored:
 
     tree: ProcessTree
     control: socket.socket | None
-    phases: dict[str, float]
+    phases: Phases
 
 
 def restore(
@@ -112,8 +111,10 @@ def restore(
                 compared = beside.submit(first_changed_file, [file for file in body.mapped if file.digest], digests)
                 pid, control = _run_criu(home, body, work, command, phases)
                 try:
-                    with phases.time("fill"):
+                    with phases.time("fill", track="fill", bytes=work.fill.plain_bytes, stored=work.fill.stored_bytes):
                         work.fill_in(home)
+                    if work.fill.begun is not None:
+                        phases.add("fill ahead", work.fill.begun, work.fill.run_at, track="fill")
                     with phases.time("mapped files"):
                         changed = compared.result()
                     if changed is not None:
@@ -133,7 +134,7 @@ def restore(
     if control is not None:
         externals[inherit.index(None)] = type(externals[0])("socket", control[1])
     tree = ProcessTree(home, pid, tuple(externals), snapshot_id)
-    return Restored(tree, control[0] if control is not None else None, dict(phases))
+    return Restored(tree, control[0] if control is not None else None, phases)
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ def _run_criu(
         )
         with RestoreStream(directory, work.served) as stream:
             threading.Thread(target=_read_ahead, args=(stream, body, work.fill), name="prefetch", daemon=True).start()
-            begin = time.perf_counter()
+            begin = host_clock()
             with _host_must("start criu"):
                 process = home.spawn(
                     command, env={"PATH": os.defpath}, fds=fds, control=control_number, cwd=str(directory)
@@ -301,9 +302,9 @@ def _run_criu(
                     process.control.close()
                 home.close()  # before the stream: its threads may wait for a CRIU that does not take what they write
                 raise
-            phases["criu start"] = stream.connected_at - begin
-            phases["criu images"] = stream.last_image_at - stream.connected_at
-            phases["criu finish"] = time.perf_counter() - stream.last_image_at
+            phases.add("criu start", begin, stream.connected_at, track="criu")
+            phases.add("criu images", stream.connected_at, stream.last_image_at, track="criu", bytes=stream.given_bytes)
+            phases.add("criu finish", stream.last_image_at, host_clock(), track="criu")
     if process.control is None:
         return body.pid, None
     assert process.inode is not None

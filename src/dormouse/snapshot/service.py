@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from dormouse.errors import DormouseError, HostError
+from dormouse.phases import Phases
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import SNAPSHOT_KIND, CaptureResult
 from dormouse.transfer.handles import SegmentHandle, adopt
@@ -35,12 +36,12 @@ _END_TIMEOUT = 10.0
 class WorkerHandle:
     """A live worker in its cell. `control` is the node's end of the control socket (AF_UNIX stream, the receiver
     owns it), `segments` what must be sent through it (and closed by the receiver, too). `pid` is the worker's in the
-    host's pid namespace. `phases`: seconds by name."""
+    host's pid namespace. `phases`: what it took the service."""
 
     cell_id: str
     pid: int
     control: socket.socket
-    phases: dict[str, float] = field(default_factory=dict)
+    phases: Phases = field(default_factory=Phases)
     segments: Sequence[SegmentHandle] = ()
 
 

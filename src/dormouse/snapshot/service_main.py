@@ -60,7 +60,7 @@ _CRIU_TIMEOUT = 600.0
 
 Answer = tuple[messages.Reply, list[int]]
 """A reply and the descriptors that go with it; sent, then closed."""
-_Worker = tuple[int, socket.socket, Mapping[str, float]]
+_Worker = tuple[int, socket.socket, Phases]
 _R = TypeVar("_R", messages.StartWorker, messages.RestoreSnapshot)
 
 _PROBE_TIMEOUT = 20.0
@@ -229,7 +229,7 @@ class Service:
             call=request.call,
             cell_id=cell_id,
             pid=pid,
-            phases=dict(phases),
+            phases=phases,
             segments=[handle.info for handle in handles],
         )
         return started, [control.detach(), *(fd for handle in handles for fd in handle.descriptors())]

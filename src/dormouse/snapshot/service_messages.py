@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from dormouse import errors
+from dormouse.phases import Phases
 from dormouse.transfer.handles import MAX_SEGMENTS, SegmentInfo
 
 MAX_PACKET = 128 << 10
@@ -95,7 +96,7 @@ class Started(_Reply, frozen=True, kw_only=True, tag="started"):
 
     cell_id: str
     pid: int
-    phases: dict[str, float]
+    phases: Phases
     segments: list[SegmentInfo]
 
 
@@ -105,7 +106,7 @@ class Captured(_Reply, frozen=True, kw_only=True, tag="captured"):
     snapshot_id: str
     raw_bytes: int
     stored_bytes: int
-    phases: dict[str, float]
+    phases: Phases
 
 
 class SegmentTaken(_Reply, frozen=True, kw_only=True, tag="segment_taken"):

@@ -22,13 +22,13 @@ import os
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Self
 
 from dormouse.errors import DormouseError, HostError, SnapshotError
+from dormouse.phases import host_clock
 from dormouse.snapshot.images import INLINE_LIMIT, ImageFile
 from dormouse.snapshot.memory_capture import drain, process_of
 from dormouse.snapshot.memory_map import AddressSpace
@@ -118,7 +118,7 @@ class _Stream:
     def __init__(self, directory: Path, socket_name: str) -> None:
         self.connected = threading.Event()
         """Set when CRIU has connected, or never will."""
-        self.connected_at = self.last_image_at = time.perf_counter()
+        self.connected_at = self.last_image_at = host_clock()
         """When CRIU connected, and when the last image so far was through."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -173,7 +173,7 @@ class _Stream:
         except OSError:
             return  # closed before CRIU connected; its exit code says why
         finally:
-            self.connected_at = time.perf_counter()
+            self.connected_at = host_clock()
             self.connected.set()
         with peer:
             self._peer = peer
@@ -345,6 +345,8 @@ class RestoreStream(_Stream):
     """Serves images by name to `criu restore --stream -D directory`."""
 
     def __init__(self, directory: Path, images: Mapping[str, Parts]) -> None:
+        self.given_bytes = 0
+        """What went through the pipes so far."""
         self._images = images
         super().__init__(directory, SERVE_SOCKET)
 
@@ -358,12 +360,16 @@ class RestoreStream(_Stream):
                 self._start_file(give, name, pipe)
 
     def _give(self, parts: Parts, pipe: int) -> None:
+        given = 0
         # CRIU closes an image it has seen enough of (it looks into some twice); if it died, its exit code tells.
         with self._ending(pipe), contextlib.suppress(BrokenPipeError):
             with contextlib.closing(_generator(parts)) as image:
                 for part in image:
                     _drain(pipe, part)
-        self.last_image_at = time.perf_counter()
+                    given += len(part)
+        with self._lock:
+            self.given_bytes += given
+            self.last_image_at = host_clock()
 
 
 def _generator(parts: Parts) -> Generator[Buffer, None, None]:

@@ -90,19 +90,29 @@ def adopt(infos: Sequence[SegmentInfo], descriptors: Iterator[int]) -> list[Segm
     return handles
 
 
+class Filled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a segment was filled: when, by `host_clock`, and with how many bytes, plain and as they were stored."""
+
+    begin: float
+    end: float
+    bytes: int
+    stored: int
+
+
 class _Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    filled: Filled | None = None
     kind: str = ""
     message: str = ""
     remedy: str = ""
 
 
-def send_report(pipe: int, error: errors.DormouseError | None) -> None:
+def send_report(pipe: int, error: errors.DormouseError | None, filled: Filled | None = None) -> None:
     """Tell through `pipe` that a segment is filled, or why it never will be, and close it. A reader that has gone
     needs no report."""
     report = (
-        _Report()
+        _Report(filled)
         if error is None
-        else _Report(type(error).__name__, _cut(error.message, 3000), _cut(error.remedy, 500))
+        else _Report(None, type(error).__name__, _cut(error.message, 3000), _cut(error.remedy, 500))
     )
     try:
         os.write(pipe, msgspec.msgpack.encode(report)[:_MAX_REPORT])
@@ -117,9 +127,9 @@ def _cut(text: str, size: int) -> str:
     return text.encode()[:size].decode(errors="ignore")
 
 
-def await_report(pipe: int) -> None:
-    """Block until the segment behind `pipe` is filled. Raises the error it failed with, EngineError when whoever
-    filled it has died."""
+def await_report(pipe: int) -> Filled | None:
+    """Block until the segment behind `pipe` is filled; how it was, if that was told. Raises the error it failed with,
+    EngineError when whoever filled it has died."""
     data = os.read(pipe, _MAX_REPORT)
     if not data:
         raise errors.EngineError(
@@ -131,3 +141,4 @@ def await_report(pipe: int) -> None:
         raise errors.EngineError(f"the weights did not arrive: the report is malformed: {error}") from error
     if report.kind:
         raise errors.of_kind(report.kind, report.message, report.remedy)
+    return report.filled

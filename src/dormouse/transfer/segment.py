@@ -80,16 +80,18 @@ def fill(
     *,
     cancelled: threading.Event,
     threads: int | None = None,
-) -> None:
-    """Fill a segment with chunks, one after the other from its beginning, in that order, and seal it.
+) -> int:
+    """Fill a segment with chunks, one after the other from its beginning, in that order, and seal it; the bytes
+    they take as they are stored.
 
     Raises DamagedError, StoreError or HostError, StoreError when `cancelled` was set; no thread is left then either,
     and the segment is of no use.
     """
     with store.reader() as reader:
         loaded = plan_in_row(reader, digests, segment.size)
-        load_host(loaded, [segment], key=store.key, threads=threads, cancelled=cancelled)
+        report = load_host(loaded, [segment], key=store.key, threads=threads, cancelled=cancelled)
     segment.seal()
+    return report.stored_bytes
 
 
 def plan_in_row(reader: Reader, digests: Sequence[Digest], size: int) -> LoadPlan:
