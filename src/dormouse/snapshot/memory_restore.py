@@ -36,7 +36,7 @@ from dormouse.snapshot.memory_map import (
 )
 from dormouse.snapshot.process_memory import ProcessMemory
 from dormouse.store.chunk import Buffer, Digest
-from dormouse.store.codec import Codec
+from dormouse.store.codec import FLOATS, Codec
 from dormouse.store.pack import aligned
 from dormouse.store.store import Reader, StoredChunk
 from dormouse.transfer.budget import default_threads
@@ -44,7 +44,7 @@ from dormouse.transfer.memory import anonymous
 from dormouse.transfer.readahead import ReadAhead
 from dormouse.transfer.source_files import SourceFile
 
-AHEAD_BYTES, AHEAD_BYTES_OF_LARGE = 96 << 20, 32 << 20
+AHEAD_BYTES, AHEAD_BYTES_OF_LARGE = 96 << 20, 16 << 20
 """What is decoded before the processes are there to take it; less where each thread needs more for itself."""
 
 _MERGED_AT_ONCE = 4
@@ -55,6 +55,10 @@ _HUGE_FROM = 16 << 20
 
 _ADVISE_STEP = 4 << 20
 _DIRECT_FROM = 2 << 20
+
+_COPIED_AT_ONCE, _CODED_AT_ONCE = 6, 10
+"""Large chunks that are decoded at a time: with LZ4 and zstd, which want memory of their own for the plain bytes, and
+floats. So 16 threads stay within 256 MiB."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,8 @@ class _Bulk:
         self._files: dict[int, SourceFile] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
+        self._copied = threading.BoundedSemaphore(_COPIED_AT_ONCE)
+        self._floats = threading.BoundedSemaphore(_CODED_AT_ONCE)
 
     def close(self) -> None:
         """Close the packs. No read may be under way. Idempotent."""
@@ -165,9 +171,15 @@ class _Bulk:
 
     def plain_into(self, chunk: StoredChunk, out: memoryview) -> memoryview:
         """A chunk's plain bytes, in `out`, which begins at a page. Raises DamagedError."""
+        turn = self._floats if chunk.codec in FLOATS else self._copied
+        with contextlib.nullcontext() if chunk.codec == Codec.RAW else turn:
+            self._read_into(chunk, out)
+        return out
+
+    def _read_into(self, chunk: StoredChunk, out: memoryview) -> None:
         if not self.reads_directly(chunk):
             self._reader.plain_into(chunk, out)
-            return out
+            return
         raw = chunk.codec == Codec.RAW
         buffer = out if raw else self._own("stored", aligned(chunk.stored_length))
         try:
@@ -179,7 +191,6 @@ class _Bulk:
             self._reader.decode_into(chunk, stored, out)
         elif len(stored) != len(out):
             raise self._reader.damaged(chunk, f"it has {len(stored)} raw bytes instead of {len(out)}")
-        return out
 
     def _file(self, chunk: StoredChunk) -> SourceFile:
         with self._lock:

@@ -26,6 +26,7 @@ import numpy as np
 
 from dormouse.store import floats
 from dormouse.store.codec import FLOATS, Codec
+from dormouse.store.transaction import FLOATS_AT_ONCE
 from dormouse.transfer.budget import default_threads
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class BulkCodec:
         self, folder: Path, *, threads: int | None = None, measure: Callable[[Path], Rates] | None = None
     ) -> None:
         self._folder = folder
-        self._threads = threads or default_threads()
+        self._threads = min(threads or default_threads(), FLOATS_AT_ONCE)
         self._measure = measure or measured_rates
 
     def __call__(self, plain: memoryview) -> Codec:
