@@ -38,7 +38,6 @@ from rich.table import Table
 from dormouse import host_memory
 from dormouse.bench_start import host_facts
 from dormouse.config import default_data_dir
-from dormouse.phases import Phases
 from dormouse.snapshot.capture import PROCESS_KIND, CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
@@ -178,7 +177,7 @@ def ours(kind: str, size: int, folder: Path, criu: Criu, cold: bool) -> Row:
         with Store.open(folder / "store") as store:
             with timed(row, "capture"):
                 result = _captured(tree, store, criu, digests, work)
-            row.stored_bytes, row.capture_phases = result.stored_bytes, seconds_of(result.phases).seconds()
+            row.stored_bytes, row.capture_phases = result.stored_bytes, result.phases.seconds()
             tree.home.close()
             tree = _restored(row, result, store, criu, digests, work, cold)
             if digest_of_block(tree, address, size) != expected:
@@ -225,7 +224,7 @@ def _restored(
             folders=work,
             inherit=(),
         )
-    row.restore_phases = seconds_of(made.phases).seconds()
+    row.restore_phases = made.phases.seconds()
     return made.tree
 
 
@@ -263,10 +262,6 @@ def _criu(home: Cell, criu: Criu, words: list[str], images: Path) -> None:
 
 
 WAYS = {"ours": ours, "plain": plain}
-
-
-def seconds_of(phases: Phases) -> dict[str, float]:
-    return {step.name: step.seconds for step in phases.steps}
 
 
 def reset_peak() -> None:
