@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -21,6 +22,10 @@ from dormouse.store.store import Store
 from tests.models import quiet
 
 SMOLLM2 = "smollm2-135m"
+
+# How long an example takes says nothing on a busy machine; a test that hangs ends by its own time limit.
+hypothesis.settings.register_profile("dormouse", deadline=None)
+hypothesis.settings.load_profile("dormouse")
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,7 @@ async def test_an_idle_model_keeps_its_process_and_wakes_without_a_restore(tmp_p
             await until(lambda: state(node) == "dozing")
         assert host.calls.count("capture") == 1 and "restore" not in host.calls
         assert host.calls.count("take_segment of the model") == 3 and "stop_worker" not in host.calls
-        assert {"room", "segments", "resume"} <= set(told.phases["sleep"])
+        assert {"room", "segments", "resume"} <= set(told.phases["sleep"].seconds())
         assert node.statuses()[0].rss_bytes > 0
 
 

@@ -17,6 +17,7 @@ import pytest
 from tests.snapshot.attached import AttachedWorker
 from tests.snapshot.conftest import make_null_model
 
+from dormouse.checkpoint.loader import Loader, loader_command
 from dormouse.config import DataDir
 from dormouse.errors import (
     DamagedError,
@@ -46,7 +47,9 @@ class Host:
     """The service's calls, made directly."""
 
     def __init__(self, store: Store, criu: Criu, log: Path) -> None:
-        self.service = Service(store, criu, DigestCache(log.parent / "digests"), log.parent / "criu")
+        loader = Loader(loader_command(store.root.parent, 0))  # started when a GPU is wanted
+        digests = DigestCache(log.parent / "digests")
+        self.service = Service(store, criu, digests, log.parent / "criu", keep_bytes=0, loader=loader)
         self.log = log
         self.cells: list[str] = []
         self.workers: list[AttachedWorker] = []
