@@ -290,7 +290,7 @@ def load_config(
 ) -> ServeConfig:
     """The merged and validated settings. `flags` maps top-level settings to values (None: not given); `models` are
     served beside those of the file. Raises ConfigError, which names place and remedy."""
-    values, marks = _read_yaml(path) if path is not None else ({}, {})
+    values, marks = read_yaml(path) if path is not None else ({}, {})
     origin: dict[str, str] = {}
     for name in ServeConfig.model_fields:
         variable = HOME_VARIABLE if name == "data_dir" else f"DORMOUSE_{name.upper()}"
@@ -342,17 +342,18 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], Marks]:
+def read_yaml(path: Path, what: str = "the configuration file") -> tuple[dict[str, Any], Marks]:
+    """A YAML mapping and the line of each of its values. Raises ConfigError, which names `what` it is."""
     try:
         with path.open("rb") as file:
             text = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise ConfigError(
-            f"the configuration file {path} cannot be read: {error.strerror}",
+            f"{what} {path} cannot be read: {error.strerror}",
             remedy="See dormouse.example.yaml for a file to start from",
         ) from error
     if len(text) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"the configuration file {path} is over {MAX_CONFIG_BYTES} bytes")
+        raise ConfigError(f"{what} {path} is over {MAX_CONFIG_BYTES} bytes")
     marks: Marks = {}
     try:
         loader = _Loader(text)
@@ -404,6 +405,11 @@ def _explain(error: ValidationError, path: Path | None, marks: Marks, origin: Ma
 def _place(location: Location, path: Path | None, marks: Marks, origin: Mapping[str, str]) -> str:
     if location and (source := origin.get(str(location[0]))):
         return f"{source}: "
+    return mistake_place(location, path, marks)
+
+
+def mistake_place(location: Location, path: Path | None, marks: Marks) -> str:
+    """File and line of a setting, or of the nearest one around it, to begin a message with."""
     while location and location not in marks:
         location = location[:-1]
     return f"{path}, line {marks[location]}: " if path is not None and location in marks else ""

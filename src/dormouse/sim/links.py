@@ -1,0 +1,120 @@
+"""Links that transfers share: the network card of a node, its disk, the PCIe link of a GPU.
+
+    start(bytes, path of links, done) -> Flow;  done() is called when the last byte has arrived
+
+A transfer runs through all links of its path at once (it is a pipeline), each link gives each of its transfers an equal
+part, and the narrowest part is the rate. What a transfer can't use of its part goes to nobody, so rates are a little
+lower than max-min fair ones and never add up to more than a link has. Rates change only when a transfer starts or
+ends; in between nothing is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from dormouse.sim.events import Clock, Event
+
+_CLOSE = 1e-9
+
+
+class Link:
+    """`rate` in bytes per second. `carried` counts the bytes of transfers that ended or were cut off."""
+
+    __slots__ = ("carried", "flows", "name", "rate")
+
+    def __init__(self, name: str, rate: float) -> None:
+        if not 0 < rate < math.inf:
+            raise ValueError(f"link {name} has the rate {rate}")
+        self.name = name
+        self.rate = rate
+        self.flows: dict[Flow, None] = {}
+        self.carried = 0.0
+
+    def queued(self, now: float) -> float:
+        """Bytes still to come over it."""
+        return sum(flow.left_at(now) for flow in self.flows)
+
+
+class Flow:
+    """A transfer under way. `cap` is the most that its reader or writer can do by itself, in bytes per second."""
+
+    __slots__ = ("cap", "done", "event", "left", "path", "rate", "since", "size")
+
+    def __init__(self, size: float, path: tuple[Link, ...], cap: float, done: Callable[[], None]) -> None:
+        self.size = size
+        self.left = size
+        self.path = path
+        self.cap = cap
+        self.done = done
+        self.rate = 0.0
+        self.since = 0.0
+        self.event: Event | None = None
+
+    def left_at(self, now: float) -> float:
+        return max(self.left - self.rate * (now - self.since), 0.0)
+
+
+class Network:
+    """All transfers of a simulation. `delivered` counts the bytes of those that ended, `dropped` of those cut off."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.delivered = 0.0
+        self.dropped = 0.0
+
+    def start(self, size: float, path: Iterable[Link], done: Callable[[], None], cap: float = math.inf) -> Flow:
+        """Begin a transfer; `done` is called from the clock, never from here."""
+        flow = Flow(float(size), tuple(path), cap, done)
+        flow.since = self.clock.now
+        for link in flow.path:
+            link.flows[flow] = None
+        self._share(flow.path, flow)
+        return flow
+
+    def stop(self, flow: Flow) -> float:
+        """Cut a transfer off; the bytes that had arrived."""
+        if flow.event is None:
+            return 0.0
+        flow.event.cancel()
+        came = flow.size - flow.left_at(self.clock.now)
+        self.dropped += came
+        self._end(flow, came)
+        return came
+
+    def _end(self, flow: Flow, came: float) -> None:
+        flow.event = None
+        for link in flow.path:
+            del link.flows[flow]
+            link.carried += came
+        self._share(flow.path, None)
+
+    def _arrived(self, flow: Flow) -> None:
+        self.delivered += flow.size
+        self._end(flow, flow.size)
+        flow.done()
+
+    def _share(self, links: tuple[Link, ...], new: Flow | None) -> None:
+        """New rates for all whose part of one of these links has changed."""
+        if new is not None:
+            self._set_rate(new)
+        seen: set[Flow] = set() if new is None else {new}
+        for link in links:
+            for flow in link.flows:
+                if flow not in seen:
+                    seen.add(flow)
+                    self._set_rate(flow)
+
+    def _set_rate(self, flow: Flow) -> None:
+        rate = flow.cap
+        for link in flow.path:
+            rate = min(rate, link.rate / len(link.flows))
+        if flow.event is not None and abs(rate - flow.rate) <= _CLOSE * rate:
+            return
+        now = self.clock.now
+        flow.left = flow.left_at(now)
+        flow.since = now
+        flow.rate = rate
+        if flow.event is not None:
+            flow.event.cancel()
+        flow.event = self.clock.at(now + flow.left / rate if flow.left else now, self._arrived, flow)
