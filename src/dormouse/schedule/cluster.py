@@ -1,0 +1,549 @@
+"""What a decision sees: nodes, links, models, replicas and who holds which bytes, as plain data with indexes.
+
+    node or simulator: tells what happened  ->  Cluster (this view)  ->  estimate, place, keepalive, autoscale
+
+A `Cluster` does no I/O and knows no clock; whoever keeps it tells it of every change by a method, and it refuses a
+change that would take more memory than there is. Times are seconds, sizes bytes, rates bytes a second. What lies in a
+tier is an `Artifact`, named by a key, so that models that share weights or an engine's template share the bytes too.
+Free memory is never told but derived: total - reserved - replicas - claims.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, StrEnum
+from types import MappingProxyType
+from typing import Literal
+
+from dormouse.errors import ConfigError
+
+StartPath = Literal["hot", "sleep", "snapshot", "template", "cold"]
+PhaseName = Literal["process", "ready"]
+
+NETWORK = "network"
+DISK = "disk"
+MEMORY = "memory"  # host memory into host memory: a process' pages, or the weights of a model without a GPU
+
+
+def pcie(gpu: int) -> str:
+    """The name of the link between the host and one GPU."""
+    return f"pcie:{gpu}"
+
+
+class Tier(IntEnum):
+    """Where bytes can be; the smaller the nearer."""
+
+    GPU = 0
+    DRAM = 1
+    DISK = 2
+    REMOTE = 3
+
+
+class State(StrEnum):
+    """What a replica is doing, as far as a decision cares."""
+
+    STARTING = "starting"
+    HOT = "hot"  # ready, with room for another request (perhaps some are running)
+    BUSY = "busy"  # ready, as many requests as it takes at once
+    SLEEPING = "sleeping"  # the process is there, in host memory only
+    LEAVING = "leaving"  # on its way out; its memory is not free yet
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """Bytes that can lie in a tier: a model's weights, its snapshot, or the template of an engine."""
+
+    key: str
+    plain_bytes: int
+    coded_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """What a model needs. `kv_bytes` and the weights are sums over its `gpus`; with gpus=0 it all is host memory.
+
+    `phases` are first guesses, for each start path, of "process" (cell, CRIU, or import and construction) and "ready"
+    (resume, first token); the estimator learns the true ones. `image_kinds` are the kinds of node its snapshot fits.
+    """
+
+    name: str
+    weights: Artifact
+    engine: str = "transformers"
+    kv_bytes: int = 0
+    gpus: int = 1
+    process_bytes: int = 0  # host memory of its process, asleep or ready
+    image: Artifact | None = None  # its snapshot
+    template: Artifact | None = None  # its engine's
+    image_kinds: frozenset[str] = frozenset({""})
+    slots: int = 1  # requests that a replica runs at once
+    phases: Mapping[StartPath, Mapping[PhaseName, float]] = field(default_factory=lambda: MappingProxyType({}))
+    token_seconds: float = 0.03  # between two tokens of one request
+    prefill_seconds: float = 0.0  # for each token of a prompt; what a migrated request must recompute
+
+    @property
+    def device_bytes(self) -> int:
+        """What a ready replica takes of each of its GPUs."""
+        return -(-(self.weights.plain_bytes + self.kv_bytes) // self.gpus) if self.gpus else 0
+
+    @property
+    def host_bytes(self) -> int:
+        """What a ready replica takes of the host's memory."""
+        return self.process_bytes + (0 if self.gpus else self.weights.plain_bytes + self.kv_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One way for bytes. `rate` is what is declared or was measured once; the estimator learns the true one.
+
+    `queued` bytes are under way or wait on it, in `transfers` pieces. A link shares its rate among its transfers
+    unless it is `fifo`.
+    """
+
+    rate: float
+    queued: int = 0
+    transfers: int = 0
+    fifo: bool = False
+
+    def ahead(self, size: int) -> int:
+        """The bytes that go before the last one of a new transfer of `size` does."""
+        return self.queued if self.fifo else min(self.queued, self.transfers * size)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One host. `gpus` are the bytes of each GPU that Dormouse may use, `host_bytes` the memory for processes (and for
+    models without a GPU), `dram_tier` and `disk_tier` the room for artifacts. `kind` says which snapshots fit it."""
+
+    name: str
+    gpus: tuple[int, ...]
+    host_bytes: int
+    links: Mapping[str, Link]
+    dram_tier: int = 0
+    disk_tier: int = 0
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A request that a replica runs: when it began, and how many tokens it has and is expected to have."""
+
+    name: str
+    began: float
+    tokens: int = 0
+    expected_tokens: int = 0
+    prompt_tokens: int = 0
+    movable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One worker of a model. `since` is when it entered its state; `ready_at` when one that starts should be ready.
+
+    `expected` is when its present requests should be done: what a request would wait for that queues behind them."""
+
+    name: str
+    model: str
+    node: str
+    gpus: tuple[int, ...]
+    state: State
+    since: float
+    requests: tuple[Running, ...] = ()
+    waiting: int = 0  # requests that already queue behind it
+    ready_at: float = 0.0
+    expected: float = 0.0
+    pinned: bool = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether it may be put to sleep or ended for another one."""
+        return not (self.pinned or self.requests or self.waiting) and self.state in (State.HOT, State.SLEEPING)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request. A higher `priority` goes first, but not forever (see queue.py)."""
+
+    name: str
+    model: str
+    arrived: float
+    priority: int = 0
+    tenant: str = ""
+    prompt_tokens: int = 0
+    expected_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A transfer that a start needs: `size` bytes, pipelined over `links` (the slowest one decides). The links of
+    several GPUs each carry their share."""
+
+    name: Literal["weights", "image"]
+    key: str
+    size: int
+    source: Tier
+    links: tuple[str, ...]
+
+    def size_on(self, link: str) -> int:
+        """The bytes that one of its links carries."""
+        if not link.startswith("pcie:"):
+            return self.size
+        return -(-self.size // sum(other.startswith("pcie:") for other in self.links))
+
+
+@dataclass(frozen=True, slots=True)
+class StartPlan:
+    """How a start runs, for the estimator and for the simulator alike:
+
+    weights -----------------+
+                             +-> "ready" phase -> first token
+    image -> "process" phase +
+    """
+
+    path: StartPath
+    weights: Move | None
+    image: Move | None
+
+
+@dataclass(slots=True)
+class _Site:
+    """What the view keeps of one node."""
+
+    node: Node
+    links: dict[str, Link]
+    free: list[int]  # of each GPU
+    spare: list[int]  # the same, when all that is idle had gone
+    free_host: int
+    spare_host: int
+    replicas: dict[str, None] = field(default_factory=dict)
+    tiers: dict[str, set[Tier]] = field(default_factory=dict)
+    claim: Claim | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A place kept for a request that has waited too long: nothing else starts on the node until it has what it needs,
+    and nothing more queues at replicas on these GPUs (on the whole node when `gpus` is empty)."""
+
+    request: str
+    node: str
+    gpus: frozenset[int]
+
+
+class _Ranking:
+    """Names in the order of a number, kept by bisection."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[float, str]] = []
+        self._value: dict[str, float] = {}
+
+    def put(self, name: str, value: float) -> None:
+        if self._value.get(name) == value:
+            return
+        self.drop(name)
+        self._value[name] = value
+        insort(self._entries, (value, name))
+
+    def drop(self, name: str) -> None:
+        value = self._value.pop(name, None)
+        if value is not None:
+            del self._entries[bisect_left(self._entries, (value, name))]
+
+    def ascending(self) -> Iterator[tuple[float, str]]:
+        return iter(self._entries)
+
+    def descending(self) -> Iterator[tuple[float, str]]:
+        return reversed(self._entries)
+
+
+class Cluster:
+    """The view. Every look-up that placement needs is an index, none a scan over all nodes."""
+
+    def __init__(self, nodes: Iterable[Node] = (), models: Iterable[ModelCost] = ()) -> None:
+        self._sites: dict[str, _Site] = {}
+        self._models: dict[str, ModelCost] = {}
+        self._replicas: dict[str, Replica] = {}
+        self._by_model: dict[str, dict[str, None]] = {}
+        self._holders: dict[tuple[str, Tier], dict[str, None]] = {}
+        self._remote: set[str] = set()
+        self._claims: dict[str, Claim] = {}
+        self._dirty: dict[str, None] = {}
+        self._widths: set[int] = {0}
+        self._free: dict[int, _Ranking] = {0: _Ranking()}
+        self._spare: dict[int, _Ranking] = {0: _Ranking()}
+        self._network = _Ranking()
+        for node in nodes:
+            self.add_node(node)
+        for model in models:
+            self.add_model(model)
+
+    # --- nodes and models
+
+    def add_node(self, node: Node) -> None:
+        """A new one, empty."""
+        if node.name in self._sites:
+            raise ConfigError(f"there are two nodes named {node.name}", remedy="Give each a name of its own")
+        self._sites[node.name] = _Site(
+            node, dict(node.links), list(node.gpus), list(node.gpus), node.host_bytes, node.host_bytes
+        )
+        self._network.put(node.name, 0.0)
+        self._dirty[node.name] = None
+
+    def remove_node(self, name: str) -> tuple[Replica, ...]:
+        """It is gone, with all it held; the answer are the replicas that went with it (their requests must be placed
+        again)."""
+        site = self._sites[name]
+        lost = tuple(self._replicas[replica] for replica in site.replicas)
+        for replica in lost:
+            self.drop(replica.name)
+        for key, tiers in list(site.tiers.items()):
+            for tier in list(tiers):
+                self.lose(key, name, tier)
+        if site.claim:
+            self.release(site.claim.request)
+        del self._sites[name]
+        self._dirty.pop(name, None)
+        for ranking in (self._network, *self._free.values(), *self._spare.values()):
+            ranking.drop(name)
+        return lost
+
+    def node(self, name: str) -> Node:
+        return self._sites[name].node
+
+    @property
+    def nodes(self) -> Iterable[str]:
+        return self._sites.keys()
+
+    def add_model(self, model: ModelCost) -> None:
+        """Add it, or replace what is known of it while it has no replicas."""
+        if self._by_model.get(model.name):
+            raise ConfigError(f"model {model.name} changed while it has replicas", remedy="Stop them first")
+        self._models[model.name] = model
+        if model.gpus not in self._widths:
+            self._widths.add(model.gpus)
+            self._free[model.gpus], self._spare[model.gpus] = _Ranking(), _Ranking()
+            self._dirty.update(dict.fromkeys(self._sites))
+
+    def model(self, name: str) -> ModelCost:
+        return self._models[name]
+
+    @property
+    def models(self) -> Iterable[str]:
+        return self._models.keys()
+
+    # --- bytes
+
+    def hold(self, key: str, node: str, tier: Tier) -> None:
+        """A node has an artifact in one of its tiers."""
+        self._sites[node].tiers.setdefault(key, set()).add(tier)
+        self._holders.setdefault((key, tier), {})[node] = None
+
+    def lose(self, key: str, node: str, tier: Tier) -> None:
+        """It has it there no more."""
+        tiers = self._sites[node].tiers.get(key, set())
+        tiers.discard(tier)
+        if not tiers:
+            self._sites[node].tiers.pop(key, None)
+        holders = self._holders.get((key, tier), {})
+        holders.pop(node, None)
+        if not holders:
+            self._holders.pop((key, tier), None)
+
+    def hold_remote(self, key: str) -> None:
+        """Every node can fetch it over its network."""
+        self._remote.add(key)
+
+    def lose_remote(self, key: str) -> None:
+        self._remote.discard(key)
+
+    def nearest(self, key: str, node: str) -> Tier | None:
+        """The nearest tier from which a node can have an artifact; None when it can't."""
+        tiers = self._sites[node].tiers.get(key)
+        if tiers:
+            return min(tiers)
+        return Tier.REMOTE if key in self._remote else None
+
+    def holders(self, key: str, tier: Tier) -> Mapping[str, None]:
+        """The nodes that have an artifact in one of their tiers."""
+        return self._holders.get((key, tier), {})
+
+    def held(self, node: str) -> Mapping[str, set[Tier]]:
+        """All that lies on a node."""
+        return self._sites[node].tiers
+
+    def link(self, node: str, name: str) -> Link:
+        """A link; one of a GPU that is not declared by itself is the node's `pcie`."""
+        links = self._sites[node].links
+        found = links.get(name) or links.get(name.partition(":")[0])
+        if found is None:
+            raise ConfigError(f"node {node} has no link {name}", remedy="Declare its rate")
+        return found
+
+    def set_link(self, node: str, name: str, queued: int, transfers: int) -> None:
+        """What is under way on it now."""
+        link = replace(self.link(node, name), queued=queued, transfers=transfers)
+        self._sites[node].links[name] = link
+        if name == NETWORK:
+            self._network.put(node, queued / link.rate)
+
+    def idlest_networks(self) -> Iterator[tuple[float, str]]:
+        """(seconds of queue, node), the shortest first."""
+        return self._network.ascending()
+
+    # --- replicas
+
+    def put(self, replica: Replica) -> None:
+        """Add it, or say how it is now. Refused when it would take more memory than there is."""
+        before = self._replicas.get(replica.name)
+        if before is not None:
+            self._take(before, -1)
+        device, host = self.takes(replica)
+        site = self._sites[replica.node]
+        if host > site.free_host or any(device > site.free[gpu] for gpu in replica.gpus):
+            if before is not None:
+                self._take(before, +1)
+            raise ConfigError(
+                f"replica {replica.name} does not fit on node {replica.node}: it needs {device} bytes of each of GPUs "
+                f"{list(replica.gpus)} and {host} of host memory, free are {site.free} and {site.free_host}",
+                remedy="Evict first",
+            )
+        self._take(replica, +1)
+        self._replicas[replica.name] = replica
+        self._by_model.setdefault(replica.model, {})[replica.name] = None
+        site.replicas[replica.name] = None
+
+    def drop(self, name: str) -> Replica:
+        """It has ended."""
+        replica = self._replicas.pop(name)
+        self._take(replica, -1)
+        self._by_model[replica.model].pop(name)
+        self._sites[replica.node].replicas.pop(name)
+        return replica
+
+    def takes(self, replica: Replica) -> tuple[int, int]:
+        """Bytes of each of its GPUs, and of the host."""
+        model = self._models[replica.model]
+        if replica.state is State.SLEEPING:
+            return 0, model.process_bytes
+        return model.device_bytes, model.host_bytes
+
+    def _take(self, replica: Replica, sign: int) -> None:
+        site = self._sites[replica.node]
+        device, host = self.takes(replica)
+        idle = replica.idle
+        site.free_host -= sign * host
+        if not idle:
+            site.spare_host -= sign * host
+        for gpu in replica.gpus:
+            site.free[gpu] -= sign * device
+            if not idle:
+                site.spare[gpu] -= sign * device
+        self._dirty[replica.node] = None
+
+    def replica(self, name: str) -> Replica:
+        return self._replicas[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._replicas
+
+    def replicas_of(self, model: str) -> Iterator[Replica]:
+        return (self._replicas[name] for name in self._by_model.get(model, ()))
+
+    def replicas_on(self, node: str) -> Iterator[Replica]:
+        return (self._replicas[name] for name in self._sites[node].replicas)
+
+    # --- room
+
+    def free(self, node: str) -> list[int]:
+        """Free bytes of each GPU. The list is the view's own: not to be changed."""
+        return self._sites[node].free
+
+    def free_host(self, node: str) -> int:
+        return self._sites[node].free_host
+
+    def spare(self, node: str) -> list[int]:
+        """Free bytes of each GPU when all that is idle had gone. Not to be changed."""
+        return self._sites[node].spare
+
+    def spare_host(self, node: str) -> int:
+        return self._sites[node].spare_host
+
+    def most_free(self, gpus: int) -> Iterator[tuple[float, str]]:
+        """(bytes that each of its `gpus` emptiest GPUs has free, node), the most first; host memory for gpus=0."""
+        self._refresh()
+        return self._free[gpus].descending()
+
+    def most_spare(self, gpus: int) -> Iterator[tuple[float, str]]:
+        """The same, counting what is idle as free."""
+        self._refresh()
+        return self._spare[gpus].descending()
+
+    def _refresh(self) -> None:
+        for name in self._dirty:
+            site = self._sites[name]
+            free, spare = sorted(site.free, reverse=True), sorted(site.spare, reverse=True)
+            for width in self._widths:
+                if width == 0:
+                    self._free[0].put(name, site.free_host)
+                    self._spare[0].put(name, site.spare_host)
+                elif width <= len(free):
+                    self._free[width].put(name, free[width - 1])
+                    self._spare[width].put(name, spare[width - 1])
+        self._dirty.clear()
+
+    # --- claims
+
+    def claim(self, claim: Claim) -> None:
+        """Keep a place for a request."""
+        if self._sites[claim.node].claim is not None or claim.request in self._claims:
+            raise ConfigError(f"node {claim.node} or request {claim.request} has a claim already")
+        self._sites[claim.node].claim = claim
+        self._claims[claim.request] = claim
+
+    def release(self, request: str) -> None:
+        """The request has its place, or needs none any more; nothing happens when it had no claim."""
+        claim = self._claims.pop(request, None)
+        if claim is not None:
+            self._sites[claim.node].claim = None
+
+    def claim_of(self, request: str) -> Claim | None:
+        return self._claims.get(request)
+
+    def claim_on(self, node: str) -> Claim | None:
+        return self._sites[node].claim
+
+    # --- starts
+
+    def plan(self, model: ModelCost, node: str, path: StartPath, gpus: tuple[int, ...]) -> StartPlan | None:
+        """What must move for a start by `path`; None when that path is not open there."""
+        weights = self._weights(model, node, gpus)
+        if weights is None and self.nearest(model.weights.key, node) is not Tier.GPU:
+            return None
+        image = {"snapshot": model.image, "template": model.template}.get(path)
+        if path in ("snapshot", "template"):
+            fits = path == "template" or self.node(node).kind in model.image_kinds
+            tier = self.nearest(image.key, node) if image and fits else None
+            if image is None or tier is None:
+                return None
+            return StartPlan(path, weights, Move("image", image.key, image.coded_bytes, tier, _ways(tier, (MEMORY,))))
+        return StartPlan(path, weights, None)
+
+    def _weights(self, model: ModelCost, node: str, gpus: tuple[int, ...]) -> Move | None:
+        tier = self.nearest(model.weights.key, node)
+        if tier is None or tier is Tier.GPU:
+            return None
+        last = tuple(pcie(gpu) for gpu in gpus) or (MEMORY,)
+        return Move("weights", model.weights.key, model.weights.coded_bytes, tier, _ways(tier, last))
+
+
+_BEFORE: Mapping[Tier, tuple[str, ...]] = {
+    Tier.GPU: (),
+    Tier.DRAM: (),
+    Tier.DISK: (DISK,),
+    Tier.REMOTE: (NETWORK,),
+}
+
+
+def _ways(tier: Tier, last: tuple[str, ...]) -> tuple[str, ...]:
+    return (*_BEFORE[tier], *last)
