@@ -1,9 +1,10 @@
 """Links that transfers share: the network card of a node, its disk, the PCIe link of a GPU.
 
-    start(bytes, path of links, done) -> Flow;  done() is called when the last byte has arrived
+    start(bytes, path, done) -> Flow;  done() is called when the last byte has arrived
 
-A transfer runs through all links of its path at once (it is a pipeline), each link gives each of its transfers an equal
-part, and the narrowest part is the rate. What a transfer can't use of its part goes to nobody, so rates are a little
+A path is links and the share of the bytes that each carries (the PCIe links of four GPUs a quarter each). A transfer
+runs through all of them at once (it is a pipeline), each link gives each of its transfers an equal part of its rate,
+and the narrowest part is the transfer's rate. What a transfer can't use of its part goes to nobody, so rates are a little
 lower than max-min fair ones and never add up to more than a link has. Rates change only when a transfer starts or
 ends; in between nothing is computed.
 """
@@ -11,11 +12,14 @@ ends; in between nothing is computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from dormouse.sim.events import Clock, Event
 
 _CLOSE = 1e-9
+
+Way = tuple[tuple["Link", float], ...]
+"""Links, and the share of a transfer's bytes that each carries."""
 
 
 class Link:
@@ -28,12 +32,12 @@ class Link:
             raise ValueError(f"link {name} has the rate {rate}")
         self.name = name
         self.rate = rate
-        self.flows: dict[Flow, None] = {}
+        self.flows: dict[Flow, float] = {}
         self.carried = 0.0
 
     def queued(self, now: float) -> float:
         """Bytes still to come over it."""
-        return sum(flow.left_at(now) for flow in self.flows)
+        return sum(flow.left_at(now) * part for flow, part in self.flows.items())
 
 
 class Flow:
@@ -41,7 +45,7 @@ class Flow:
 
     __slots__ = ("cap", "done", "event", "left", "path", "rate", "since", "size")
 
-    def __init__(self, size: float, path: tuple[Link, ...], cap: float, done: Callable[[], None]) -> None:
+    def __init__(self, size: float, path: Way, cap: float, done: Callable[[], None]) -> None:
         self.size = size
         self.left = size
         self.path = path
@@ -63,12 +67,12 @@ class Network:
         self.delivered = 0.0
         self.dropped = 0.0
 
-    def start(self, size: float, path: Iterable[Link], done: Callable[[], None], cap: float = math.inf) -> Flow:
+    def start(self, size: float, path: Way, done: Callable[[], None], cap: float = math.inf) -> Flow:
         """Begin a transfer; `done` is called from the clock, never from here."""
-        flow = Flow(float(size), tuple(path), cap, done)
+        flow = Flow(float(size), path, cap, done)
         flow.since = self.clock.now
-        for link in flow.path:
-            link.flows[flow] = None
+        for link, part in path:
+            link.flows[flow] = part
         self._share(flow.path, flow)
         return flow
 
@@ -84,9 +88,9 @@ class Network:
 
     def _end(self, flow: Flow, came: float) -> None:
         flow.event = None
-        for link in flow.path:
+        for link, part in flow.path:
             del link.flows[flow]
-            link.carried += came
+            link.carried += came * part
         self._share(flow.path, None)
 
     def _arrived(self, flow: Flow) -> None:
@@ -94,12 +98,12 @@ class Network:
         self._end(flow, flow.size)
         flow.done()
 
-    def _share(self, links: tuple[Link, ...], new: Flow | None) -> None:
+    def _share(self, way: Way, new: Flow | None) -> None:
         """New rates for all whose part of one of these links has changed."""
         if new is not None:
             self._set_rate(new)
         seen: set[Flow] = set() if new is None else {new}
-        for link in links:
+        for link, _part in way:
             for flow in link.flows:
                 if flow not in seen:
                     seen.add(flow)
@@ -107,8 +111,8 @@ class Network:
 
     def _set_rate(self, flow: Flow) -> None:
         rate = flow.cap
-        for link in flow.path:
-            rate = min(rate, link.rate / len(link.flows))
+        for link, part in flow.path:
+            rate = min(rate, link.rate / len(link.flows) / part)
         if flow.event is not None and abs(rate - flow.rate) <= _CLOSE * rate:
             return
         now = self.clock.now

@@ -1,0 +1,93 @@
+"""Our own way to run a cluster: schedule's queue and placement, as they are, carried out in the simulated world.
+
+    submit -> Queue.dispatch -> Decision -> commit: evict, migrate, wake, start, queue
+"""
+
+from __future__ import annotations
+
+from dormouse.schedule.place import Decision, Migration, Option
+from dormouse.schedule.queue import Queue
+from dormouse.sim.keeping import Keeper
+from dormouse.sim.world import Job, Worker, World
+
+
+class Ours:
+    """See the module. `decided` and `deciding_seconds` are for the report."""
+
+    def __init__(self, world: World, keeper: Keeper, queue: Queue) -> None:
+        self.world = world
+        self.keeper = keeper
+        self.queue = queue
+        self.decided = 0
+        self._jobs: dict[str, Job] = {}
+
+    def submit(self, job: Job) -> None:
+        self.keeper.on_request(job.request.model)
+        self._jobs[job.request.name] = job
+        self.queue.push(job.request)
+        self.changed()
+        if job.request.name in self._jobs:
+            self.world.expect_deadline(job)
+
+    def changed(self) -> None:
+        if self._jobs:
+            self.world.refresh_links()
+            self.queue.dispatch(self.world.view, self.world.estimator, self.world.now, self._commit)
+
+    def became_idle(self, worker: Worker) -> None:
+        self.keeper.became_idle(worker)
+
+    def gave_up(self, job: Job) -> None:
+        if self._jobs.pop(job.request.name, None):
+            self.queue.remove(job.request.name)
+        else:
+            self.queue.finished(job.request)
+
+    def finished(self, job: Job) -> None:
+        self.queue.finished(job.request)
+
+    def _commit(self, decision: Decision) -> None:
+        option = decision.chosen
+        assert option is not None
+        self.decided += 1
+        job = self._jobs.pop(decision.request.name)
+        for name in option.evict:
+            self.world.counts.evictions += 1
+            self.world.end(self.world.workers[name])
+        if option.migrate:
+            self._after_moves(job, option)
+        else:
+            self._take(job, option)
+
+    def _take(self, job: Job, option: Option) -> None:
+        workers = self.world.workers
+        if option.action == "queue":
+            assert option.replica is not None
+            self.world.assign(job, workers[option.replica])
+        elif option.replica is not None:
+            self.world.wake(workers[option.replica], option.estimate.mean)
+            self.world.assign(job, workers[option.replica])
+        else:
+            model = self.world.view.model(job.request.model)
+            worker = self.world.start(model, option.node, option.gpus, option.path, option.estimate.mean)
+            self.world.assign(job, worker)
+
+    def _after_moves(self, job: Job, option: Option) -> None:
+        """The start begins when the last one has moved away."""
+        left = len(option.migrate)
+        self.world.expect_deadline(job)
+
+        def moved() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0 and not job.given_up:
+                self._take(job, option)
+
+        for move in option.migrate:
+            self.world.migrate(self.world.workers[move.replica], self._destination(move), moved)
+
+    def _destination(self, move: Migration) -> Worker:
+        if move.reuse is not None:
+            return self.world.workers[move.reuse]
+        model = self.world.workers[move.replica].model
+        return self.world.start(model, move.to, move.gpus, move.path)

@@ -1,0 +1,248 @@
+"""Runs scenarios: each case at each rate under each system, all with the same requests.
+
+    Scenario -> trace of a case -> (view, world, control) of a system -> Outcome
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dormouse.errors import ConfigError
+from dormouse.schedule.cluster import (
+    DISK,
+    MEMORY,
+    NETWORK,
+    Artifact,
+    Cluster,
+    Link,
+    ModelCost,
+    Node,
+    Request,
+    Tier,
+)
+from dormouse.sim.control import Ours
+from dormouse.sim.keeping import Keeper
+from dormouse.sim.peers import PEERS
+from dormouse.sim.policies import keep_alive_policy, request_queue
+from dormouse.sim.scenario import Case, ModelGroup, NodeGroup, Requests, Scenario, System
+from dormouse.sim.traces import Trace, drawn, drawn_lengths, popularity, read_trace
+from dormouse.sim.world import Control, Counts, Habits, Job, Records, Span, World
+
+_MOST_SPANS_NODES = 16
+
+
+@dataclass(frozen=True)
+class Load:
+    """One case at one rate."""
+
+    case: str
+    rate: float
+    models: list[ModelGroup]
+    trace: Trace
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of it under one system. `wall` is what simulating took, of real time."""
+
+    system: str
+    load: Load
+    records: Records
+    counts: Counts
+    seconds: float
+    dram_byte_seconds: float
+    errors: tuple[int, float, float]
+    events: int
+    wall: float
+    spans: list[Span] | None
+
+
+def simulate(
+    scenario: Scenario,
+    *,
+    traces: Path,
+    systems: tuple[str, ...] = (),
+    cases: tuple[str, ...] = (),
+    say: Callable[[str], None] = lambda _text: None,
+    spans: bool = False,
+) -> Iterator[Outcome]:
+    """All that the scenario asks for, or only some systems and cases of it."""
+    chosen = _chosen(scenario.systems, systems, "system")
+    for load in loads(scenario, traces, cases):
+        for name in chosen:
+            say(f"{load.case or scenario.name}, {load.rate:g}/s, {name}")
+            yield run_one(scenario, load, name, spans=spans)
+
+
+def _chosen(known: dict[str, System] | dict[str, Case], wanted: tuple[str, ...], what: str) -> tuple[str, ...]:
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(f"the scenario has no {what} {name!r}", remedy=f"It has {', '.join(known)}")
+    return wanted or tuple(known)
+
+
+def loads(scenario: Scenario, traces: Path, only: tuple[str, ...] = ()) -> Iterator[Load]:
+    """Each case at each of its rates."""
+    cases = scenario.cases or {"": Case()}
+    for number, (name, case) in enumerate(cases.items()):
+        if only and name not in _chosen(scenario.cases, only, "case"):
+            continue
+        groups = case.models or scenario.models
+        requests = case.requests or scenario.requests
+        for rate in case.rates or [requests.rate]:
+            random = np.random.default_rng([scenario.seed, number, round(rate * 1e6)])
+            trace = make_trace(requests, rate, sum(group.copies for group in groups), scenario.duration, traces, random)
+            yield Load(name, len(trace) / scenario.duration if requests.trace else rate, groups, trace)
+
+
+def make_trace(
+    requests: Requests, rate: float, models: int, duration: float, folder: Path, random: np.random.Generator
+) -> Trace:
+    """The requests of a case."""
+    shares = popularity(models, requests.popularity)
+    if requests.trace is None:
+        lengths = requests.lengths
+        if lengths.trace is not None:
+            source = read_trace(folder / lengths.trace)
+            pool = [source.tokens_in, source.tokens_out]
+        else:
+            pool = drawn_lengths(lengths.mean_in, lengths.mean_out, lengths.cv, random)
+        return drawn(shares, rate=rate, duration=duration, cv=requests.cv, lengths=pool, random=random)
+    read = read_trace(folder / requests.trace)
+    read = Trace(read.time / requests.speed, read.model, read.tokens_in, read.tokens_out, read.names).until(duration)
+    model = read.model % models if read.names else random.choice(models, len(read), p=shares)
+    return Trace(read.time, model, read.tokens_in, read.tokens_out)
+
+
+def run_one(scenario: Scenario, load: Load, system_name: str, *, spans: bool = False) -> Outcome:
+    """One system under one load."""
+    system = scenario.systems[system_name]
+    began = time.perf_counter()
+    random = np.random.default_rng([scenario.seed, 7])
+    names, view = build_view(scenario, load.models, system)
+    habits = Habits(system.loading, {str(path): phases for path, phases in system.paths.items()}, system.noise,
+                    scenario.timeout)  # fmt: skip
+    small = sum(group.count for group in scenario.nodes) <= _MOST_SPANS_NODES
+    world = World(view, habits, random, spans=spans and small)
+    _fill_disks(scenario, world)
+    future = _future(load, names) if system.keep_alive.policy == "oracle" else None
+    policy = keep_alive_policy(system.keep_alive, view, future)
+    keeper = Keeper(world, system.keep_alive, policy)
+    world.control = _control(world, keeper, system, random)
+    _play(world, load, names)
+    world.close()
+    errors = world.estimator.errors()
+    counts = world.counts
+    return Outcome(
+        system_name, load, world.records, counts, world.now,
+        counts.tier_byte_seconds + counts.process_byte_seconds, (errors.count, errors.median, errors.p99),
+        world.clock.happened, time.perf_counter() - began, world.spans,
+    )  # fmt: skip
+
+
+def _control(world: World, keeper: Keeper, system: System, random: np.random.Generator) -> Control:
+    if system.placement == "dormouse":
+        return Ours(world, keeper, request_queue())
+    return PEERS[system.placement](world, keeper, evict_idle=system.evict_idle, random=random)
+
+
+def _future(load: Load, names: list[str]) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {}
+    for moment, model in zip(load.trace.time.tolist(), load.trace.model.tolist(), strict=True):
+        times.setdefault(names[model], []).append(moment)
+    return times
+
+
+def _play(world: World, load: Load, names: list[str]) -> None:
+    """Let the requests come, then wait for the last of them."""
+    trace = load.trace
+    columns = (trace.time.tolist(), trace.model.tolist(), trace.tokens_in.tolist(), trace.tokens_out.tolist())
+    clock, control = world.clock, world.control
+    for number, (moment, model, tokens_in, tokens_out) in enumerate(zip(*columns, strict=True)):
+        clock.advance(moment)
+        name = names[model]
+        request = Request(f"r{number}", name, moment, 0, "", tokens_in, world.expected_tokens(name))
+        control.submit(Job(request, tokens_in, tokens_out))
+    while len(world.records) < len(trace):
+        due = clock.next_time()
+        if due == float("inf"):
+            raise RuntimeError(f"{len(trace) - len(world.records)} requests wait and nothing is to come")
+        clock.advance(due)
+
+
+# --- from the scenario to the view
+
+
+def build_view(scenario: Scenario, groups: list[ModelGroup], system: System) -> tuple[list[str], Cluster]:
+    """Names of the models by number, and the empty cluster."""
+    models = [cost for group in groups for cost in _costs(group, system)]
+    nodes = [node for number, group in enumerate(scenario.nodes) for node in _nodes(group, number)]
+    view = Cluster(nodes, models)
+    for model in models:
+        view.hold_remote(model.weights.key)
+        if model.image:
+            view.hold_remote(model.image.key)
+    return [model.name for model in models], view
+
+
+def _nodes(group: NodeGroup, number: int) -> Iterator[Node]:
+    links = {NETWORK: group.network, DISK: group.disk, MEMORY: group.memory, "pcie": group.pcie}
+    links |= {f"pcie:{gpu}": group.pcie for gpu in range(group.gpus)}
+    links.pop("pcie")
+    for index in range(group.count):
+        yield Node(
+            f"n{number}-{index}",
+            (group.gpu_memory,) * group.gpus,
+            group.host_memory,
+            {name: Link(rate) for name, rate in links.items()},
+            group.dram_tier,
+            group.disk_tier,
+        )
+
+
+def _costs(group: ModelGroup, system: System) -> Iterator[ModelCost]:
+    coded = int(group.weights * group.coded) if system.loading.coded else group.weights
+    phases = {path: {"process": part.process, "ready": part.ready} for path, part in system.paths.items()}
+    for index in range(group.copies):
+        name = f"{group.name}-{index}" if group.copies > 1 else group.name
+        image = Artifact(f"image:{name}", group.process, group.image) if "snapshot" in system.paths else None
+        yield ModelCost(
+            name,
+            Artifact(name, group.weights, coded),
+            kv_bytes=group.kv,
+            gpus=group.gpus,
+            process_bytes=group.process,
+            image=image,
+            slots=group.slots,
+            phases=phases,  # type: ignore[arg-type]
+            token_seconds=group.token_time,
+            prefill_seconds=1 / group.prefill_rate,
+        )
+
+
+def _fill_disks(scenario: Scenario, world: World) -> None:
+    """Round robin over the nodes until nothing more fits."""
+    if not scenario.on_disk:
+        return
+    view = world.view
+    nodes = list(view.nodes)
+    models = [view.model(name) for name in view.models]
+    room = {node: view.node(node).disk_tier for node in nodes}
+    for copy in range(len(nodes)):
+        placed = False
+        for number, model in enumerate(models):
+            node = nodes[(number + copy) % len(nodes)]
+            parts = [part for part in (model.weights, model.image) if part is not None]
+            size = sum(part.coded_bytes for part in parts)
+            if size <= room[node]:
+                room[node] -= size
+                placed = True
+                for part in parts:
+                    world.keep(part.key, part.coded_bytes, node, Tier.DISK)
+        if not placed:
+            return
