@@ -32,6 +32,13 @@ def pcie(gpu: int) -> str:
     return f"pcie:{gpu}"
 
 
+def share(size: int, link: str, links: tuple[str, ...]) -> int:
+    """The bytes of a transfer over `links` that one of them carries: GPUs get a part each."""
+    if not link.startswith("pcie:"):
+        return size
+    return -(-size // sum(other.startswith("pcie:") for other in links))
+
+
 class Tier(IntEnum):
     """Where bytes can be; the smaller the nearer."""
 
@@ -187,9 +194,7 @@ class Move:
 
     def size_on(self, link: str) -> int:
         """The bytes that one of its links carries."""
-        if not link.startswith("pcie:"):
-            return self.size
-        return -(-self.size // sum(other.startswith("pcie:") for other in self.links))
+        return share(self.size, link, self.links)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +211,17 @@ class StartPlan:
     image: Move | None
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A place kept for a request that waits for it: nothing else starts on these GPUs of the node, and nothing more
+    queues at their replicas, so that they drain. `whole`: on the whole node, since its host memory is what lacks."""
+
+    request: str
+    node: str
+    gpus: frozenset[int]
+    whole: bool = False
+
+
 @dataclass(slots=True)
 class _Site:
     """What the view keeps of one node."""
@@ -218,17 +234,7 @@ class _Site:
     spare_host: int
     replicas: dict[str, None] = field(default_factory=dict)
     tiers: dict[str, set[Tier]] = field(default_factory=dict)
-    claim: Claim | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A place kept for a request that has waited too long: nothing else starts on the node until it has what it needs,
-    and nothing more queues at replicas on these GPUs (on the whole node when `gpus` is empty)."""
-
-    request: str
-    node: str
-    gpus: frozenset[int]
+    claims: dict[str, Claim] = field(default_factory=dict)
 
 
 class _Ranking:
@@ -269,9 +275,9 @@ class Cluster:
         self._remote: set[str] = set()
         self._claims: dict[str, Claim] = {}
         self._dirty: dict[str, None] = {}
-        self._widths: set[int] = {0}
         self._free: dict[int, _Ranking] = {0: _Ranking()}
         self._spare: dict[int, _Ranking] = {0: _Ranking()}
+        self._size: dict[int, _Ranking] = {0: _Ranking()}
         self._network = _Ranking()
         for node in nodes:
             self.add_node(node)
@@ -300,11 +306,11 @@ class Cluster:
         for key, tiers in list(site.tiers.items()):
             for tier in list(tiers):
                 self.lose(key, name, tier)
-        if site.claim:
-            self.release(site.claim.request)
+        for request in list(site.claims):
+            self.release(request)
         del self._sites[name]
         self._dirty.pop(name, None)
-        for ranking in (self._network, *self._free.values(), *self._spare.values()):
+        for ranking in (self._network, *self._free.values(), *self._spare.values(), *self._size.values()):
             ranking.drop(name)
         return lost
 
@@ -320,9 +326,9 @@ class Cluster:
         if self._by_model.get(model.name):
             raise ConfigError(f"model {model.name} changed while it has replicas", remedy="Stop them first")
         self._models[model.name] = model
-        if model.gpus not in self._widths:
-            self._widths.add(model.gpus)
-            self._free[model.gpus], self._spare[model.gpus] = _Ranking(), _Ranking()
+        if model.gpus not in self._free:
+            for rankings in (self._free, self._spare, self._size):
+                rankings[model.gpus] = _Ranking()
             self._dirty.update(dict.fromkeys(self._sites))
 
     def model(self, name: str) -> ModelCost:
@@ -356,6 +362,9 @@ class Cluster:
 
     def lose_remote(self, key: str) -> None:
         self._remote.discard(key)
+
+    def is_remote(self, key: str) -> bool:
+        return key in self._remote
 
     def nearest(self, key: str, node: str) -> Tier | None:
         """The nearest tier from which a node can have an artifact; None when it can't."""
@@ -479,39 +488,54 @@ class Cluster:
         self._refresh()
         return self._spare[gpus].descending()
 
+    def largest(self, gpus: int) -> Iterator[tuple[float, str]]:
+        """The same, counting all as free."""
+        self._refresh()
+        return self._size[gpus].descending()
+
     def _refresh(self) -> None:
         for name in self._dirty:
             site = self._sites[name]
-            free, spare = sorted(site.free, reverse=True), sorted(site.spare, reverse=True)
-            for width in self._widths:
-                if width == 0:
-                    self._free[0].put(name, site.free_host)
-                    self._spare[0].put(name, site.spare_host)
-                elif width <= len(free):
-                    self._free[width].put(name, free[width - 1])
-                    self._spare[width].put(name, spare[width - 1])
+            for rankings, devices, host in (
+                (self._free, site.free, site.free_host),
+                (self._spare, site.spare, site.spare_host),
+                (self._size, site.node.gpus, site.node.host_bytes),
+            ):
+                ordered = sorted(devices, reverse=True)
+                for width, ranking in rankings.items():
+                    if width <= len(ordered):
+                        ranking.put(name, ordered[width - 1] if width else host)
         self._dirty.clear()
 
     # --- claims
 
     def claim(self, claim: Claim) -> None:
-        """Keep a place for a request."""
-        if self._sites[claim.node].claim is not None or claim.request in self._claims:
-            raise ConfigError(f"node {claim.node} or request {claim.request} has a claim already")
-        self._sites[claim.node].claim = claim
+        """Keep a place for a request. A request has at most one, and a GPU is kept for at most one."""
+        if claim.request in self._claims or not self.claimable(claim.node, claim.gpus, whole=claim.whole):
+            raise ConfigError(f"request {claim.request} can't claim GPUs {sorted(claim.gpus)} of node {claim.node}")
+        self._sites[claim.node].claims[claim.request] = claim
         self._claims[claim.request] = claim
+
+    def claimable(self, node: str, gpus: frozenset[int], *, whole: bool) -> bool:
+        """Whether nobody else's claim is in the way."""
+        others = self._sites[node].claims.values()
+        return not any(whole or other.whole or gpus & other.gpus for other in others)
 
     def release(self, request: str) -> None:
         """The request has its place, or needs none any more; nothing happens when it had no claim."""
         claim = self._claims.pop(request, None)
         if claim is not None:
-            self._sites[claim.node].claim = None
+            del self._sites[claim.node].claims[request]
 
     def claim_of(self, request: str) -> Claim | None:
         return self._claims.get(request)
 
-    def claim_on(self, node: str) -> Claim | None:
-        return self._sites[node].claim
+    def is_kept(self, node: str, gpus: tuple[int, ...], request: str) -> bool:
+        """Whether (one of) these GPUs is kept for another request."""
+        claims = self._sites[node].claims
+        return bool(claims) and any(
+            claim.whole or not claim.gpus.isdisjoint(gpus) for claim in claims.values() if claim.request != request
+        )
 
     # --- starts
 

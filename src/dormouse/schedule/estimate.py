@@ -1,13 +1,32 @@
 """How long a start would take, from what starts have taken.
 
-StartPlan + links as they are now -> Estimate;   Observed -> rates of links and phases of models -> the next Estimate
+    StartPlan + links as they are now -> Estimate
+    Observed -> rates of links, phases of models -> the next Estimate
+
+A start is weights that move while a process comes back, then what follows both (cluster.StartPlan). Bytes take
+(queued ahead + size) / rate on the slowest link of their way. Rates are learned for each link of each node, phases for
+each (model, path, kind of node); a model that has never started so takes its engine's. Both are medians of the last
+samples: an outlier, or a third of them, moves nothing; a lasting change is followed after a few starts.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections import deque
 from dataclasses import dataclass
+from statistics import median
 
-from dormouse.schedule.cluster import Cluster, ModelCost, PhaseName, StartPath, StartPlan
+from dormouse.schedule.cluster import Cluster, ModelCost, Move, PhaseName, StartPath, StartPlan, share
+
+_WINDOW = 32
+_RUN = 6  # so many samples in a row on the same side, far away, are no outliers but a change
+_FAR = 4.0  # median absolute deviations
+_LEAST_FAR = 0.1  # of the median; below, it is noise whatever the deviation says
+_ERRORS = 512
+_UNKNOWN_SPREAD = 0.3  # p95 over mean, minus one, before there are starts to tell
+_ENOUGH_ERRORS = 8
+_GUESSED_START = 1.0
+_GUESSED_RATE = 2e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +40,10 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Transferred:
-    """A move that happened: `ahead` is what `Link.ahead` said of the slowest link when it began."""
+    """A move that happened: `ahead` is what `Link.ahead` said of the slowest link when it began. Who can tell the links
+    of a way apart gives one of these for each of them, with `size` its share."""
 
+    name: str
     links: tuple[str, ...]
     size: int
     seconds: float
@@ -41,6 +62,7 @@ class Observed:
     transfers: tuple[Transferred, ...] = ()
     phases: tuple[tuple[PhaseName, float], ...] = ()
     predicted: float | None = None
+    kind: str = ""  # of the node
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +74,173 @@ class Errors:
     p99: float
 
 
+class Median:
+    """A running median that follows a lasting change."""
+
+    __slots__ = ("_samples", "value")
+
+    def __init__(self) -> None:
+        self._samples: deque[float] = deque(maxlen=_WINDOW)
+        self.value = 0.0
+
+    def add(self, sample: float, guess: float | None = None) -> None:
+        """`guess` is what was believed before anything was measured: of the first two samples it picks the likelier."""
+        self._samples.append(sample)
+        if len(self._samples) > _RUN and self._changed():
+            self._samples = deque(list(self._samples)[-_RUN:], maxlen=_WINDOW)
+        if len(self._samples) == 2 and guess is not None:
+            self.value = min(self._samples, key=lambda one: abs(one - guess))
+        else:
+            self.value = median(self._samples)
+
+    def _changed(self) -> bool:
+        older = list(self._samples)[:-_RUN]
+        newer = list(self._samples)[-_RUN:]
+        middle = median(older)
+        far = max(_FAR * median(abs(one - middle) for one in older), _LEAST_FAR * middle)
+        return min(newer) > middle + far or max(newer) < middle - far
+
+
+class _Errors:
+    """The last relative errors, signed (positive: it took longer than predicted), and sorted by size."""
+
+    def __init__(self) -> None:
+        self._order: deque[tuple[float, float]] = deque()
+        self._signed: list[float] = []
+        self._sizes: list[float] = []
+
+    def add(self, predicted: float, seconds: float) -> None:
+        if len(self._order) == _ERRORS:
+            signed, size = self._order.popleft()
+            del self._signed[bisect_left(self._signed, signed)]
+            del self._sizes[bisect_left(self._sizes, size)]
+        signed = (seconds - predicted) / max(predicted, 1e-6)
+        size = abs(seconds - predicted) / max(seconds, 1e-6)
+        self._order.append((signed, size))
+        insort(self._signed, signed)
+        insort(self._sizes, size)
+
+    def spread(self) -> float:
+        """How much more than the mean the 95th percentile is, as a share of the mean."""
+        if len(self._signed) < _ENOUGH_ERRORS:
+            return _UNKNOWN_SPREAD
+        return max(_quantile(self._signed, 0.95), 0.0)
+
+    def summary(self) -> Errors:
+        return Errors(len(self._sizes), _quantile(self._sizes, 0.5), _quantile(self._sizes, 0.99))
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
+
+
 class Estimator:
     """What has been learned so far. `observe` is all that changes it."""
 
+    def __init__(self) -> None:
+        self._per_byte: dict[tuple[str, str], Median] = {}
+        self._phases: dict[tuple[str, str, str, str], Median] = {}
+        self._returns: dict[str, Median] = {}
+        self._errors: dict[str, _Errors] = {"": _Errors()}
+
     def estimate(self, model: ModelCost, node: str, plan: StartPlan, view: Cluster) -> Estimate:
-        raise NotImplementedError
+        """A start by `plan` that begins now."""
+        parts = self._critical(model, node, plan, view)
+        mean = sum(seconds for _name, seconds in parts)
+        return Estimate(mean, mean * (1.0 + self.spread(plan.path)), tuple(parts))
+
+    def seconds(self, model: ModelCost, node: str, plan: StartPlan, view: Cluster) -> float:
+        """The mean alone."""
+        return sum(seconds for _name, seconds in self._critical(model, node, plan, view))
+
+    def spread(self, path: StartPath) -> float:
+        """How much more than the mean the 95th percentile is, as a share of the mean."""
+        errors = self._errors.get(path)
+        return errors.spread() if errors else _UNKNOWN_SPREAD
+
+    def move_seconds(self, node: str, move: Move, view: Cluster) -> float:
+        """How long the slowest link of its way takes for it, with what goes before it."""
+        return max(self._on_link(node, link, move.size_on(link), view) for link in move.links)
+
+    def rate(self, node: str, link: str, declared: float) -> float:
+        """Bytes a second, as learned, or else as declared."""
+        learned = self._per_byte.get((node, link))
+        return 1.0 / learned.value if learned else declared
+
+    def phase_seconds(self, model: ModelCost, path: StartPath, name: str, kind: str) -> float:
+        """The model's own, or its engine's, or what was guessed for it."""
+        learned = self._phases.get((model.name, path, name, kind)) or self._phases.get(
+            ("engine " + model.engine, path, name, kind)
+        )
+        if learned:
+            return learned.value
+        return next((guess for phase, guess in model.phases.get(path, {}).items() if phase == name), 0.0)
+
+    def return_seconds(self, model: ModelCost) -> float:
+        """What its starts without a process take as a rule, wherever: the worth of a replica that is there."""
+        learned = self._returns.get(model.name)
+        if learned:
+            return learned.value
+        return _GUESSED_START + model.weights.coded_bytes / _GUESSED_RATE
 
     def observe(self, started: Observed) -> None:
-        raise NotImplementedError
+        """Learn from a start."""
+        for transfer in started.transfers:
+            self._learn_rate(started.node, transfer)
+        for name, seconds in started.phases:
+            self._learn_phase(started, name, seconds)
+        self._learn_phase(started, "rest", max(started.seconds - _accounted(started), 0.0))
+        if started.path not in ("hot", "sleep"):
+            self._returns.setdefault(started.model, Median()).add(started.seconds)
+        if started.predicted is not None:
+            for key in ("", started.path):
+                self._errors.setdefault(key, _Errors()).add(started.predicted, started.seconds)
 
     def errors(self, path: StartPath | None = None) -> Errors:
-        raise NotImplementedError
+        """Of one path, or of all."""
+        return self._errors.get(path or "", _Errors()).summary()
+
+    def _critical(self, model: ModelCost, node: str, plan: StartPlan, view: Cluster) -> list[tuple[str, float]]:
+        kind = view.node(node).kind
+        process: list[tuple[str, float]] = []
+        if plan.image:
+            process.append((f"image from {plan.image.source.name.lower()}", self.move_seconds(node, plan.image, view)))
+        process.append(("process", self.phase_seconds(model, plan.path, "process", kind)))
+        branch = process
+        if plan.weights:
+            weights = self.move_seconds(node, plan.weights, view)
+            if weights > sum(seconds for _name, seconds in process):
+                branch = [(f"weights from {plan.weights.source.name.lower()}", weights)]
+        after = [(name, self.phase_seconds(model, plan.path, name, kind)) for name in ("ready", "rest")]
+        return [part for part in (*branch, *after) if part[1] > 0.0]
+
+    def _on_link(self, node: str, name: str, size: int, view: Cluster) -> float:
+        link = view.link(node, name)
+        return (link.ahead(size) + size) / self.rate(node, name, link.rate)
+
+    def _learn_rate(self, node: str, transfer: Transferred) -> None:
+        """What is learned goes to the link of the way that is thought the slowest."""
+        if transfer.size <= 0 or transfer.seconds <= 0.0 or not transfer.links:
+            return
+        link = max(transfer.links, key=lambda name: self._known_per_byte(node, name, transfer))
+        carried = share(transfer.size, link, transfer.links) + transfer.ahead
+        self._per_byte.setdefault((node, link), Median()).add(transfer.seconds / carried)
+
+    def _known_per_byte(self, node: str, link: str, transfer: Transferred) -> float:
+        """What a byte of the transfer takes on a link; what is not known yet is thought slow."""
+        known = self._per_byte.get((node, link))
+        return known.value * share(transfer.size, link, transfer.links) if known else float("inf")
+
+    def _learn_phase(self, started: Observed, name: str, seconds: float) -> None:
+        for who in (started.model, "engine " + started.engine):
+            self._phases.setdefault((who, started.path, name, started.kind), Median()).add(seconds)
+
+
+def _accounted(started: Observed) -> float:
+    """What the parts of a start explain of its seconds."""
+    phases = dict(started.phases)
+    took: dict[str, float] = {}
+    for transfer in started.transfers:
+        took[transfer.name] = max(took.get(transfer.name, 0.0), transfer.seconds)
+    process = took.get("image", 0.0) + phases.get("process", 0.0)
+    return max(took.get("weights", 0.0), process) + phases.get("ready", 0.0)
