@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dormouse.schedule.cluster import ModelCost, Tier
+from dormouse.schedule.cluster import ModelCost, State, Tier
 from dormouse.sim.keeping import Keeper
 from dormouse.sim.rooms import Room, room_on
 from dormouse.sim.world import Job, Worker, World
@@ -99,8 +99,13 @@ class Peer:
         return self._place(job, self.world.view.model(job.request.model))
 
     def _ready_one(self, model: str) -> Worker | None:
+        """A replica with a slot for it: one that is ready, or one that is starting."""
         workers = self.world.by_model.get(model, {}).values()
-        return max((one for one in workers if one.room > 0 and not one.queue), key=lambda one: one.since, default=None)
+        ready = [one for one in workers if one.room > 0 and not one.queue]
+        if ready:
+            return max(ready, key=lambda one: one.since)
+        coming = (one for one in workers if one.state is State.STARTING and len(one.queue) < one.model.slots)
+        return next((one for one in coming if not one.takes_over), None)
 
     def _place(self, job: Job, model: ModelCost) -> bool:
         raise NotImplementedError

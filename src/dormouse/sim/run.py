@@ -129,7 +129,8 @@ def run_one(scenario: Scenario, load: Load, system_name: str, *, spans: bool = F
                     scenario.timeout)  # fmt: skip
     small = sum(group.count for group in scenario.nodes) <= _MOST_SPANS_NODES
     world = World(view, habits, random, spans=spans and small)
-    _fill_disks(scenario, world)
+    if system.loading.preloaded:
+        _fill_disks(world)
     future = _future(load, names) if system.keep_alive.policy == "oracle" else None
     policy = keep_alive_policy(system.keep_alive, view, future)
     keeper = Keeper(world, system.keep_alive, policy)
@@ -181,7 +182,7 @@ def _play(world: World, load: Load, names: list[str]) -> None:
 def build_view(scenario: Scenario, groups: list[ModelGroup], system: System) -> tuple[list[str], Cluster]:
     """Names of the models by number, and the empty cluster."""
     models = [cost for group in groups for cost in _costs(group, system)]
-    nodes = [node for number, group in enumerate(scenario.nodes) for node in _nodes(group, number)]
+    nodes = [node for number, group in enumerate(scenario.nodes) for node in _nodes(group, number, system.loading.sequential)]
     view = Cluster(nodes, models)
     for model in models:
         view.hold_remote(model.weights.key)
@@ -190,7 +191,7 @@ def build_view(scenario: Scenario, groups: list[ModelGroup], system: System) -> 
     return [model.name for model in models], view
 
 
-def _nodes(group: NodeGroup, number: int) -> Iterator[Node]:
+def _nodes(group: NodeGroup, number: int, sequential: bool) -> Iterator[Node]:
     links = {NETWORK: group.network, DISK: group.disk, MEMORY: group.memory, "pcie": group.pcie}
     links |= {f"pcie:{gpu}": group.pcie for gpu in range(group.gpus)}
     links.pop("pcie")
@@ -199,7 +200,7 @@ def _nodes(group: NodeGroup, number: int) -> Iterator[Node]:
             f"n{number}-{index}",
             (group.gpu_memory,) * group.gpus,
             group.host_memory,
-            {name: Link(rate) for name, rate in links.items()},
+            {name: Link(rate, fifo=sequential) for name, rate in links.items()},
             group.dram_tier,
             group.disk_tier,
         )
@@ -225,10 +226,8 @@ def _costs(group: ModelGroup, system: System) -> Iterator[ModelCost]:
         )
 
 
-def _fill_disks(scenario: Scenario, world: World) -> None:
+def _fill_disks(world: World) -> None:
     """Round robin over the nodes until nothing more fits."""
-    if not scenario.on_disk:
-        return
     view = world.view
     nodes = list(view.nodes)
     models = [view.model(name) for name in view.models]

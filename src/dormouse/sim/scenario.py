@@ -137,6 +137,10 @@ class Loading(_Part):
     """true: a download ends before the load into the GPU begins. false: one pipeline."""
     coded: bool = False
     """true: weights are stored and moved in coded form."""
+    sequential: bool = False
+    """true: a node loads one model at a time, in the order asked for. false: loads share the links."""
+    preloaded: bool = True
+    """Whether nodes have models on their disks from the start (round robin, as many as fit)."""
     keep_on_disk: bool = True
     """Whether what was downloaded stays on the disk (the least recently used goes for it)."""
     keep_in_dram: bool = True
@@ -215,8 +219,6 @@ class Scenario(_Part):
     """A start-up latency up to this is good."""
     nodes: Annotated[list[NodeGroup], Field(min_length=1)]
     models: list[ModelGroup] = []
-    on_disk: bool = True
-    """Whether nodes hold models on their disks from the start (round robin, as many as fit)."""
     requests: Requests = Requests()
     systems: Annotated[dict[Name, System], Field(min_length=1)]
     cases: dict[Name, Case] = {}

@@ -17,6 +17,7 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -246,6 +247,7 @@ class World:
         self._links: dict[tuple[str, str], Link] = {}
         self._stale: dict[tuple[str, str], Link] = {}
         self._stores: dict[tuple[str, Tier], Store] = {}
+        self._lines: dict[str, deque[tuple[Worker, Move]]] = {}
         self._tier_used = 0
         self._tier_since = 0.0
         self._tokens: dict[str, tuple[int, int]] = {}
@@ -298,8 +300,13 @@ class World:
     def refresh_links(self) -> None:
         """Tell the view what is under way now on all links that have carried anything since the last time."""
         for (node, name), link in list(self._stale.items()):
-            self.view.set_link(node, name, int(link.queued(self.now)), len(link.flows))
-            if not link.flows:
+            queued, transfers = int(link.queued(self.now)), len(link.flows)
+            for worker, move in islice(self._lines.get(node, ()), 1, None):
+                if name in move.links and worker.name in self.workers:
+                    queued += move.size_on(name)
+                    transfers += 1
+            self.view.set_link(node, name, queued, transfers)
+            if not transfers:
                 del self._stale[node, name]
 
     # --- starts
@@ -347,12 +354,33 @@ class World:
             self._bring(worker, plan.image, lambda: self._process(worker))
 
     def _bring_weights(self, worker: Worker, move: Move) -> None:
+        if not self.habits.loading.sequential:
+            self._load(worker, move, lambda: self._part_done(worker))
+            return
+        line = self._lines.setdefault(worker.node, deque())
+        line.append((worker, move))
+        if len(line) == 1:
+            self._next_load(worker.node)
+
+    def _next_load(self, node: str) -> None:
+        """Loads that go one after the other: the first of the line; those that were given up meanwhile are passed."""
+        line = self._lines[node]
+        while line and line[0][0].name not in self.workers:
+            line.popleft()
+        if line:
+            worker, move = line[0]
+            plan = self.view.plan(worker.model, node, worker.path, worker.gpus)
+            now = plan.weights if plan else None  # it may lie nearer by now
+            self._load(worker, now or move, lambda: self._loaded(worker))
+
+    def _loaded(self, worker: Worker) -> None:
+        self._lines[worker.node].popleft()
+        self._next_load(worker.node)
+        self._part_done(worker)
+
+    def _load(self, worker: Worker, move: Move, arrived: Callable[[], None]) -> None:
         loading = self.habits.loading
         cap = loading.rate * max(len(worker.gpus), 1) if loading.rate else math.inf
-
-        def arrived() -> None:
-            self._part_done(worker)
-
         if move.source is not Tier.REMOTE or not loading.download_first:
             self._bring(worker, move, arrived, cap)
             return
@@ -371,7 +399,7 @@ class World:
             worker.flows.remove(flow)
             tier = move.source.name.lower()
             self.counts.moved[tier] = self.counts.moved.get(tier, 0.0) + move.size
-            worker.transfers.append(Transferred(move.links, move.size, self.now - began, ahead))
+            worker.transfers.append(Transferred(move.name, move.links, move.size, self.now - began, ahead))
             self._arrived(node, move)
             then()
 
@@ -546,6 +574,11 @@ class World:
             worker.event.cancel()
         for flow in list(worker.flows):
             self.network.stop(flow)
+        line = self._lines.get(worker.node)
+        if line and line[0][0] is worker:
+            del self.workers[worker.name]
+            self._next_load(worker.node)
+            self.workers[worker.name] = worker
         self._account(worker)
         self.view.drop(worker.name)
         del self.workers[worker.name], self.by_model[worker.model.name][worker.name]
