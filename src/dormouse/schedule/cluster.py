@@ -279,6 +279,7 @@ class Cluster:
         self._spare: dict[int, _Ranking] = {0: _Ranking()}
         self._size: dict[int, _Ranking] = {0: _Ranking()}
         self._network = _Ranking()
+        self.changes = 0  # goes up whenever a request that found no place might find one
         for node in nodes:
             self.add_node(node)
         for model in models:
@@ -290,6 +291,7 @@ class Cluster:
         """A new one, empty."""
         if node.name in self._sites:
             raise ConfigError(f"there are two nodes named {node.name}", remedy="Give each a name of its own")
+        self.changes += 1
         self._sites[node.name] = _Site(
             node, dict(node.links), list(node.gpus), list(node.gpus), node.host_bytes, node.host_bytes
         )
@@ -342,6 +344,7 @@ class Cluster:
 
     def hold(self, key: str, node: str, tier: Tier) -> None:
         """A node has an artifact in one of its tiers."""
+        self.changes += 1
         self._sites[node].tiers.setdefault(key, set()).add(tier)
         self._holders.setdefault((key, tier), {})[node] = None
 
@@ -358,6 +361,7 @@ class Cluster:
 
     def hold_remote(self, key: str) -> None:
         """Every node can fetch it over its network."""
+        self.changes += 1
         self._remote.add(key)
 
     def lose_remote(self, key: str) -> None:
@@ -449,6 +453,7 @@ class Cluster:
             if not idle:
                 site.spare[gpu] -= sign * device
         self._dirty[replica.node] = None
+        self.changes += 1
 
     def replica(self, name: str) -> Replica:
         return self._replicas[name]
@@ -525,6 +530,7 @@ class Cluster:
         """The request has its place, or needs none any more; nothing happens when it had no claim."""
         claim = self._claims.pop(request, None)
         if claim is not None:
+            self.changes += 1
             del self._sites[claim.node].claims[request]
 
     def claim_of(self, request: str) -> Claim | None:

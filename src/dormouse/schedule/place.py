@@ -42,9 +42,11 @@ class Migration:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One thing that could be done. "queue": at `replica`; "start": now, after `evict` and `migrate`; "wait": the same
-    start, when `blockers` have ended. `seconds` is the estimated time from now to the first token, `penalty` what
-    others lose by it; the least `score` wins."""
+    """One thing that could be done.
+
+    "queue": at `replica`. "start": now, after `evict`. "wait": the same start, once `blockers` have ended: by
+    themselves, or since `migrate` takes their request elsewhere. `seconds` is the estimated time from now to the first
+    token, `penalty` what others lose by it; the least `score` wins."""
 
     action: Action
     path: StartPath
@@ -128,7 +130,7 @@ def default_worth(view: Cluster, estimator: Estimator, now: float, weights: Weig
 
 @dataclass(slots=True)
 class _Search:
-    """One search for a place."""
+    """One search for a place. Out of patience, it looks at many nodes (Weights.candidates)."""
 
     request: Request
     view: Cluster
@@ -230,9 +232,10 @@ class _Search:
         if self.view.is_remote(key):
             yield from self._some(None, most)
             yield from self._idlest(most)
+            yield from (name for _bytes, name in islice(self.view.largest(self.model.gpus), most))
 
     def _some(self, among: Iterable[str] | None, most: int) -> Iterator[str]:
-        """Those of `among` (all nodes, when None) with most room, counting idle replicas: all of a few, some of many."""
+        """Those of `among` (of all nodes, when None) with most room, also counting idle replicas: all of a few."""
         if among is not None:
             among = among if isinstance(among, dict) else dict.fromkeys(among)
             if len(among) <= 2 * most:
@@ -317,7 +320,10 @@ class _Search:
             return None
         path, estimate = best
         seconds = migration.seconds + estimate.mean
-        return Option("start", path, replica.node, gpus, None, seconds, migration.pause, estimate, (), (migration,))
+        loss = migration.pause + self.worth(replica)
+        return Option(
+            "wait", path, replica.node, gpus, None, seconds, loss, estimate, (), (migration,), (replica.name,)
+        )
 
     def _elsewhere(self, replica: Replica) -> Migration | None:
         """The quickest way to carry on a replica's request on another node, on free memory."""

@@ -144,8 +144,10 @@ def _device(
     if missing <= 0:
         return _Device(0.0, loss, queue, free, gpu, gone, ())
     wait, blockers = 0.0, []
-    for end, name in sorted((ends(one, now), one.name) for one in replicas if not (one.idle or one.pinned)):
+    busy = {one.name: one for one in replicas if not (one.idle or one.pinned)}
+    for end, name in sorted((ends(one, now), name) for name, one in busy.items()):
         wait, missing = end, missing - sizes[name]
+        loss += _ASLEEP_SHARE * worth(busy[name])
         blockers.append(name)
         if missing <= 0:
             return _Device(wait, loss, queue, free, gpu, gone, tuple(blockers))
@@ -203,6 +205,7 @@ def _with_host(
             return None
     values = {one.name: worth(one) for one in replicas if one.name in slept or one.name in ended}
     loss = sum(value * (1.0 if name in ended else _ASLEEP_SHARE) for name, value in values.items())
+    loss += _ASLEEP_SHARE * sum(worth(one) for one in replicas if one.name in blockers)
     evict = [Eviction(name, "end" if name in ended else "sleep") for name in {**slept, **ended}]
     return Room(room.gpus, tuple(evict), loss, wait, tuple(blockers), host_short)
 
