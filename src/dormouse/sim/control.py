@@ -1,18 +1,19 @@
 """Our own way to run a cluster: schedule's queue and placement, as they are, carried out in the simulated world.
 
-    submit -> Queue.dispatch -> Decision -> commit: evict, migrate, wake, start, queue
+    submit -> Queue.dispatch -> Decision -> commit: evict, migrate, wake, start, assign
 """
 
 from __future__ import annotations
 
 from dormouse.schedule.place import Decision, Migration, Option
 from dormouse.schedule.queue import Queue
+from dormouse.schedule.room import Eviction
 from dormouse.sim.keeping import Keeper
 from dormouse.sim.world import Job, Worker, World
 
 
 class Ours:
-    """See the module. `decided` and `deciding_seconds` are for the report."""
+    """See the module."""
 
     def __init__(self, world: World, keeper: Keeper, queue: Queue) -> None:
         self.world = world
@@ -39,7 +40,7 @@ class Ours:
 
     def gave_up(self, job: Job) -> None:
         if self._jobs.pop(job.request.name, None):
-            self.queue.remove(job.request.name)
+            self.queue.remove(job.request.name, self.world.view)
         else:
             self.queue.finished(job.request)
 
@@ -47,17 +48,24 @@ class Ours:
         self.queue.finished(job.request)
 
     def _commit(self, decision: Decision) -> None:
+        """Carry out a decision. One to wait comes only when its migrations are to begin: its request stays queued."""
         option = decision.chosen
         assert option is not None
         self.decided += 1
-        job = self._jobs.pop(decision.request.name)
-        for name in option.evict:
-            self.world.counts.evictions += 1
-            self.world.end(self.world.workers[name])
-        if option.migrate:
-            self._after_moves(job, option)
+        for eviction in option.evict:
+            self._evict(eviction)
+        for move in option.migrate:
+            self.world.migrate(self.world.workers[move.replica], self._destination(move))
+        if option.action != "wait":
+            self._take(self._jobs.pop(decision.request.name), option)
+
+    def _evict(self, eviction: Eviction) -> None:
+        worker = self.world.workers[eviction.replica]
+        self.world.counts.evictions += 1
+        if eviction.to == "sleep":
+            self.world.doze(worker)
         else:
-            self._take(job, option)
+            self.world.end(worker)
 
     def _take(self, job: Job, option: Option) -> None:
         workers = self.world.workers
@@ -72,22 +80,8 @@ class Ours:
             worker = self.world.start(model, option.node, option.gpus, option.path, option.estimate.mean)
             self.world.assign(job, worker)
 
-    def _after_moves(self, job: Job, option: Option) -> None:
-        """The start begins when the last one has moved away."""
-        left = len(option.migrate)
-        self.world.expect_deadline(job)
-
-        def moved() -> None:
-            nonlocal left
-            left -= 1
-            if left == 0 and not job.given_up:
-                self._take(job, option)
-
-        for move in option.migrate:
-            self.world.migrate(self.world.workers[move.replica], self._destination(move), moved)
-
     def _destination(self, move: Migration) -> Worker:
         if move.reuse is not None:
             return self.world.workers[move.reuse]
         model = self.world.workers[move.replica].model
-        return self.world.start(model, move.to, move.gpus, move.path)
+        return self.world.start(model, move.node, move.gpus, move.path)

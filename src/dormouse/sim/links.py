@@ -4,7 +4,8 @@
 
 A path is links and the share of the bytes that each carries (the PCIe links of four GPUs a quarter each). A transfer
 runs through all of them at once (it is a pipeline), each link gives each of its transfers an equal part of its rate,
-and the narrowest part is the transfer's rate. What a transfer can't use of its part goes to nobody, so rates are a little
+and the narrowest part is the transfer's rate. A link that is `fifo` serves one after the other instead, in the order in
+which they were started; a transfer moves while it is the first on all such links of its path. What a transfer can't use of its part goes to nobody, so rates are a little
 lower than max-min fair ones and never add up to more than a link has. Rates change only when a transfer starts or
 ends; in between nothing is computed.
 """
@@ -25,13 +26,14 @@ Way = tuple[tuple["Link", float], ...]
 class Link:
     """`rate` in bytes per second. `carried` counts the bytes of transfers that ended or were cut off."""
 
-    __slots__ = ("carried", "flows", "name", "rate")
+    __slots__ = ("carried", "fifo", "flows", "name", "rate")
 
-    def __init__(self, name: str, rate: float) -> None:
+    def __init__(self, name: str, rate: float, *, fifo: bool = False) -> None:
         if not 0 < rate < math.inf:
             raise ValueError(f"link {name} has the rate {rate}")
         self.name = name
         self.rate = rate
+        self.fifo = fifo
         self.flows: dict[Flow, float] = {}
         self.carried = 0.0
 
@@ -112,8 +114,13 @@ class Network:
     def _set_rate(self, flow: Flow) -> None:
         rate = flow.cap
         for link, part in flow.path:
-            rate = min(rate, link.rate / len(link.flows) / part)
-        if flow.event is not None and abs(rate - flow.rate) <= _CLOSE * rate:
+            if not link.fifo:
+                rate = min(rate, link.rate / len(link.flows) / part)
+            elif next(iter(link.flows)) is flow:
+                rate = min(rate, link.rate / part)
+            else:
+                rate = 0.0
+        if flow.event is not None and abs(rate - flow.rate) <= _CLOSE * flow.rate:
             return
         now = self.clock.now
         flow.left = flow.left_at(now)
@@ -121,4 +128,5 @@ class Network:
         flow.rate = rate
         if flow.event is not None:
             flow.event.cancel()
-        flow.event = self.clock.at(now + flow.left / rate if flow.left else now, self._arrived, flow)
+        due = now if not flow.left else now + flow.left / rate if rate else math.inf
+        flow.event = self.clock.at(due, self._arrived, flow)

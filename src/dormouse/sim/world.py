@@ -17,7 +17,6 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -247,7 +246,6 @@ class World:
         self._links: dict[tuple[str, str], Link] = {}
         self._stale: dict[tuple[str, str], Link] = {}
         self._stores: dict[tuple[str, Tier], Store] = {}
-        self._lines: dict[str, deque[tuple[Worker, Move]]] = {}
         self._tier_used = 0
         self._tier_since = 0.0
         self._tokens: dict[str, tuple[int, int]] = {}
@@ -294,17 +292,14 @@ class World:
         """The simulated link behind one of the view's."""
         found = self._links.get((node, name))
         if found is None:
-            found = self._links[node, name] = Link(f"{node} {name}", self.view.link(node, name).rate)
+            seen = self.view.link(node, name)
+            found = self._links[node, name] = Link(f"{node} {name}", seen.rate, fifo=seen.fifo)
         return found
 
     def refresh_links(self) -> None:
         """Tell the view what is under way now on all links that have carried anything since the last time."""
         for (node, name), link in list(self._stale.items()):
             queued, transfers = int(link.queued(self.now)), len(link.flows)
-            for worker, move in islice(self._lines.get(node, ()), 1, None):
-                if name in move.links and worker.name in self.workers:
-                    queued += move.size_on(name)
-                    transfers += 1
             self.view.set_link(node, name, queued, transfers)
             if not transfers:
                 del self._stale[node, name]
@@ -344,54 +339,29 @@ class World:
         worker.transfers, worker.phases, worker.flows = [], [], []
         worker.pending = 2
         worker.weights_from = plan.weights.source if plan.weights else None
+        if plan.image is None:
+            self._process(worker)
+        else:  # before the weights: it is small, and much waits for it
+            self._bring(worker, plan.image, lambda: self._process(worker))
         if plan.weights is None:
             self._part_done(worker)
         else:
             self._bring_weights(worker, plan.weights)
-        if plan.image is None:
-            self._process(worker)
-        else:
-            self._bring(worker, plan.image, lambda: self._process(worker))
 
     def _bring_weights(self, worker: Worker, move: Move) -> None:
-        if not self.habits.loading.sequential:
-            self._load(worker, move, lambda: self._part_done(worker))
-            return
-        line = self._lines.setdefault(worker.node, deque())
-        line.append((worker, move))
-        if len(line) == 1:
-            self._next_load(worker.node)
-
-    def _next_load(self, node: str) -> None:
-        """Loads that go one after the other: the first of the line; those that were given up meanwhile are passed."""
-        line = self._lines[node]
-        while line and line[0][0].name not in self.workers:
-            line.popleft()
-        if line:
-            worker, move = line[0]
-            plan = self.view.plan(worker.model, node, worker.path, worker.gpus)
-            now = plan.weights if plan else None  # it may lie nearer by now
-            self._load(worker, now or move, lambda: self._loaded(worker))
-
-    def _loaded(self, worker: Worker) -> None:
-        self._lines[worker.node].popleft()
-        self._next_load(worker.node)
-        self._part_done(worker)
-
-    def _load(self, worker: Worker, move: Move, arrived: Callable[[], None]) -> None:
         loading = self.habits.loading
         cap = loading.rate * max(len(worker.gpus), 1) if loading.rate else math.inf
         if move.source is not Tier.REMOTE or not loading.download_first:
-            self._bring(worker, move, arrived, cap)
+            self._bring(worker, move, lambda: self._part_done(worker), cap)
             return
         first = Move("weights", move.key, move.size, Tier.REMOTE, move.links[:1])
         second = Move("weights", move.key, move.size, Tier.DISK, ("disk", *move.links[1:]))
-        self._bring(worker, first, lambda: self._bring(worker, second, arrived, cap))
+        self._bring(worker, first, lambda: self._bring(worker, second, lambda: self._part_done(worker), cap))
 
     def _bring(self, worker: Worker, move: Move, then: Callable[[], None], cap: float = math.inf) -> None:
         node = worker.node
         links = [(self.link(node, name), name) for name in move.links]
-        ahead = max((self.view.link(node, name).ahead(move.size_on(name)) for name in move.links), default=0)
+        slowest, size, ahead = self._slowest(node, move)
         began = self.now
         way: Way = tuple((link, move.size_on(name) / move.size) for link, name in links)
 
@@ -399,7 +369,7 @@ class World:
             worker.flows.remove(flow)
             tier = move.source.name.lower()
             self.counts.moved[tier] = self.counts.moved.get(tier, 0.0) + move.size
-            worker.transfers.append(Transferred(move.name, move.links, move.size, self.now - began, ahead))
+            worker.transfers.append(Transferred(move.name, (slowest,), size, self.now - began, ahead))
             self._arrived(node, move)
             then()
 
@@ -407,6 +377,15 @@ class World:
         worker.flows.append(flow)
         for link, name in links:
             self._stale[node, name] = link
+
+    def _slowest(self, node: str, move: Move) -> tuple[str, int, int]:
+        """The link of its way that should take longest, the bytes that go over it, and those before them."""
+        found: list[tuple[float, str, int, int]] = []
+        for name in move.links:
+            seen, size = self.view.link(node, name), move.size_on(name)
+            ahead = seen.ahead(size)
+            found.append(((ahead + size) / seen.rate, name, size, ahead))
+        return max(found)[1:]
 
     def _arrived(self, node: str, move: Move) -> None:
         loading = self.habits.loading
@@ -455,6 +434,7 @@ class World:
             tuple(worker.transfers),
             phases,  # type: ignore[arg-type]
             worker.predicted,
+            self.view.node(worker.node).kind,
         )
         self.estimator.observe(started)
 
@@ -574,11 +554,6 @@ class World:
             worker.event.cancel()
         for flow in list(worker.flows):
             self.network.stop(flow)
-        line = self._lines.get(worker.node)
-        if line and line[0][0] is worker:
-            del self.workers[worker.name]
-            self._next_load(worker.node)
-            self.workers[worker.name] = worker
         self._account(worker)
         self.view.drop(worker.name)
         del self.workers[worker.name], self.by_model[worker.model.name][worker.name]
@@ -639,10 +614,6 @@ class World:
         state = worker.state
         if state in (State.HOT, State.BUSY):
             state = worker.state = State.HOT if worker.room > 0 else State.BUSY
-        expected = 0.0
-        if worker.running:
-            pace = worker.model.token_seconds
-            expected = max(job.resumed + job.request.expected_tokens * pace for job in worker.running.values())
         self.view.put(
             Replica(
                 worker.name,
@@ -654,10 +625,24 @@ class World:
                 tuple(worker.views.values()),
                 len(worker.queue) + (worker.takes_over is not None) + (worker.moving_to is not None),
                 worker.ready_at,
-                expected,
+                self._expected(worker),
                 worker.pinned,
             )
         )
+
+    def _expected(self, worker: Worker) -> float:
+        """When a request that queues now should begin, as far as anybody could know: lengths are what they usually
+        are, and one that is longer already is half done."""
+        ahead, slots = len(worker.queue), worker.model.slots
+        starting = worker.state is State.STARTING
+        if len(worker.running) + ahead < slots:
+            return worker.ready_at if starting else 0.0
+        usual = self.expected_tokens(worker.model.name) * worker.model.token_seconds
+        if starting:
+            return worker.ready_at + usual * (ahead // slots)
+        late = self.now + usual / 2
+        ends = sorted(max(job.resumed + usual, late) for job in worker.running.values())
+        return ends[ahead % len(ends)] + usual * (ahead // slots) if ends else late
 
     def _account(self, worker: Worker) -> None:
         """Add up what it had since the last time, before that changes."""
