@@ -27,6 +27,9 @@ DISK = "disk"
 MEMORY = "memory"  # host memory into host memory: a process' pages, or the weights of a model without a GPU
 
 
+_AT_ONCE = 1e9
+
+
 def pcie(gpu: int) -> str:
     """The name of the link between the host and one GPU."""
     return f"pcie:{gpu}"
@@ -46,6 +49,13 @@ class Tier(IntEnum):
     DRAM = 1
     DISK = 2
     REMOTE = 3
+
+
+SOURCE_LINK: Mapping[Tier, str] = MappingProxyType({Tier.DISK: DISK, Tier.REMOTE: NETWORK})
+"""The link that bytes of a tier come over before the last one."""
+_BEFORE: Mapping[Tier, tuple[str, ...]] = MappingProxyType(
+    {Tier.GPU: (), Tier.DRAM: (), Tier.DISK: (DISK,), Tier.REMOTE: (NETWORK,)}
+)
 
 
 class State(StrEnum):
@@ -167,6 +177,14 @@ class Replica:
         """Whether it may be put to sleep or ended for another one."""
         return not (self.pinned or self.requests or self.waiting) and self.state in (State.HOT, State.SLEEPING)
 
+    def takes_next_at(self, slots: int) -> float:
+        """When it would take one more request; the less it has to do, the earlier, among those that would at once."""
+        there = len(self.requests) + self.waiting
+        starting = self.ready_at if self.state is State.STARTING else 0.0
+        if there >= slots:
+            return max(starting, self.expected)
+        return starting or there - _AT_ONCE
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -233,6 +251,7 @@ class _Site:
     free_host: int
     spare_host: int
     replicas: dict[str, None] = field(default_factory=dict)
+    on_gpu: dict[int, dict[str, None]] = field(default_factory=dict)  # those that have memory of it
     tiers: dict[str, set[Tier]] = field(default_factory=dict)
     claims: dict[str, Claim] = field(default_factory=dict)
 
@@ -271,6 +290,8 @@ class Cluster:
         self._models: dict[str, ModelCost] = {}
         self._replicas: dict[str, Replica] = {}
         self._by_model: dict[str, dict[str, None]] = {}
+        self._soonest: dict[str, _Ranking] = {}
+        self._sleeping: dict[str, dict[str, None]] = {}
         self._holders: dict[tuple[str, Tier], dict[str, None]] = {}
         self._remote: set[str] = set()
         self._claims: dict[str, Claim] = {}
@@ -422,6 +443,9 @@ class Cluster:
                 remedy="Evict first",
             )
         self._take(replica, +1)
+        if before is not None:
+            self._unlist(before)
+        self._list(replica)
         self._replicas[replica.name] = replica
         self._by_model.setdefault(replica.model, {})[replica.name] = None
         site.replicas[replica.name] = None
@@ -430,6 +454,7 @@ class Cluster:
         """It has ended."""
         replica = self._replicas.pop(name)
         self._take(replica, -1)
+        self._unlist(replica)
         self._by_model[replica.model].pop(name)
         self._sites[replica.node].replicas.pop(name)
         return replica
@@ -455,6 +480,27 @@ class Cluster:
         self._dirty[replica.node] = None
         self.changes += 1
 
+    def _list(self, replica: Replica) -> None:
+        """Enter it in the indexes of what it can do."""
+        if replica.state is State.SLEEPING:
+            self._sleeping.setdefault(replica.model, {})[replica.name] = None
+            return
+        on_gpu = self._sites[replica.node].on_gpu
+        for gpu in replica.gpus:
+            on_gpu.setdefault(gpu, {})[replica.name] = None
+        if replica.state is not State.LEAVING:
+            slots = self._models[replica.model].slots
+            self._soonest.setdefault(replica.model, _Ranking()).put(replica.name, replica.takes_next_at(slots))
+
+    def _unlist(self, replica: Replica) -> None:
+        if replica.state is State.SLEEPING:
+            self._sleeping[replica.model].pop(replica.name)
+            return
+        for gpu in replica.gpus:
+            self._sites[replica.node].on_gpu[gpu].pop(replica.name)
+        if replica.state is not State.LEAVING:
+            self._soonest[replica.model].drop(replica.name)
+
     def replica(self, name: str) -> Replica:
         return self._replicas[name]
 
@@ -463,6 +509,19 @@ class Cluster:
 
     def replicas_of(self, model: str) -> Iterator[Replica]:
         return (self._replicas[name] for name in self._by_model.get(model, ()))
+
+    def soonest(self, model: str) -> Iterator[Replica]:
+        """Replicas of a model that are ready or starting, those that would take a request first coming first."""
+        ranking = self._soonest.get(model)
+        return (self._replicas[name] for _at, name in ranking.ascending()) if ranking else iter(())
+
+    def sleeping(self, model: str) -> Iterator[Replica]:
+        """Its replicas that sleep, the first to fall asleep first."""
+        return (self._replicas[name] for name in self._sleeping.get(model, ()))
+
+    def replicas_on_gpu(self, node: str, gpu: int) -> Iterator[Replica]:
+        """Those that have memory of it."""
+        return (self._replicas[name] for name in self._sites[node].on_gpu.get(gpu, ()))
 
     def replicas_on(self, node: str) -> Iterator[Replica]:
         return (self._replicas[name] for name in self._sites[node].replicas)
@@ -547,33 +606,26 @@ class Cluster:
 
     def plan(self, model: ModelCost, node: str, path: StartPath, gpus: tuple[int, ...]) -> StartPlan | None:
         """What must move for a start by `path`; None when that path is not open there."""
-        weights = self._weights(model, node, gpus)
+        weights = self.weights_move(model, node, gpus)
         if weights is None and self.nearest(model.weights.key, node) is not Tier.GPU:
             return None
-        image = {"snapshot": model.image, "template": model.template}.get(path)
-        if path in ("snapshot", "template"):
-            fits = path == "template" or self.node(node).kind in model.image_kinds
-            tier = self.nearest(image.key, node) if image and fits else None
-            if image is None or tier is None:
-                return None
-            return StartPlan(path, weights, Move("image", image.key, image.coded_bytes, tier, _ways(tier, (MEMORY,))))
-        return StartPlan(path, weights, None)
+        image = self.image_move(model, node, path)
+        return None if image is None and path in ("snapshot", "template") else StartPlan(path, weights, image)
 
-    def _weights(self, model: ModelCost, node: str, gpus: tuple[int, ...]) -> Move | None:
+    def weights_move(self, model: ModelCost, node: str, gpus: tuple[int, ...]) -> Move | None:
+        """The weights from their nearest tier to where they are needed; None when they are there, or can't be had."""
         tier = self.nearest(model.weights.key, node)
         if tier is None or tier is Tier.GPU:
             return None
         last = tuple(pcie(gpu) for gpu in gpus) or (MEMORY,)
-        return Move("weights", model.weights.key, model.weights.coded_bytes, tier, _ways(tier, last))
+        return Move("weights", model.weights.key, model.weights.coded_bytes, tier, (*_BEFORE[tier], *last))
 
-
-_BEFORE: Mapping[Tier, tuple[str, ...]] = {
-    Tier.GPU: (),
-    Tier.DRAM: (),
-    Tier.DISK: (DISK,),
-    Tier.REMOTE: (NETWORK,),
-}
-
-
-def _ways(tier: Tier, last: tuple[str, ...]) -> tuple[str, ...]:
-    return (*_BEFORE[tier], *last)
+    def image_move(self, model: ModelCost, node: str, path: StartPath) -> Move | None:
+        """The image that a path needs, from its nearest tier; None when it needs none, or it can't be had or used."""
+        image = model.image if path == "snapshot" else model.template if path == "template" else None
+        if image is None or (path == "snapshot" and self._sites[node].node.kind not in model.image_kinds):
+            return None
+        tier = self.nearest(image.key, node)
+        if tier is None:
+            return None
+        return Move("image", image.key, image.coded_bytes, tier, (*_BEFORE[tier], MEMORY))

@@ -149,10 +149,6 @@ class Estimator:
         mean = sum(seconds for _name, seconds in parts)
         return Estimate(mean, mean * (1.0 + self.spread(plan.path)), tuple(parts))
 
-    def seconds(self, model: ModelCost, node: str, plan: StartPlan, view: Cluster) -> float:
-        """The mean alone."""
-        return sum(seconds for _name, seconds in self._critical(model, node, plan, view))
-
     def spread(self, path: StartPath) -> float:
         """How much more than the mean the 95th percentile is, as a share of the mean."""
         errors = self._errors.get(path)
@@ -160,7 +156,14 @@ class Estimator:
 
     def move_seconds(self, node: str, move: Move, view: Cluster) -> float:
         """How long the slowest link of its way takes for it, with what goes before it."""
-        return max(self._on_link(node, link, move.size_on(link), view) for link in move.links)
+        return max(self.link_seconds(node, link, move.size_on(link), view) for link in move.links)
+
+    def link_seconds(self, node: str, name: str, size: int, view: Cluster) -> float:
+        """How long one link takes for so many bytes more."""
+        link = view.link(node, name)
+        learned = self._per_byte.get((node, name))
+        total = link.ahead(size) + size
+        return total * learned.value if learned else total / link.rate
 
     def rate(self, node: str, link: str, declared: float) -> float:
         """Bytes a second, as learned, or else as declared."""
@@ -213,10 +216,6 @@ class Estimator:
                 branch = [(f"weights from {plan.weights.source.name.lower()}", weights)]
         after = [(name, self.phase_seconds(model, plan.path, name, kind)) for name in ("ready", "rest")]
         return [part for part in (*branch, *after) if part[1] > 0.0]
-
-    def _on_link(self, node: str, name: str, size: int, view: Cluster) -> float:
-        link = view.link(node, name)
-        return (link.ahead(size) + size) / self.rate(node, name, link.rate)
 
     def _learn_rate(self, node: str, transfer: Transferred) -> None:
         """What is learned goes to the link of the way that is thought the slowest."""

@@ -10,19 +10,25 @@ shortest queues are looked at, so the work does not grow with the cluster.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Literal
 
-from dormouse.schedule.cluster import Cluster, ModelCost, Replica, Request, StartPath, State, Tier
+from dormouse.schedule.cluster import SOURCE_LINK, Cluster, ModelCost, Replica, Request, StartPath, State, Tier
 from dormouse.schedule.estimate import Estimate, Estimator
 from dormouse.schedule.room import Eviction, Room, Worth, ends, find_room
 
 Action = Literal["queue", "start", "wait"]
 
 _PATHS: tuple[StartPath, ...] = ("snapshot", "template", "cold")
+_NEAR = (Tier.GPU, Tier.DRAM, Tier.DISK)
 _SCAN = 25  # for each candidate wanted, so many nodes are looked at to find it
+_USUAL = 16  # more candidates than that are wanted for one that is out of patience
+_WORTH_LOOKING = 1.02  # a node that could be better by less than this is not looked at
+_MIGRATION_NODES = 3
+_MIGRATIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +103,6 @@ class Weights:
 
 
 _DEFAULT = Weights()
-_READY = Estimate(0.0, 0.0, ())
 
 
 def place(
@@ -129,31 +134,50 @@ def default_worth(view: Cluster, estimator: Estimator, now: float, weights: Weig
 
 
 @dataclass(slots=True)
+class _Candidate:
+    """A node for a start. Each way is (path, seconds until its process is there, seconds after both); `bound` is the
+    least that a start can take there, when the GPU's link is free."""
+
+    bound: float
+    node: str
+    ways: list[tuple[StartPath, float, float]]
+
+    def best(self, weights: float) -> tuple[float, StartPath]:
+        """The quickest way when the weights take so many seconds."""
+        return min((max(weights, process) + after, path) for path, process, after in self.ways)
+
+
 class _Search:
-    """One search for a place. Out of patience, it looks at many nodes (Weights.candidates)."""
+    """One search for a place. Nodes are looked at in the order of their bounds, tier by tier, and no longer than one
+    could still be better."""
 
-    request: Request
-    view: Cluster
-    estimator: Estimator
-    now: float
-    weights: Weights
-    worth: Worth
-
-    @property
-    def model(self) -> ModelCost:
-        return self.view.model(self.request.model)
+    def __init__(
+        self, request: Request, view: Cluster, estimator: Estimator, now: float, weights: Weights, worth: Worth
+    ) -> None:
+        self.request, self.view, self.estimator, self.now = request, view, estimator, now
+        self.weights, self.worth = weights, worth
+        self.model = view.model(request.model)
+        self._phases: dict[tuple[str, StartPath, str], tuple[float, float]] = {}
+        self._best = float("inf")
+        self._found: list[Option] = []
 
     def options(self) -> list[Option]:
         """All that is worth comparing. When a replica is ready at once, nothing else is looked at."""
-        found, sleeping = self._ready()
-        if any(option.seconds <= 0.0 for option in found):
-            return found
-        found += [option for replica in sleeping if (option := self._wake(replica))]
-        nodes = list(dict.fromkeys(self._nodes()))
-        found += [option for node in nodes if (option := self._start(node))]
-        if min((option.score for option in found), default=float("inf")) > self.weights.migrate_above:
-            found += self._migrations(nodes)
-        return found
+        self._ready()
+        if self._best <= 0.0:
+            return self._found
+        for replica in islice(self.view.sleeping(self.model.name), self.weights.candidates):
+            self._add(self._wake(replica))
+        near = self._stages()
+        if self._best > self.weights.migrate_above and near:
+            for option in self._migrations(near):
+                self._add(option)
+        return self._found
+
+    def _add(self, option: Option | None) -> None:
+        if option is not None:
+            self._found.append(option)
+            self._best = min(self._best, option.score)
 
     def blocked(self) -> str:
         """Why there is no option."""
@@ -175,122 +199,130 @@ class _Search:
         return False
 
     def _sources(self, model: ModelCost) -> Iterator[bool]:
-        yield from (bool(self.view.holders(model.weights.key, tier)) for tier in (Tier.GPU, Tier.DRAM, Tier.DISK))
+        yield from (bool(self.view.holders(model.weights.key, tier)) for tier in _NEAR)
         yield self.view.is_remote(model.weights.key)
 
     # --- replicas that are there
 
-    def _ready(self) -> tuple[list[Option], list[Replica]]:
-        """Queueing at replicas that are ready or starting, the shortest first; and those that sleep."""
-        waits: list[tuple[float, int, Replica]] = []
-        sleeping = []
+    def _ready(self) -> None:
+        """Queueing at the replicas that would take it first."""
         slots = self.model.slots
-        for replica in self.view.replicas_of(self.request.model):
-            if replica.state is State.SLEEPING:
-                sleeping.append(replica)
-            elif replica.state is not State.LEAVING and not self._kept(replica):
-                there = len(replica.requests) + replica.waiting
-                waits.append((self._wait(replica, there < slots), there, replica))
-        waits.sort(key=lambda one: (one[0], one[1], one[2].name))
-        most = self.weights.candidates
-        return [self._queue(replica, wait) for wait, _there, replica in waits[:most]], sleeping[:most]
-
-    def _wait(self, replica: Replica, room: bool) -> float:
-        starting = max(replica.ready_at - self.now, 0.0) if replica.state is State.STARTING else 0.0
-        return starting if room else max(starting, ends(replica, self.now))
-
-    def _kept(self, replica: Replica) -> bool:
-        return self.view.is_kept(replica.node, replica.gpus, self.request.name)
-
-    def _queue(self, replica: Replica, wait: float) -> Option:
-        parts = ((("queue", wait),)) if wait > 0.0 else ()
-        estimate = Estimate(wait, wait, parts) if wait > 0.0 else _READY
-        return Option("queue", "hot", replica.node, replica.gpus, replica.name, wait, 0.0, estimate)
+        for replica in islice(self.view.soonest(self.model.name), self.weights.candidates):
+            if self.view.is_kept(replica.node, replica.gpus, self.request.name):
+                continue
+            at = replica.takes_next_at(slots)
+            wait = max(at - self.now, 0.0)
+            parts = (("queue", wait),) if wait > 0.0 else ()
+            self._add(
+                Option("queue", "hot", replica.node, replica.gpus, replica.name, wait, 0.0, Estimate(wait, wait, parts))
+            )
 
     def _wake(self, replica: Replica) -> Option | None:
-        room = find_room(
-            self.model, replica.node, self.view, self.worth, self.now, request=self.request.name, wake=replica
-        )
-        plan = self.view.plan(self.model, replica.node, "sleep", replica.gpus) if room else None
+        node, model = replica.node, self.model
+        room = find_room(model, node, self.view, self.worth, self.now, request=self.request.name, wake=replica)
+        plan = self.view.plan(model, node, "sleep", replica.gpus) if room else None
         if room is None or plan is None:
             return None
-        return self._option(
-            replica.node,
-            room,
-            self.estimator.estimate(self.model, replica.node, plan, self.view),
-            "sleep",
-            replica.name,
-        )
+        return _option(node, room, "sleep", self.estimator.estimate(model, node, plan, self.view), replica.name)
 
     # --- new starts
 
-    def _nodes(self) -> Iterator[str]:
-        """Nodes worth looking at: near tiers first, with room, with short queues; and one that is sure to have room."""
+    def _stages(self) -> list[_Candidate]:
+        """Look at nodes tier by tier; the answer are those that hold the weights near, the best first."""
         key, most = self.model.weights.key, self.weights.candidates
-        for tier in (Tier.GPU, Tier.DRAM, Tier.DISK):
-            yield from self._some(self.view.holders(key, tier), most)
+        near: list[_Candidate] = []
+        seen: set[str] = set()
+        for tier in _NEAR:
+            holders = self.view.holders(key, tier)
+            near += self._look([name for name in self._some(holders, most) if name not in seen], seen)
         if self.view.is_remote(key):
-            yield from self._some(None, most)
-            yield from self._idlest(most)
-            yield from (name for _bytes, name in islice(self.view.largest(self.model.gpus), most))
+            idlest = next(self.view.idlest_networks(), None)
+            least = self._candidate(self.model, idlest[1]) if idlest else None
+            if least and least.bound < self._best:
+                self._look([name for name in self._far(most) if name not in seen], seen)
+        return sorted(near, key=lambda one: (one.bound, one.node))
 
-    def _some(self, among: Iterable[str] | None, most: int) -> Iterator[str]:
-        """Those of `among` (of all nodes, when None) with most room, also counting idle replicas: all of a few."""
-        if among is not None:
-            among = among if isinstance(among, dict) else dict.fromkeys(among)
-            if len(among) <= 2 * most:
-                yield from among
-                return
+    def _look(self, nodes: list[str], seen: set[str]) -> list[_Candidate]:
+        """Starts on these nodes, as long as one could be better than what there is."""
+        found = [one for node in dict.fromkeys(nodes) if (one := self._candidate(self.model, node))]
+        found.sort(key=lambda one: (one.bound, one.node))
+        seen.update(nodes)
+        for candidate in found:
+            if candidate.bound * _WORTH_LOOKING >= self._best:
+                break
+            self._add(self._start(candidate))
+        return found
+
+    def _some(self, among: Mapping[str, None], most: int) -> list[str]:
+        """Those of `among` with most room, free or spare: all of a few."""
+        if len(among) <= 2 * most:
+            return list(among)
+        found: list[str] = []
         for ranking in (self.view.most_free(self.model.gpus), self.view.most_spare(self.model.gpus)):
-            ranked = islice(ranking, most * _SCAN if among is not None else most)
-            yield from islice((name for _bytes, name in ranked if among is None or name in among), most)
+            ranked = islice(ranking, most * _SCAN)
+            found += islice((name for _bytes, name in ranked if name in among), most)
+        return found or list(islice(among, most))
 
-    def _idlest(self, most: int) -> Iterator[str]:
-        """Nodes with the shortest queue on their network that have room."""
-        need, gpus = self.model.device_bytes, self.model.gpus
-        ranked = islice(self.view.idlest_networks(), most * _SCAN)
-        roomy = (name for _seconds, name in ranked if _count(self.view.free(name), need) >= gpus)
-        yield from islice(roomy, most)
+    def _far(self, most: int) -> Iterator[str]:
+        """Nodes with most room, and those with the shortest queue on their network that have room."""
+        model, view = self.model, self.view
+        for ranking in (view.most_free(model.gpus), view.most_spare(model.gpus)):
+            yield from (name for _bytes, name in islice(ranking, most // 2))
+        if most > _USUAL:
+            yield from (name for _bytes, name in islice(view.largest(model.gpus), most))
+        ranked = islice(view.idlest_networks(), most * _SCAN)
+        roomy = (name for _seconds, name in ranked if _count(view.free(name), model.device_bytes) >= model.gpus)
+        yield from islice(roomy, most // 2)
 
-    def _start(self, node: str) -> Option | None:
-        room = find_room(self.model, node, self.view, self.worth, self.now, request=self.request.name)
-        best = self._best_path(self.model, node, room.gpus) if room else None
-        return self._option(node, room, best[1], best[0]) if room and best else None
-
-    def _best_path(self, model: ModelCost, node: str, gpus: tuple[int, ...]) -> tuple[StartPath, Estimate] | None:
-        best: tuple[StartPath, Estimate] | None = None
+    def _candidate(self, model: ModelCost, node: str) -> _Candidate | None:
+        """A node's ways to start a model; None when it has none."""
+        view, estimator = self.view, self.estimator
+        tier = view.nearest(model.weights.key, node)
+        if tier is None:
+            return None
+        source = SOURCE_LINK.get(tier)
+        weights = estimator.link_seconds(node, source, model.weights.coded_bytes, view) if source else 0.0
+        ways: list[tuple[StartPath, float, float]] = []
         for path in _PATHS:
-            plan = self.view.plan(model, node, path, gpus)
-            if plan is not None:
-                estimate = self.estimator.estimate(model, node, plan, self.view)
-                if best is None or estimate.mean < best[1].mean:
-                    best = (path, estimate)
-        return best
+            image = view.image_move(model, node, path)
+            if image is not None or path == "cold":
+                process, after = self._phase_seconds(model, path, view.node(node).kind)
+                moved = estimator.move_seconds(node, image, view) if image else 0.0
+                ways.append((path, moved + process, after))
+        return _Candidate(min(max(weights, process) + after for _path, process, after in ways), node, ways)
 
-    def _option(self, node: str, room: Room, estimate: Estimate, path: StartPath, replica: str | None = None) -> Option:
-        return Option(
-            "wait" if room.blockers else "start",
-            path,
-            node,
-            room.gpus,
-            replica,
-            room.wait + estimate.mean,
-            room.loss,
-            estimate,
-            room.evict,
-            (),
-            room.blockers,
-            room.host_short,
-        )
+    def _phase_seconds(self, model: ModelCost, path: StartPath, kind: str) -> tuple[float, float]:
+        key = (model.name, path, kind)
+        found = self._phases.get(key)
+        if found is None:
+            one = partial(self.estimator.phase_seconds, model, path, kind=kind)
+            found = self._phases[key] = (one(name="process"), one(name="ready") + one(name="rest"))
+        return found
+
+    def _start(self, candidate: _Candidate) -> Option | None:
+        room = find_room(self.model, candidate.node, self.view, self.worth, self.now, request=self.request.name)
+        best = self._estimated(self.model, candidate, room.gpus) if room else None
+        return _option(candidate.node, room, *best) if room and best else None
+
+    def _estimated(
+        self, model: ModelCost, candidate: _Candidate, gpus: tuple[int, ...]
+    ) -> tuple[StartPath, Estimate] | None:
+        """The quickest way to start on these GPUs."""
+        move = self.view.weights_move(model, candidate.node, gpus)
+        _seconds, path = candidate.best(self.estimator.move_seconds(candidate.node, move, self.view) if move else 0.0)
+        plan = self.view.plan(model, candidate.node, path, gpus)
+        return (path, self.estimator.estimate(model, candidate.node, plan, self.view)) if plan else None
 
     # --- migration
 
-    def _migrations(self, nodes: list[str]) -> Iterator[Option]:
+    def _migrations(self, near: list[_Candidate]) -> Iterator[Option]:
         """Starts in the place of one running request that goes elsewhere, on the nearest few nodes."""
-        for node in nodes[:4]:
-            movable = (one for one in self.view.replicas_on(node) if self._may_move(one))
-            for replica in islice(movable, 4):
-                option = self._instead_of(replica)
+        for candidate in near[:_MIGRATION_NODES]:
+            if candidate.bound >= self._best:
+                return
+            movable = (one for one in self.view.replicas_on(candidate.node) if self._may_move(one))
+            for replica in islice(movable, _MIGRATIONS):
+                option = self._instead_of(replica, candidate)
                 if option:
                     yield option
 
@@ -302,21 +334,24 @@ class _Search:
             and replica.model != self.request.model
             and replica.requests[0].movable
             and ends(replica, self.now) > self.weights.migrate_above
-            and not self._kept(replica)
+            and self._gpus_after(replica) is not None
+            and not self.view.is_kept(replica.node, replica.gpus, self.request.name)
         )
 
-    def _instead_of(self, replica: Replica) -> Option | None:
-        """A start on the GPUs of a replica whose request has gone elsewhere; only where that alone makes room."""
-        model, view = self.model, self.view
-        device, host = view.takes(replica)
-        free = view.free(replica.node)
-        roomy = [gpu for gpu in replica.gpus if free[gpu] + device >= model.device_bytes]
-        if not model.gpus or len(roomy) < model.gpus or view.free_host(replica.node) + host < model.host_bytes:
-            return None
-        gpus = tuple(roomy[: model.gpus])
-        migration = self._elsewhere(replica)
-        best = self._best_path(model, replica.node, gpus) if migration else None
-        if migration is None or best is None:
+    def _gpus_after(self, replica: Replica) -> tuple[int, ...] | None:
+        """The GPUs for a start once a replica has ended; None where that alone makes no room."""
+        device, host = self.view.takes(replica)
+        free = self.view.free(replica.node)
+        roomy = [gpu for gpu in replica.gpus if free[gpu] + device >= self.model.device_bytes]
+        enough = len(roomy) >= self.model.gpus and self.view.free_host(replica.node) + host >= self.model.host_bytes
+        return tuple(roomy[: self.model.gpus]) if enough and self.model.gpus else None
+
+    def _instead_of(self, replica: Replica, candidate: _Candidate) -> Option | None:
+        """A start on the GPUs of a replica whose request has gone elsewhere."""
+        gpus = self._gpus_after(replica)
+        migration = self._elsewhere(replica) if gpus else None
+        best = self._estimated(self.model, candidate, gpus) if gpus and migration else None
+        if gpus is None or migration is None or best is None:
             return None
         path, estimate = best
         seconds = migration.seconds + estimate.mean
@@ -329,29 +364,49 @@ class _Search:
         """The quickest way to carry on a replica's request on another node, on free memory."""
         model, running = self.view.model(replica.model), replica.requests[0]
         pause = model.prefill_seconds * (running.prompt_tokens + running.tokens)
-        for other in self.view.replicas_of(model.name):
+        for other in islice(self.view.soonest(model.name), _MIGRATIONS):
             if self._takes_over(other, replica):
                 return Migration(
                     running.name, replica.name, other.node, other.gpus, "hot", pause, pause, reuse=other.name
                 )
-        best: Migration | None = None
-        for node in islice(self._near(model, replica.node), 4):
-            room = find_room(model, node, self.view, self.worth, self.now, request=self.request.name)
-            if room is None or room.blockers or room.evict:
-                continue
-            found = self._best_path(model, node, room.gpus)
-            if found and (best is None or found[1].mean + pause < best.seconds):
-                seconds = found[1].mean + pause
-                best = Migration(running.name, replica.name, node, room.gpus, found[0], seconds, pause)
-        return best
+        found = [one for node in self._others(model, replica.node) if (one := self._candidate(model, node))]
+        for candidate in sorted(found, key=lambda one: (one.bound, one.node)):
+            room = find_room(model, candidate.node, self.view, self.worth, self.now, request=self.request.name)
+            if room and not (room.blockers or room.evict):
+                best = self._estimated(model, candidate, room.gpus)
+                if best:
+                    return Migration(
+                        running.name, replica.name, candidate.node, room.gpus, best[0], best[1].mean + pause, pause
+                    )
+        return None
 
     def _takes_over(self, other: Replica, replica: Replica) -> bool:
         room = len(other.requests) + other.waiting < self.view.model(other.model).slots
         return other.name != replica.name and other.state is State.HOT and room and other.node != replica.node
 
-    def _near(self, model: ModelCost, but: str) -> Iterator[str]:
-        for tier in (Tier.GPU, Tier.DRAM, Tier.DISK):
-            yield from (node for node in islice(self.view.holders(model.weights.key, tier), 8) if node != but)
+    def _others(self, model: ModelCost, but: str) -> list[str]:
+        """Some nodes that hold a model near and seem to have room."""
+        need, view = model.device_bytes, self.view
+        holders = (node for tier in _NEAR for node in islice(view.holders(model.weights.key, tier), _SCAN))
+        roomy = (node for node in holders if node != but and _count(view.free(node), need) >= model.gpus)
+        return list(dict.fromkeys(islice(roomy, _MIGRATIONS)))
+
+
+def _option(node: str, room: Room, path: StartPath, estimate: Estimate, replica: str | None = None) -> Option:
+    return Option(
+        "wait" if room.blockers else "start",
+        path,
+        node,
+        room.gpus,
+        replica,
+        room.wait + estimate.mean,
+        room.loss,
+        estimate,
+        room.evict,
+        (),
+        room.blockers,
+        room.host_short,
+    )
 
 
 def _count(free: list[int], need: int) -> int:

@@ -6,8 +6,8 @@ The order is `arrived - priority * step`: a higher priority is worth a head star
 whoever waits long enough is first. A tenant at its cap is passed over, not waited for.
 
 Nobody starves: a request for which waiting for a place is best *claims* it (Cluster.claim): nothing else starts there
-or queues there, so it drains. One that found no place for longer than `patience` looks at more nodes, and until it has its
-claim nobody after it may claim anything, so the claims in its way come to an end.
+or queues there, so it drains. One without a place for longer than `patience` looks at more nodes, and until it has a
+claim nobody after it may claim anything, so that the claims in its way come to an end.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from dormouse.schedule.cluster import Cluster, ModelCost, Replica, State, pcie
 Worth = Callable[[Replica], float]
 """The seconds that somebody is expected to lose when an idle replica goes."""
 
+_MORE_GPUS = 2  # so many more than needed are compared
 _ASLEEP_SHARE = 0.2  # of a replica's worth that is lost when it only goes to sleep
 
 
@@ -75,14 +76,14 @@ def find_room(
     quick = _free_now(model, node, view, gpus, host, request)
     if quick is not None:
         return Room(quick)
-    replicas = [one for one in view.replicas_on(node) if wake is None or one.name != wake.name]
-    devices = _devices(model, node, view, worth, now, gpus, replicas, request)
+    devices = _devices(model, node, view, worth, now, gpus, request)
     if len(devices) < model.gpus:
         return None
     chosen = sorted(devices, key=_Device.key)[: model.gpus]
-    return _with_host(
-        Room(tuple(sorted(device.gpu for device in chosen))), chosen, host, node, view, worth, now, replicas
-    )
+    missing = host - view.free_host(node)
+    if missing <= 0:
+        return _on_devices(chosen)
+    return _with_host(chosen, missing, node, view, worth, now, wake)
 
 
 def _free_now(
@@ -102,52 +103,44 @@ def _free_now(
 
 
 def _devices(
-    model: ModelCost,
-    node: str,
-    view: Cluster,
-    worth: Worth,
-    now: float,
-    gpus: Iterable[int],
-    replicas: list[Replica],
-    request: str,
+    model: ModelCost, node: str, view: Cluster, worth: Worth, now: float, gpus: Iterable[int], request: str
 ) -> list[_Device]:
-    """Every GPU on which there could be room."""
-    on: dict[int, list[Replica]] = {}
-    for replica in replicas:
-        if replica.state is not State.SLEEPING:
-            for gpu in replica.gpus:
-                on.setdefault(gpu, []).append(replica)
+    """GPUs on which there could be room: the most promising, which are those with most spare bytes."""
     if not model.gpus:
         return []
-    found = []
-    for gpu in gpus:
+    spare = view.spare(node)
+    found: list[_Device] = []
+    for gpu in sorted(gpus, key=lambda gpu: -spare[gpu]):
+        if len(found) >= model.gpus + _MORE_GPUS and spare[gpu] < model.device_bytes:
+            break
         if not view.is_kept(node, (gpu,), request):
-            device = _device(model.device_bytes, node, gpu, view, worth, now, on.get(gpu, []))
+            device = _device(model.device_bytes, node, gpu, view, worth, now)
             if device:
                 found.append(device)
+        if len(found) >= model.gpus + 2 * _MORE_GPUS:
+            break
     return found
 
 
-def _device(
-    need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: float, replicas: list[Replica]
-) -> _Device | None:
+def _device(need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: float) -> _Device | None:
     free = view.free(node)[gpu]
     queue = view.link(node, pcie(gpu)).queued
     missing = need - free
     if missing <= 0:
         return _Device(0.0, 0.0, queue, free, gpu, (), ())
-    sizes = {replica.name: view.takes(replica)[0] for replica in replicas}
+    replicas = list(view.replicas_on_gpu(node, gpu))
+    sizes = {replica.name: view.model(replica.model).device_bytes for replica in replicas}
     idle = [(worth(replica), replica.name) for replica in replicas if replica.idle]
     gone = _cheapest(idle, sizes, missing)
     missing -= sum(sizes[name] for name in gone)
-    loss = _ASLEEP_SHARE * sum(value for value, name in idle if name in gone)
+    loss = sum(value for value, name in idle if name in gone)
     if missing <= 0:
         return _Device(0.0, loss, queue, free, gpu, gone, ())
     wait, blockers = 0.0, []
     busy = {one.name: one for one in replicas if not (one.idle or one.pinned)}
     for end, name in sorted((ends(one, now), name) for name, one in busy.items()):
         wait, missing = end, missing - sizes[name]
-        loss += _ASLEEP_SHARE * worth(busy[name])
+        loss += worth(busy[name])
         blockers.append(name)
         if missing <= 0:
             return _Device(wait, loss, queue, free, gpu, gone, tuple(blockers))
@@ -175,41 +168,43 @@ def _cheapest(idle: list[tuple[float, str]], sizes: dict[str, int], missing: int
     return tuple(name for _value, name in gone)
 
 
-def _with_host(
-    room: Room,
-    chosen: list[_Device],
-    host: int,
-    node: str,
-    view: Cluster,
-    worth: Worth,
-    now: float,
-    replicas: list[Replica],
-) -> Room | None:
-    """The same room with the host's memory too: those that go may have to end, others that sleep as well."""
-    slept = dict.fromkeys(name for device in chosen for name in device.evict)
+def _on_devices(chosen: list[_Device]) -> Room:
+    evict = dict.fromkeys(name for device in chosen for name in device.evict)
     blockers = dict.fromkeys(name for device in chosen for name in device.blockers)
-    wait = max((device.wait for device in chosen), default=0.0)
-    missing = host - view.free_host(node)
+    return Room(
+        tuple(sorted(device.gpu for device in chosen)),
+        tuple(Eviction(name, "sleep") for name in evict),
+        _ASLEEP_SHARE * sum(device.loss for device in chosen),
+        max((device.wait for device in chosen), default=0.0),
+        tuple(blockers),
+    )
+
+
+def _with_host(
+    chosen: list[_Device], missing: int, node: str, view: Cluster, worth: Worth, now: float, wake: Replica | None
+) -> Room | None:
+    """The same with `missing` bytes of the host's memory: those that go may have to end, others that sleep as well."""
+    room = _on_devices(chosen)
+    replicas = [one for one in view.replicas_on(node) if wake is None or one.name != wake.name]
+    slept = {eviction.replica for eviction in room.evict}
     sizes = {one.name: view.takes(one)[1] for one in replicas}
-    idle = [(_value(one, slept, worth), one.name) for one in replicas if one.idle]
-    ended = dict.fromkeys(_cheapest(idle, sizes, missing)) if missing > 0 else {}
+    idle = [(_more(one, slept, worth), one.name) for one in replicas if one.idle]
+    ended = _cheapest(idle, sizes, missing)
     missing -= sum(sizes[name] for name in ended)
-    host_short = missing > 0
+    wait, blockers = room.wait, dict.fromkeys(room.blockers)
+    for end, name in sorted((ends(one, now), one.name) for one in replicas if not (one.idle or one.pinned)):
+        if missing <= 0:
+            break
+        wait, missing = max(wait, end), missing - sizes[name]
+        blockers[name] = None
     if missing > 0:
-        for end, name in sorted((ends(one, now), one.name) for one in replicas if not (one.idle or one.pinned)):
-            wait, missing = max(wait, end), missing - sizes[name]
-            blockers[name] = None
-            if missing <= 0:
-                break
-        else:
-            return None
-    values = {one.name: worth(one) for one in replicas if one.name in slept or one.name in ended}
-    loss = sum(value * (1.0 if name in ended else _ASLEEP_SHARE) for name, value in values.items())
-    loss += _ASLEEP_SHARE * sum(worth(one) for one in replicas if one.name in blockers)
-    evict = [Eviction(name, "end" if name in ended else "sleep") for name in {**slept, **ended}]
+        return None
+    loss = room.loss + sum(value for value, name in idle if name in ended)
+    evict = [Eviction(name, "end" if name in ended else "sleep") for name in dict.fromkeys((*sorted(slept), *ended))]
+    host_short = len(blockers) > len(room.blockers)
     return Room(room.gpus, tuple(evict), loss, wait, tuple(blockers), host_short)
 
 
-def _value(replica: Replica, slept: dict[str, None], worth: Worth) -> float:
+def _more(replica: Replica, slept: set[str], worth: Worth) -> float:
     """What ending it loses beyond what it loses anyway."""
     return worth(replica) * (1.0 - _ASLEEP_SHARE if replica.name in slept else 1.0)
