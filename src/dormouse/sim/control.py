@@ -12,6 +12,10 @@ from dormouse.sim.keeping import Keeper
 from dormouse.sim.world import Job, Worker, World
 
 
+_PAUSE = 50e-6
+"""Seconds for each node."""
+
+
 class Ours:
     """See the module."""
 
@@ -21,16 +25,31 @@ class Ours:
         self.queue = queue
         self.decided = 0
         self._jobs: dict[str, Job] = {}
+        self._planned = False
+        self._pause = min(_PAUSE * len(list(world.view.nodes)), 0.05)
 
     def submit(self, job: Job) -> None:
         self.keeper.on_request(job.request.model)
         self._jobs[job.request.name] = job
         self.queue.push(job.request)
-        self.changed()
+        if len(self._jobs) == 1:
+            self._dispatch()
+        else:
+            self.changed()
         if job.request.name in self._jobs:
             self.world.expect_deadline(job)
 
     def changed(self) -> None:
+        """While requests wait, changes are looked at together, a little later: there are many in a large cluster."""
+        if self._jobs and not self._planned:
+            self._planned = True
+            self.world.clock.at(self.world.now + self._pause, self._dispatch_planned)
+
+    def _dispatch_planned(self) -> None:
+        self._planned = False
+        self._dispatch()
+
+    def _dispatch(self) -> None:
         if self._jobs:
             self.world.refresh_links()
             self.queue.dispatch(self.world.view, self.world.estimator, self.world.now, self._commit)

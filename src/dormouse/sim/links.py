@@ -26,11 +26,12 @@ Way = tuple[tuple["Link", float], ...]
 class Link:
     """`rate` in bytes per second. `carried` counts the bytes of transfers that ended or were cut off."""
 
-    __slots__ = ("carried", "fifo", "flows", "name", "rate")
+    __slots__ = ("carried", "fifo", "flows", "name", "node", "rate")
 
-    def __init__(self, name: str, rate: float, *, fifo: bool = False) -> None:
+    def __init__(self, node: str, name: str, rate: float, *, fifo: bool = False) -> None:
         if not 0 < rate < math.inf:
-            raise ValueError(f"link {name} has the rate {rate}")
+            raise ValueError(f"link {name} of {node} has the rate {rate}")
+        self.node = node
         self.name = name
         self.rate = rate
         self.fifo = fifo
@@ -68,6 +69,7 @@ class Network:
         self.clock = clock
         self.delivered = 0.0
         self.dropped = 0.0
+        self.touched: dict[Link, None] = {}  # links on which a transfer has started or ended; whoever reads it clears it
 
     def start(self, size: float, path: Way, done: Callable[[], None], cap: float = math.inf) -> Flow:
         """Begin a transfer; `done` is called from the clock, never from here."""
@@ -75,6 +77,7 @@ class Network:
         flow.since = self.clock.now
         for link, part in path:
             link.flows[flow] = part
+            self.touched[link] = None
         self._share(flow.path, flow)
         return flow
 
@@ -93,6 +96,7 @@ class Network:
         for link, part in flow.path:
             del link.flows[flow]
             link.carried += came * part
+            self.touched[link] = None
         self._share(flow.path, None)
 
     def _arrived(self, flow: Flow) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from dormouse.sim.world import Job, Worker, World
 
 _SMALL = 64
 _MOST_FAILURES = 32
+_MOST_TRIED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Peer:
 
     def changed(self) -> None:
         failed: set[str] = set()
-        for name, job in list(self.waiting.items()):
+        for name, job in list(islice(self.waiting.items(), _MOST_TRIED)):
             if name not in self.waiting or job.request.model in failed:
                 continue
             if self._serve(job):

@@ -34,6 +34,7 @@ from dormouse.sim.traces import Trace, drawn, drawn_lengths, popularity, read_tr
 from dormouse.sim.world import Control, Counts, Habits, Job, Records, Span, World
 
 _MOST_SPANS_NODES = 16
+_STRIDE = 7919  # a prime: neighbours of a model on one node are not its neighbours on the next
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def run_one(scenario: Scenario, load: Load, system_name: str, *, spans: bool = F
     small = sum(group.count for group in scenario.nodes) <= _MOST_SPANS_NODES
     world = World(view, habits, random, spans=spans and small)
     if system.loading.preloaded:
-        _fill_disks(world)
+        _fill_disks(world, system.loading.preloaded)
     future = _future(load, names) if system.keep_alive.policy == "oracle" else None
     policy = keep_alive_policy(system.keep_alive, view, future)
     keeper = Keeper(world, system.keep_alive, policy)
@@ -226,16 +227,16 @@ def _costs(group: ModelGroup, system: System) -> Iterator[ModelCost]:
         )
 
 
-def _fill_disks(world: World) -> None:
-    """Round robin over the nodes until nothing more fits."""
+def _fill_disks(world: World, copies: int) -> None:
+    """Round robin over the nodes, each model on so many, until nothing more fits."""
     view = world.view
     nodes = list(view.nodes)
     models = [view.model(name) for name in view.models]
     room = {node: view.node(node).disk_tier for node in nodes}
-    for copy in range(len(nodes)):
+    for copy in range(min(copies, len(nodes))):
         placed = False
         for number, model in enumerate(models):
-            node = nodes[(number + copy) % len(nodes)]
+            node = nodes[(number + copy * _STRIDE) % len(nodes)]
             parts = [part for part in (model.weights, model.image) if part is not None]
             size = sum(part.coded_bytes for part in parts)
             if size <= room[node]:

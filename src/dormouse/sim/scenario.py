@@ -139,8 +139,8 @@ class Loading(_Part):
     """true: weights are stored and moved in coded form."""
     sequential: bool = False
     """true: a node loads one model at a time, in the order asked for. false: loads share the links."""
-    preloaded: bool = True
-    """Whether nodes have models on their disks from the start (round robin, as many as fit)."""
+    preloaded: Annotated[int, Field(ge=0)] = 1000
+    """On how many nodes' disks each model lies from the start, as far as they have room (round robin)."""
     keep_on_disk: bool = True
     """Whether what was downloaded stays on the disk (the least recently used goes for it)."""
     keep_in_dram: bool = True

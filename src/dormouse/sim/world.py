@@ -137,6 +137,8 @@ class Counts:
     prewarms: int = 0
 
 
+_REFRESH = 0.001  # for each busy link, so many seconds between two looks at all of them: many cost more and matter less
+
 PATHS: tuple[StartPath, ...] = ("hot", "sleep", "snapshot", "template", "cold")
 _PATH_NUMBER = {path: number for number, path in enumerate(PATHS)}
 
@@ -244,7 +246,8 @@ class World:
         self._random = random
         self._number = 0
         self._links: dict[tuple[str, str], Link] = {}
-        self._stale: dict[tuple[str, str], Link] = {}
+        self._busy: dict[Link, None] = {}
+        self._refreshed = 0.0
         self._stores: dict[tuple[str, Tier], Store] = {}
         self._tier_used = 0
         self._tier_since = 0.0
@@ -293,16 +296,25 @@ class World:
         found = self._links.get((node, name))
         if found is None:
             seen = self.view.link(node, name)
-            found = self._links[node, name] = Link(f"{node} {name}", seen.rate, fifo=seen.fifo)
+            found = self._links[node, name] = Link(node, name, seen.rate, fifo=seen.fifo)
         return found
 
     def refresh_links(self) -> None:
-        """Tell the view what is under way now on all links that have carried anything since the last time."""
-        for (node, name), link in list(self._stale.items()):
-            queued, transfers = int(link.queued(self.now)), len(link.flows)
-            self.view.set_link(node, name, queued, transfers)
-            if not transfers:
-                del self._stale[node, name]
+        """Tell the view what is under way on links where that has changed, and now and then on all that are busy."""
+        touched = self.network.touched
+        for link in touched:
+            if link.flows:
+                self._busy[link] = None
+            else:
+                self._busy.pop(link, None)
+                self.view.set_link(link.node, link.name, 0, 0)
+        due = self.now - self._refreshed >= len(self._busy) * _REFRESH
+        if due:
+            self._refreshed = self.now
+        for link in list(self._busy if due else touched):
+            if link.flows:
+                self.view.set_link(link.node, link.name, int(link.queued(self.now)), len(link.flows))
+        touched.clear()
 
     # --- starts
 
@@ -360,10 +372,9 @@ class World:
 
     def _bring(self, worker: Worker, move: Move, then: Callable[[], None], cap: float = math.inf) -> None:
         node = worker.node
-        links = [(self.link(node, name), name) for name in move.links]
         slowest, size, ahead = self._slowest(node, move)
         began = self.now
-        way: Way = tuple((link, move.size_on(name) / move.size) for link, name in links)
+        way: Way = tuple((self.link(node, name), move.size_on(name) / move.size) for name in move.links)
 
         def done() -> None:
             worker.flows.remove(flow)
@@ -375,8 +386,6 @@ class World:
 
         flow = self.network.start(move.size, way, done, cap)
         worker.flows.append(flow)
-        for link, name in links:
-            self._stale[node, name] = link
 
     def _slowest(self, node: str, move: Move) -> tuple[str, int, int]:
         """The link of its way that should take longest, the bytes that go over it, and those before them."""
