@@ -3,11 +3,12 @@
     python bench/placement.py [--nodes 1000] [--models 10000] [--decisions 2000] [--json FILE]
 
 Nodes have 8 GPUs; models of 1 to 140 GB (half of them below 8 GB, on 1 to 8 GPUs) lie on the disks of some nodes, in
-the memory of a few, and can be fetched from a store; popularity is heavy-tailed. Three clusters: `empty` (nothing runs),
-`busy` (half of the GPUs run something), `full` (every GPU is taken, a third by idle replicas). Requests are drawn by
-popularity, as they come (`mixed`), and for models that have no replica (`start`), where everything must be looked at.
-Each decision is timed by itself, with the refresh of the indexes that the one before made necessary; it is then applied
-to the view (`apply`, timed apart): evictions, the new replica, the queue of the link.
+the memory of a few, and can be fetched from a store; popularity is heavy-tailed. Three clusters: `empty` (nothing
+runs), `busy` (half of the GPUs run something), `full` (every GPU is taken, a third by idle replicas). Requests are
+drawn by popularity, as they come (`mixed`), and for models that have no replica (`start`), where everything must be
+looked at. Each decision is timed by itself (CPU time of its thread), with the refresh of the indexes that the one
+before made necessary; it is then applied to the view (`apply`, timed apart): evictions, the new replica, the queue of
+the link.
 """
 
 from __future__ import annotations
@@ -134,9 +135,10 @@ def measure(view: Cluster, what: str, decisions: int, rng: random.Random) -> dic
     names = list(view.models)
     weights = list(accumulate(_popularity(len(names))))
     estimator = Estimator()
-    times, applied, kinds = [], [], {}
-    view.plan(view.model(names[0]), next(iter(view.nodes)), "cold", (0,))
-    place(Request("warm", names[0], _NOW), view, estimator, _NOW)
+    times: list[float] = []
+    applied: list[float] = []
+    kinds: dict[str, int] = {}
+    next(view.most_free(1))  # the indexes are there
     gc.collect()
     gc.disable()
     for number in range(decisions):
@@ -172,11 +174,9 @@ def apply(view: Cluster, decision: Decision, now: float) -> None:
     if option.action == "queue":
         taken = view.replica(option.replica or "")
         free = len(taken.requests) < view.model(taken.model).slots
-        view.put(
-            replace(taken, requests=(*taken.requests, running), state=State.BUSY, expected=now + 10.0)
-            if free
-            else replace(taken, waiting=taken.waiting + 1, expected=taken.expected + 10.0)
-        )
+        busy = replace(taken, requests=(*taken.requests, running), state=State.BUSY, expected=now + 10.0)
+        behind = replace(taken, waiting=taken.waiting + 1, expected=taken.expected + 10.0)
+        view.put(busy if free else behind)
         return
     for eviction in option.evict:
         gone = view.drop(eviction.replica)

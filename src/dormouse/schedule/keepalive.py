@@ -1,22 +1,39 @@
 """How long an idle replica keeps what it has, what is made ready before anybody asks, and who goes for others.
 
-requests and idle replicas -> Policy -> Steps (when to go down to what), pre-warms, victims
+    requests and idle replicas -> Policy -> Steps (when to go down to what), pre-warms, worth of what is idle
+
+The caller tells a policy of every request (`on_request`), of every replica that has nothing to do any more or has been
+made ready ahead (`on_idle`, whose steps are void once it gets a request) and of every one that is gone (`on_gone`). At
+the times that `next_prewarm` tells it asks `prewarm`. Placement asks `worth`. Policies of papers follow their papers'
+rules; `Expected` is our own.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from dormouse.schedule.cluster import Cluster, Replica
+from dormouse.schedule.cluster import DISK, NETWORK, Cluster, ModelCost, Replica, StartPath, State
+from dormouse.schedule.estimate import Estimator
+from dormouse.schedule.idle_times import Bins, Outlook, log_edges, outlook
 
 Layer = Literal["hot", "sleep", "snapshot", "nothing"]
+LAYERS: tuple[Layer, ...] = ("hot", "sleep", "snapshot")
+
+_GB = 1e9
+_TIE = 1e-3  # seconds; the worth of what is idle to policies that only know an order
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """At `at` (absolute), an idle replica goes down to `to`. "snapshot" ends the process and keeps its image near
-    (DRAM or disk); "nothing" lets the image and weights go from the node's DRAM tier too."""
+    """At `at` (absolute), an idle replica goes down to `to`. "snapshot" ends the process and keeps its image and
+    weights near (in the node's DRAM tier); "nothing" lets these go from there too."""
 
     to: Layer
     at: float
@@ -37,24 +54,529 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Warm:
-    """Have a replica of `model` in `layer` at `at`, and keep it till `until` if nobody asks."""
+    """Have a replica of `model` ready from `at` on; on_idle says for how long."""
 
     model: str
     at: float
     until: float
-    layer: Layer = "hot"
 
 
 class Policy(Protocol):
-    """Times are absolute. The caller tells of every request and of every replica that has become idle; steps of a
-    replica that gets a request are void. `victims` never names a replica that is not idle."""
+    """Times are absolute. Nothing here names a replica that is not idle."""
 
     def on_request(self, model: str, now: float) -> None: ...
 
     def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps: ...
 
-    def prewarm(self, now: float) -> list[Warm]: ...
+    def on_gone(self, replica: Replica, view: Cluster, now: float) -> None: ...
+
+    def prewarm(self, now: float) -> list[Warm]:
+        """Those due by now, each once. One whose model got a request meanwhile is none any more."""
+        ...
+
+    def next_prewarm(self) -> float | None:
+        """When the next may be due."""
+        ...
+
+    def worth(self, replica: Replica, view: Cluster, now: float) -> float:
+        """The seconds that somebody is expected to lose when an idle replica goes; for its bytes, it is the order of
+        eviction."""
+        ...
 
     def victims(self, need: Need, view: Cluster, now: float) -> tuple[str, ...] | None:
         """Replicas to end so that `need` fits; () when it fits already, None when it can't be."""
         ...
+
+
+class Basic(ABC):
+    """What all policies share: who goes, in the order of worth for bytes; and no pre-warming."""
+
+    @abstractmethod
+    def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps: ...
+
+    @abstractmethod
+    def worth(self, replica: Replica, view: Cluster, now: float) -> float: ...
+
+    def on_request(self, model: str, now: float) -> None:  # noqa: B027
+        """Nothing to learn."""
+
+    def on_gone(self, replica: Replica, view: Cluster, now: float) -> None:  # noqa: B027
+        """Nothing to forget."""
+
+    def prewarm(self, now: float) -> list[Warm]:
+        return []
+
+    def next_prewarm(self) -> float | None:
+        return None
+
+    def victims(self, need: Need, view: Cluster, now: float) -> tuple[str, ...] | None:
+        """The least worth for its bytes first, until there is room."""
+        free = [max(need.device_bytes - view.free(need.node)[gpu], 0) for gpu in need.gpus]
+        host = max(need.host_bytes - view.free_host(need.node), 0)
+        idle = [(self._rank(one, view, now), one.name) for one in view.replicas_on(need.node) if one.idle]
+        gone: list[str] = []
+        for _rank, name in sorted(idle):
+            device, of_host = view.takes(view.replica(name))
+            on = view.replica(name).gpus if device else ()
+            helps = [gpu in on and missing > 0 for gpu, missing in zip(need.gpus, free, strict=True)]
+            if any(helps) or (host > 0 and of_host > 0):
+                gone.append(name)
+                free = [left - device * (gpu in on) for gpu, left in zip(need.gpus, free, strict=True)]
+                host -= of_host
+        return None if host > 0 or any(left > 0 for left in free) else tuple(gone)
+
+    def _rank(self, replica: Replica, view: Cluster, now: float) -> float:
+        return self.worth(replica, view, now) / max(held_bytes(replica, view), 1)
+
+
+def held_bytes(replica: Replica, view: Cluster) -> int:
+    """All the memory that a replica takes, of GPUs and host."""
+    device, host = view.takes(replica)
+    return device * len(replica.gpus) + host
+
+
+class FixedTtl(Basic):
+    """Every replica goes some time after its last request, whatever it is: what most platforms do. When memory is
+    short, who has been idle longest goes first."""
+
+    def __init__(self, ttl: float = 600.0, to: Layer = "snapshot") -> None:
+        self._ttl, self._to = ttl, to
+
+    def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps:
+        return (Step(self._to, now + self._ttl),)
+
+    def worth(self, replica: Replica, view: Cluster, now: float) -> float:
+        return _TIE * held_bytes(replica, view) / _GB / (1.0 + max(now - replica.since, 0.0))
+
+
+class Lru(FixedTtl):
+    """Nothing goes before its memory is needed; then who has been idle longest."""
+
+    def __init__(self) -> None:
+        super().__init__(math.inf)
+
+    def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps:
+        return ()
+
+
+class GreedyDual(Basic):
+    """Greedy-dual-size-frequency: nothing goes before its memory is needed; then who has the least
+    priority = clock + frequency * start seconds / size, with the clock at the priority of the last that went and the
+    frequency counted while a model has any replica (Fuerst and Sharma, FaasCache, ASPLOS 2021)."""
+
+    def __init__(self, estimator: Estimator) -> None:
+        self._estimator = estimator
+        self._clock = 0.0
+        self._frequency: dict[str, int] = {}
+        self._clock_then: dict[str, float] = {}
+
+    def on_request(self, model: str, now: float) -> None:
+        self._frequency[model] = self._frequency.get(model, 0) + 1
+        self._clock_then[model] = self._clock
+
+    def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps:
+        return ()
+
+    def on_gone(self, replica: Replica, view: Cluster, now: float) -> None:
+        self._clock = max(self._clock, self._priority(replica, view))
+        if not any(other.name != replica.name for other in view.replicas_of(replica.model)):
+            self._frequency.pop(replica.model, None)
+
+    def worth(self, replica: Replica, view: Cluster, now: float) -> float:
+        above = max(self._priority(replica, view) - self._clock, 0.0) + 1e-9
+        return _TIE * above * held_bytes(replica, view) / _GB
+
+    def _priority(self, replica: Replica, view: Cluster) -> float:
+        seconds = self._estimator.return_seconds(view.model(replica.model))
+        size = max(held_bytes(replica, view) / _GB, 1e-6)
+        then = self._clock_then.get(replica.model, self._clock)
+        return then + self._frequency.get(replica.model, 0) * seconds / size
+
+
+class Planned(Basic):
+    """What policies that pre-warm share: when each model became idle, and its planned window."""
+
+    def __init__(self) -> None:
+        self._idle_since: dict[str, float] = {}
+        self._due: list[tuple[float, str, float]] = []
+        self._plans: dict[str, Warm] = {}
+        self._warming: dict[str, float] = {}
+
+    def on_request(self, model: str, now: float) -> None:
+        since = self._idle_since.pop(model, None)
+        if since is not None:
+            self.learn(model, max(now - since, 0.0), now)
+        self._plans.pop(model, None)
+        self._warming.pop(model, None)
+
+    def learn(self, model: str, idle: float, now: float) -> None:
+        """A model has been idle for so long."""
+
+    def prewarm(self, now: float) -> list[Warm]:
+        found = []
+        while self._due and self._due[0][0] <= now:
+            at, model, _until = heapq.heappop(self._due)
+            plan = self._plans.get(model)
+            if plan is not None and plan.at == at:
+                del self._plans[model]
+                self._warming[model] = plan.until
+                found.append(plan)
+        return found
+
+    def next_prewarm(self) -> float | None:
+        return self._due[0][0] if self._due else None
+
+    def plan_warm(self, model: str, at: float, until: float) -> None:
+        """Make it ready at `at`, unless somebody asks for it before."""
+        self._plans[model] = Warm(model, at, until)
+        heapq.heappush(self._due, (at, model, until))
+
+    def begins_idle(self, model: str, now: float) -> float | None:
+        """Note that a model is idle from now on; for one that was made ready ahead, until when it stays so."""
+        self._idle_since.setdefault(model, now)
+        return self._warming.pop(model, None)
+
+
+class Histogram(Planned):
+    """The hybrid histogram policy of Serverless in the Wild (Shahrad et al., ATC 2020): idle times in bins of one
+    minute up to four hours; a replica goes at once and comes back at 0.9 times the 5th percentile (rounded down), to
+    stay until 1.1 times the 99th (rounded up); with a head below one minute it stays from the start. While the
+    histogram tells nothing (few idle times, or a coefficient of variation of its bins below 2) it stays for four hours.
+    Where most idle times are longer than that, the paper fits ARIMA with margins of 15 %; here the median of the last
+    idle times stands in for it."""
+
+    def __init__(self, bin_seconds: float = 60.0, bins: int = 240, fallback: float | None = None) -> None:
+        super().__init__()
+        self._edges = tuple(number * bin_seconds for number in range(bins + 1))
+        self._fallback = self._edges[-1] if fallback is None else fallback
+        self._bins: dict[str, Bins] = {}
+        self._last: dict[str, deque[float]] = {}
+
+    def learn(self, model: str, idle: float, now: float) -> None:
+        self._bins.setdefault(model, Bins(self._edges)).add(idle)
+        self._last.setdefault(model, deque(maxlen=16)).append(idle)
+
+    def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps:
+        until = self.begins_idle(replica.model, now)
+        if until is not None:
+            return (Step("snapshot", max(until, now)),)
+        head, tail = self.windows(replica.model)
+        if head <= 0.0:
+            return (Step("snapshot", now + tail),)
+        self.plan_warm(replica.model, now + head, now + tail)
+        return (Step("snapshot", now),)
+
+    def windows(self, model: str) -> tuple[float, float]:
+        """From when to when after its last request a model is kept ready."""
+        bins = self._bins.get(model)
+        if bins is None or bins.total < 4:
+            return 0.0, self._fallback
+        if bins.beyond > 0.5:
+            middle = sorted(self._last[model])[len(self._last[model]) // 2]
+            return 0.85 * middle, 1.15 * middle
+        if bins.variation() < 2.0:
+            return 0.0, self._fallback
+        return 0.9 * self._edges[bins.bin_at(0.05)], 1.1 * self._edges[bins.bin_at(0.99) + 1]
+
+    def worth(self, replica: Replica, view: Cluster, now: float) -> float:
+        return _TIE * held_bytes(replica, view) / _GB / (1.0 + max(now - replica.since, 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """What keeping a layer saves, compared with the next one down, and the bytes that it alone takes."""
+
+    layer: Layer
+    saves: float
+    gpu_bytes: int
+    host_bytes: int
+
+
+def layer_costs(model: ModelCost, replica: Replica, view: Cluster, estimator: Estimator) -> tuple[LayerCost, ...]:
+    """Of hot, sleep and snapshot (in the DRAM tier), on the replica's node with its links as they are now."""
+    sleep, _ready_phases = _start(model, replica, view, estimator, ("sleep",))
+    start, ready = _start(model, replica, view, estimator, ("snapshot", "template", "cold"))
+    start = max(start, sleep)
+    near = model.weights.coded_bytes + (model.image.coded_bytes if model.image else 0)
+    far = DISK if DISK in view.node(replica.node).links else NETWORK
+    fetched = max(estimator.link_seconds(replica.node, far, near, view) - (start - ready), 0.0)
+    gpu = model.device_bytes * model.gpus
+    return (
+        LayerCost("hot", sleep, gpu, model.host_bytes - model.process_bytes),
+        LayerCost("sleep", start - sleep, 0, model.process_bytes),
+        LayerCost("snapshot", fetched, 0, near),
+    )
+
+
+def _start(
+    model: ModelCost, replica: Replica, view: Cluster, estimator: Estimator, paths: Sequence[StartPath]
+) -> tuple[float, float]:
+    """The seconds of the quickest of these paths, and those of them that follow its transfers."""
+    kind = view.node(replica.node).kind
+    found = []
+    for path in paths:
+        plan = view.plan(model, replica.node, path, replica.gpus)
+        if plan:
+            after = sum(estimator.phase_seconds(model, path, name, kind) for name in ("ready", "rest"))
+            found.append((estimator.estimate(model, replica.node, plan, view).mean, after))
+    return min(found, default=(estimator.return_seconds(model), 0.0))
+
+
+class Layered(Planned):
+    """RainbowCake (Yu et al., ASPLOS 2024): an idle replica steps down layer by layer. A layer's time to live is
+    min(beta, IAT): beta = alpha t / ((1 - alpha) m) from the seconds t that it saves and its memory m, and IAT the
+    quantile -ln(1 - p) / rate of a Poisson process whose rate comes from the last arrivals. In the paper lower layers
+    are shared by functions of a language, and so are their arrivals; here all layers are the model's own (an engine's
+    template takes no memory while it waits). m is in GB; the host's memory counts for `host_price` of a GPU's."""
+
+    def __init__(
+        self,
+        estimator: Estimator,
+        alpha: float = 0.996,
+        quantile: float = 0.8,
+        window: int = 6,
+        host_price: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self._estimator = estimator
+        self._beta = alpha / (1.0 - alpha)
+        self._factor = -math.log(1.0 - quantile)
+        self._window = window
+        self._host_price = host_price
+        self._arrivals: dict[str, deque[float]] = {}
+
+    def on_request(self, model: str, now: float) -> None:
+        super().on_request(model, now)
+        self._arrivals.setdefault(model, deque(maxlen=self._window)).append(now)
+
+    def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps:
+        self.begins_idle(replica.model, now)
+        model = view.model(replica.model)
+        costs = layer_costs(model, replica, view, self._estimator)
+        rate = self._rate(model.name, now)
+        at, steps = now, []
+        downs: tuple[Layer, ...] = ("sleep", "snapshot", "nothing")
+        for cost, to in zip(costs, downs, strict=True):
+            at += self._ttl(cost, rate)
+            steps.append(Step(to, at))
+        return tuple(steps)
+
+    def _ttl(self, cost: LayerCost, rate: float) -> float:
+        memory = (cost.gpu_bytes + self._host_price * cost.host_bytes) / _GB
+        beta = self._beta * cost.saves / max(memory, 1e-6)
+        return min(beta, self._factor / rate if rate > 0.0 else math.inf)
+
+    def _rate(self, model: str, now: float) -> float:
+        """Arrivals a second, lately."""
+        times = self._arrivals.get(model)
+        return len(times) / (now - times[0]) if times and now > times[0] else 0.0
+
+    def worth(self, replica: Replica, view: Cluster, now: float) -> float:
+        back = self._estimator.return_seconds(view.model(replica.model))
+        rate = self._rate(replica.model, now)
+        return 0.1 * back * (1.0 - math.exp(-60.0 * rate))
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What a GB is worth for a second, in seconds of somebody's start."""
+
+    gpu: float = 0.004
+    host: float = 0.0004
+
+    def of(self, cost: LayerCost) -> float:
+        return (self.gpu * cost.gpu_bytes + self.host * cost.host_bytes) / _GB
+
+
+class Expected(Planned):
+    """Ours: each layer is kept as long as what it is expected to save is worth its memory.
+
+    The idle times of a model (and as many as `prior` of everybody's, so that a new model is like the others) say how
+    likely the next request comes in each stretch of time. A stretch is worth having a layer in when
+    chance that the request comes then * seconds saved > price * bytes * seconds that it would be held there. So a layer
+    goes where the sum of what follows is a loss (the best end is looked for, not the first dip), and comes back before
+    a later stretch that is worth the start. Unlike with RainbowCake's quantile of a Poisson process, bursts and periods
+    are seen."""
+
+    def __init__(
+        self, estimator: Estimator, prices: Prices | None = None, *, prior: float = 4.0, fade: float = 0.98
+    ) -> None:
+        super().__init__()
+        self._estimator = estimator
+        self._prices = prices or Prices()
+        self._prior = prior
+        self._fade = fade
+        self._edges = log_edges(0.5, 86_400.0, 2)
+        self._everybody = Bins(self._edges, 0.999)
+        self._bins: dict[str, Bins] = {}
+        self._outlooks: dict[str, Outlook] = {}
+
+    def learn(self, model: str, idle: float, now: float) -> None:
+        self._bins.setdefault(model, Bins(self._edges, self._fade)).add(idle)
+        self._everybody.add(idle)
+        self._outlooks.pop(model, None)
+
+    def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps:
+        until = self.begins_idle(replica.model, now)
+        model = view.model(replica.model)
+        costs = layer_costs(model, replica, view, self._estimator)
+        ahead = self._outlook(replica.model)
+        began = self._idle_since[replica.model]
+        ends, longest = [], 0.0
+        for cost in costs:  # a layer stays at least as long as what needs it
+            longest = max(longest, _best_end(ahead, cost, self._prices.of(cost)))
+            ends.append(longest)
+        hot, sleep, snapshot = (max(began + end, now) for end in ends)
+        if until is not None:
+            hot = max(until, now)  # it was made ready ahead
+            sleep, snapshot = max(sleep, hot), max(snapshot, hot)
+        else:
+            self._plan_return(model, costs, ahead, began, ends[1])
+        return tuple(Step(*step) for step in (("sleep", hot), ("snapshot", sleep), ("nothing", snapshot)))
+
+    def _plan_return(
+        self, model: ModelCost, costs: tuple[LayerCost, ...], ahead: Outlook, began: float, gone: float
+    ) -> None:
+        """Make it ready again before a later stretch of time that is worth it."""
+        saves = sum(cost.saves for cost in costs[:2])
+        window = _best_window(ahead, gone, saves, sum(self._prices.of(cost) for cost in costs[:2]), saves)
+        if window:
+            self.plan_warm(model.name, began + max(window[0] - saves, gone), began + window[1])
+
+    def worth(self, replica: Replica, view: Cluster, now: float) -> float:
+        """What its return takes, by the chance that it is asked for before holding it has cost as much."""
+        back = self._estimator.return_seconds(view.model(replica.model))
+        price = self._prices.gpu * held_bytes(replica, view) / _GB
+        age = max(now - self._idle_since.get(replica.model, replica.since), 0.0)
+        horizon = min(back / max(price, 1e-9), 3600.0)
+        return back * self._outlook(replica.model).ends_within(age, age + horizon)
+
+    def _outlook(self, model: str) -> Outlook:
+        found = self._outlooks.get(model)
+        if found is None:
+            own = self._bins.get(model) or Bins(self._edges)
+            found = self._outlooks[model] = outlook(own, self._everybody, self._prior)
+        return found
+
+
+def _best_end(ahead: Outlook, cost: LayerCost, price: float) -> float:
+    """Until when a layer is best kept: the end of the stretch from the start with the most gain; 0 if none gains."""
+    gain, best, end = 0.0, 0.0, 0.0
+    for number, (chance, lasts) in enumerate(zip(ahead.chance, ahead.lasts, strict=True)):
+        gain += chance * cost.saves - price * lasts
+        if gain > best:
+            best, end = gain, ahead.edges[number + 1]
+    return end
+
+
+def _best_window(
+    ahead: Outlook, after: float, saves: float, price: float, start_seconds: float
+) -> tuple[float, float] | None:
+    """The stretch of time after `after` in which it gains most to have it ready, if that is worth another start (whose
+    seconds hold the memory too)."""
+    first = bisect_right(ahead.edges, after)
+    best, gain, begin, found = 0.0, 0.0, first, None
+    for number in range(first, len(ahead.chance)):
+        if gain <= 0.0:
+            gain, begin = -price * start_seconds * ahead.reached[number], number
+        gain += ahead.chance[number] * saves - price * ahead.lasts[number]
+        if gain > best:
+            best, found = gain, (ahead.edges[begin], ahead.edges[number + 1])
+    return found
+
+
+class Oracle(Planned):
+    """Knows all requests to come (for the simulator only): a replica goes at once, and is back when it is needed,
+    unless it would be needed before it could be back. When memory is short, who is needed last goes first."""
+
+    def __init__(self, arrivals: Mapping[str, Sequence[float]], estimator: Estimator) -> None:
+        super().__init__()
+        self._arrivals = arrivals
+        self._estimator = estimator
+
+    def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps:
+        warmed = self.begins_idle(replica.model, now)
+        following = self.next_request(replica.model, now)
+        if following is None:
+            return (Step("nothing", now),)
+        costs = layer_costs(view.model(replica.model), replica, view, self._estimator)
+        back = 1.5 * sum(cost.saves for cost in costs[:2])
+        if warmed is not None or following - now <= 2.0 * back:
+            return ()
+        self.plan_warm(replica.model, following - back, following)
+        return (Step("snapshot", now),)
+
+    def next_request(self, model: str, now: float) -> float | None:
+        times = self._arrivals.get(model, ())
+        place = bisect_right(times, now)
+        return times[place] if place < len(times) else None
+
+    def worth(self, replica: Replica, view: Cluster, now: float) -> float:
+        following = self.next_request(replica.model, now)
+        if following is None:
+            return 0.0
+        back = self._estimator.return_seconds(view.model(replica.model))
+        return back / (1.0 + following - now) * held_bytes(replica, view) / _GB
+
+
+@dataclass(frozen=True, slots=True)
+class Minimum:
+    """At least so many replicas of a model stay ready: always, or on each day between two times of it (seconds; from
+    after to: over midnight)."""
+
+    replicas: int
+    since: float = 0.0
+    until: float = 86_400.0
+
+    def holds(self, now: float) -> bool:
+        second = now % 86_400.0
+        if self.since <= self.until:
+            return self.since <= second < self.until
+        return second >= self.since or second < self.until
+
+
+class Provisioned(Basic):
+    """Another policy, and models of which some replicas are always ready, or at some times of the day."""
+
+    def __init__(self, policy: Basic, minima: Mapping[str, Sequence[Minimum]]) -> None:
+        self._policy = policy
+        self._minima = minima
+
+    def least(self, model: str, now: float) -> int:
+        """The replicas that are to be ready now."""
+        return max((one.replicas for one in self._minima.get(model, ()) if one.holds(now)), default=0)
+
+    def on_request(self, model: str, now: float) -> None:
+        self._policy.on_request(model, now)
+
+    def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps:
+        steps = self._policy.on_idle(replica, view, now)
+        return () if self._needed(replica, view, now) else steps
+
+    def on_gone(self, replica: Replica, view: Cluster, now: float) -> None:
+        self._policy.on_gone(replica, view, now)
+
+    def prewarm(self, now: float) -> list[Warm]:
+        return self._policy.prewarm(now)
+
+    def next_prewarm(self) -> float | None:
+        return self._policy.next_prewarm()
+
+    def missing(self, view: Cluster, now: float) -> dict[str, int]:
+        """How many replicas of each model must be started to have its minimum. Ask at the borders of the minima."""
+        found = {}
+        for model in self._minima:
+            short = self.least(model, now) - _ready(model, view)
+            if short > 0:
+                found[model] = short
+        return found
+
+    def worth(self, replica: Replica, view: Cluster, now: float) -> float:
+        return math.inf if self._needed(replica, view, now) else self._policy.worth(replica, view, now)
+
+    def _needed(self, replica: Replica, view: Cluster, now: float) -> bool:
+        return _ready(replica.model, view) <= self.least(replica.model, now)
+
+
+def _ready(model: str, view: Cluster) -> int:
+    return sum(one.state in (State.HOT, State.BUSY, State.STARTING) for one in view.replicas_of(model))

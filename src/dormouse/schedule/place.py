@@ -99,6 +99,7 @@ class Weights:
     half_life: float = 60.0  # idle for so long, it is half as likely to be asked for soon
     candidates: int = 8  # nodes looked at for each tier
     migrate_above: float = 1.0  # seconds; quicker than that, nobody is migrated
+    migrate_gain: float = 0.5  # seconds that a migration must promise
     alternatives: int = 8
 
 
@@ -318,9 +319,10 @@ class _Search:
     def _migrations(self, near: list[_Candidate]) -> Iterator[Option]:
         """Starts in the place of one running request that goes elsewhere, on the nearest few nodes."""
         for candidate in near[:_MIGRATION_NODES]:
-            if candidate.bound >= self._best:
+            if candidate.bound + self.weights.migrate_gain >= self._best:
                 return
-            movable = (one for one in self.view.replicas_on(candidate.node) if self._may_move(one))
+            some = islice(self.view.replicas_on(candidate.node), _SCAN)
+            movable = (one for one in some if self._may_move(one))
             for replica in islice(movable, _MIGRATIONS):
                 option = self._instead_of(replica, candidate)
                 if option:

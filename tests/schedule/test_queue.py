@@ -1,0 +1,145 @@
+"""The queue: order, priorities, caps, and nobody starves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dormouse.schedule.cluster import Cluster, Request, Running, State, Tier
+from dormouse.schedule.estimate import Estimator
+from dormouse.schedule.place import Decision
+from dormouse.schedule.queue import Fairness, Queue
+from tests.schedule.clusters import Keeper, busy, clusters, hot, lay, model, node
+
+
+def one_place(slots: int = 1) -> Cluster:
+    """One GPU that a busy replica of another model has; m fits when that has gone."""
+    view = Cluster([node("a")], [model("m", 60, slots=slots), model("n", 60), model("other", 60)])
+    for name in ("m", "n"):
+        lay(view, view.model(name), "a")
+    view.put(replace(busy("r", "other", "a", until=9.0), requests=(Running("x", 0.0, movable=False),)))
+    return view
+
+
+def served(queue: Queue, keeper: Keeper) -> list[str]:
+    """The names placed by one dispatch, in order."""
+    names: list[str] = []
+
+    def commit(decision: Decision) -> None:
+        names.append(decision.request.name)
+        keeper.commit(decision)
+
+    queue.dispatch(keeper.view, Estimator(), keeper.now, commit)
+    return names
+
+
+def test_first_come_first_served_within_a_model() -> None:
+    view = one_place(slots=4)
+    keeper, queue = Keeper(view), Queue()
+    for number in (2, 0, 1):
+        queue.push(Request(f"q{number}", "m", float(number)))
+    keeper.now = 3.0
+    assert served(queue, keeper) == [] and len(queue) == 3
+    keeper.advance(10.0)
+    assert served(queue, keeper) == ["q0", "q1", "q2"]
+
+
+def test_priority_is_a_head_start_of_some_seconds() -> None:
+    for age, first in ((5.0, "high"), (15.0, "low")):
+        view = one_place()
+        keeper, queue = Keeper(view), Queue(Fairness(priority_seconds=10.0))
+        queue.push(Request("low", "m", 0.0))
+        queue.push(Request("high", "n", age, priority=1))
+        keeper.advance(20.0)
+        assert served(queue, keeper)[0] == first
+
+
+def test_a_tenant_at_its_cap_is_passed_over() -> None:
+    view = Cluster([node("a")], [model("m", slots=8)])
+    view.put(hot("r", "m", "a"))
+    keeper, queue = Keeper(view), Queue(Fairness(tenant_caps={"t": 1}))
+    requests = [Request("t1", "m", 0.0, tenant="t"), Request("t2", "m", 1.0, tenant="t"), Request("u1", "m", 2.0)]
+    for request in requests:
+        queue.push(request)
+    assert served(queue, keeper) == ["t1", "u1"]
+    queue.finished(requests[0])
+    assert served(queue, keeper) == ["t2"]
+
+
+def test_what_is_given_up_leaves_its_claim() -> None:
+    view = one_place()
+    keeper, queue = Keeper(view), Queue()
+    queue.push(Request("q", "m", 0.0))
+    assert served(queue, keeper) == [] and view.claim_of("q")
+    assert queue.remove("q", view) and not view.claim_of("q") and not queue.remove("q", view)
+
+
+def test_a_migration_is_begun_once() -> None:
+    view = Cluster([node("a"), node("b")], [model("m", 60), model("other", 60)])
+    lay(view, view.model("m"), "a", Tier.DRAM)
+    lay(view, view.model("other"), "b", Tier.DRAM)
+    view.put(busy("r", "other", "a", until=100.0))
+    keeper, queue = Keeper(view), Queue()
+    queue.push(Request("q", "m", 0.0))
+    assert served(queue, keeper) == ["q"]
+    view.put(replace(view.replica("r"), expected=90.0))
+    assert served(queue, keeper) == [] and len(queue) == 1
+    view.drop("r")
+    assert served(queue, keeper) == ["q"] and len(queue) == 0
+
+
+def test_a_large_model_gets_its_place_among_many_small_ones() -> None:
+    """Small requests keep all GPUs busy, one after the other; the one that needs them all must not wait forever."""
+    view = Cluster([node("a", 4, 80)], [model("big", 200, 4), *(model(f"s{n}", 60) for n in range(8))])
+    for name in view.models:
+        lay(view, view.model(name), "a")
+    keeper, queue = Keeper(view, service=4.0), Queue(Fairness(patience=10.0))
+    done: list[str] = []
+    for second in range(120):
+        if second == 5:
+            queue.push(Request("big", "big", 5.0))
+        queue.push(Request(f"s{second}a", f"s{second % 8}", float(second)))
+        queue.push(Request(f"s{second}b", f"s{(second + 3) % 8}", float(second)))
+        keeper.advance(float(second))
+        done += served(queue, keeper)
+        if "big" in done:
+            return
+    raise AssertionError(f"big has not been served; {len(done)} others were")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    view=clusters(),
+    arrivals=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 30), st.integers(0, 2)), min_size=1, max_size=25),
+)
+def test_every_request_that_can_run_does(view: Cluster, arrivals: list[tuple[int, int, int]]) -> None:
+    """With requests that end and no end of time, nothing is left but what no node could ever run."""
+    names = sorted(view.models)
+    keeper, queue = Keeper(view, service=3.0), Queue(Fairness(patience=5.0))
+    for number, (which, at, priority) in enumerate(arrivals):
+        queue.push(Request(f"q{number}", names[which % len(names)], float(at), priority))
+    placed: list[str] = []
+    for second in range(0, 3000, 5):
+        keeper.advance(float(second))
+        placed += served(queue, keeper)
+        if not len(queue):
+            break
+    left = {f"q{number}": names[which % len(names)] for number, (which, _at, _p) in enumerate(arrivals)}
+    assert len(placed) == len(set(placed))
+    for name in placed:
+        left.pop(name)
+    assert not {one for one in left.values() if possible(view, one)}
+
+
+def possible(view: Cluster, name: str) -> bool:
+    """Whether a node that has (or can fetch) a model could hold it when nothing else ran."""
+    one = view.model(name)
+    if any(replica.state is not State.SLEEPING for replica in view.replicas_of(name)):
+        return True
+    for where in view.nodes:
+        fits = len([size for size in view.node(where).gpus if size >= one.device_bytes]) >= one.gpus
+        if fits and view.node(where).host_bytes >= one.host_bytes and view.nearest(one.weights.key, where) is not None:
+            return True
+    return False
