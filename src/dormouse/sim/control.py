@@ -26,6 +26,7 @@ class Ours:
         self.decided = 0
         self._jobs: dict[str, Job] = {}
         self._planned = False
+        self._worth = keeper.worth if keeper.policy is not None else None
         self._pause = min(_PAUSE * len(list(world.view.nodes)), 0.05)
 
     def submit(self, job: Job) -> None:
@@ -52,10 +53,13 @@ class Ours:
     def _dispatch(self) -> None:
         if self._jobs:
             self.world.refresh_links()
-            self.queue.dispatch(self.world.view, self.world.estimator, self.world.now, self._commit)
+            self.queue.dispatch(self.world.view, self.world.estimator, self.world.now, self._commit, self._worth)
 
     def became_idle(self, worker: Worker) -> None:
         self.keeper.became_idle(worker)
+
+    def going(self, worker: Worker) -> None:
+        self.keeper.going(worker)
 
     def gave_up(self, job: Job) -> None:
         if self._jobs.pop(job.request.name, None):

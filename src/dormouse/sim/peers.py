@@ -72,6 +72,9 @@ class Peer:
     def became_idle(self, worker: Worker) -> None:
         self.keeper.became_idle(worker)
 
+    def going(self, worker: Worker) -> None:
+        self.keeper.going(worker)
+
     def gave_up(self, job: Job) -> None:
         self._no_longer_waits(job)
 

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dormouse.schedule.cluster import Cluster
-from dormouse.schedule.keepalive import Policy
-from dormouse.schedule.queue import Queue
+from dormouse.schedule.estimate import Estimator
+from dormouse.schedule.keepalive import Expected, FixedTtl, GreedyDual, Histogram, Layered, Lru, Oracle, Policy
 from dormouse.sim.scenario import KeepAliveRule
 
 
 def keep_alive_policy(
-    rule: KeepAliveRule, view: Cluster, future: Mapping[str, Sequence[float]] | None
+    rule: KeepAliveRule, estimator: Estimator, future: Mapping[str, Sequence[float]]
 ) -> Policy | None:
-    """None for the rules that the simulator has itself. `future` are the times of requests by model."""
-    if rule.policy in ("fixed", "load"):
-        return None
-    raise NotImplementedError(rule.policy)
-
-
-def request_queue() -> Queue:
-    """With the defaults that the node uses."""
-    return Queue()
+    """None for `load`, which is the simulator's own. `future` are the times of requests by model, for the oracle."""
+    match rule.policy:
+        case "load":
+            return None
+        case "fixed":
+            return FixedTtl(rule.seconds)
+        case "lru":
+            return Lru()
+        case "greedy-dual":
+            return GreedyDual(estimator)
+        case "histogram":
+            return Histogram()
+        case "layered":
+            return Layered(estimator)
+        case "expected":
+            return Expected(estimator)
+        case "oracle":
+            return Oracle(future, estimator)

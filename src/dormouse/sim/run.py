@@ -25,10 +25,11 @@ from dormouse.schedule.cluster import (
     Request,
     Tier,
 )
+from dormouse.schedule.queue import Queue
 from dormouse.sim.control import Ours
 from dormouse.sim.keeping import Keeper
 from dormouse.sim.peers import PEERS
-from dormouse.sim.policies import keep_alive_policy, request_queue
+from dormouse.sim.policies import keep_alive_policy
 from dormouse.sim.scenario import Case, ModelGroup, NodeGroup, Requests, Scenario, System
 from dormouse.sim.traces import Trace, drawn, drawn_lengths, popularity, read_trace
 from dormouse.sim.world import Control, Counts, Habits, Job, Records, Span, World
@@ -132,9 +133,9 @@ def run_one(scenario: Scenario, load: Load, system_name: str, *, spans: bool = F
     world = World(view, habits, random, spans=spans and small)
     if system.loading.preloaded:
         _fill_disks(world, system.loading.preloaded)
-    future = _future(load, names) if system.keep_alive.policy == "oracle" else None
-    policy = keep_alive_policy(system.keep_alive, view, future)
-    keeper = Keeper(world, system.keep_alive, policy)
+    future = _future(load, names) if system.keep_alive.policy == "oracle" else {}
+    policy = keep_alive_policy(system.keep_alive, world.estimator, future)
+    keeper = Keeper(world, policy, prewarms=system.placement == "dormouse")
     world.control = _control(world, keeper, system, random)
     _play(world, load, names)
     world.close()
@@ -149,7 +150,7 @@ def run_one(scenario: Scenario, load: Load, system_name: str, *, spans: bool = F
 
 def _control(world: World, keeper: Keeper, system: System, random: np.random.Generator) -> Control:
     if system.placement == "dormouse":
-        return Ours(world, keeper, request_queue())
+        return Ours(world, keeper, Queue())
     return PEERS[system.placement](world, keeper, evict_idle=system.evict_idle, random=random)
 
 

@@ -116,6 +116,8 @@ class Control(Protocol):
 
     def became_idle(self, worker: Worker) -> None: ...
 
+    def going(self, worker: Worker) -> None: ...
+
     def gave_up(self, job: Job) -> None: ...
 
     def finished(self, job: Job) -> None: ...
@@ -559,6 +561,7 @@ class World:
         """An idle or starting replica goes. Its memory is free at once."""
         assert not (worker.running or worker.queue or worker.takes_over or worker.moving_to)
         self._cancel_steps(worker)
+        self.control.going(worker)
         if worker.event:
             worker.event.cancel()
         for flow in list(worker.flows):
