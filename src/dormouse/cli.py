@@ -689,6 +689,53 @@ def bench_load(data_dir: DataDir, as_json: bool, reporter: Reporter, **options: 
     emit(result.as_json()) if as_json else out.print(table(result))
 
 
+@cli.command()
+@click.argument("scenario", metavar="SCENARIO.yaml", type=click.Path(path_type=Path))
+@click.option("--traces", type=click.Path(path_type=Path), help="Folder of trace files.  [default: the scenario's]")
+@click.option("--system", "systems", multiple=True, help="Only this one; may be given more than once.")
+@click.option("--case", "cases", multiple=True, help="Only this one; may be given more than once.")
+@click.option("--seed", type=click.IntRange(0), help="Instead of the scenario's.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print the result as CSV.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw it, too: a .png, .svg or .html file.")
+@common
+def simulate(
+    scenario: Path, traces: Path | None, systems: tuple[str, ...], cases: tuple[str, ...], seed: int | None,
+    as_csv: bool, plot: Path | None, data_dir: DataDir, as_json: bool, reporter: Reporter,
+) -> None:  # fmt: skip
+    """Simulate a cluster and its requests under several policies, and compare what requests would meet."""
+    from dormouse.sim import plots, report
+    from dormouse.sim.run import simulate as run_scenario
+    from dormouse.sim.scenario import load_scenario
+
+    del data_dir  # nothing of it is needed
+    loaded = load_scenario(scenario)
+    if seed is not None:
+        loaded = loaded.model_copy(update={"seed": seed})
+    if plot is not None:
+        plots.check(plot)
+    outcomes, rows = [], []
+    with reporter:
+        runs = run_scenario(
+            loaded, traces=traces or scenario.parent, systems=systems, cases=cases, say=reporter.step,
+            spans=plot is not None,
+        )  # fmt: skip
+        for outcome in runs:
+            rows.append(report.row_of(outcome, loaded.slo))
+            if plot is not None:
+                outcomes.append(outcome)
+    if plot is not None:
+        plots.draw(outcomes, plot, loaded.name)
+    if as_json:
+        emit(report.as_json(loaded, rows))
+    elif as_csv:
+        click.echo(report.as_csv(rows), nl=False)
+    else:
+        width = max(out.width, 150)  # a table that is read later in a file is not cut
+        out.print(report.table(rows, loaded.slo), width=width, crop=False)
+        if compared := report.compare(loaded, rows):
+            out.print(report.comparison_table(compared), width=width, crop=False)
+
+
 def _open_standard_streams() -> None:
     """A closed one would be the number of the first file that is opened, which then would be taken for a stream."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:

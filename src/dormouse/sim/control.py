@@ -1,6 +1,6 @@
 """Our own way to run a cluster: schedule's queue and placement, as they are, carried out in the simulated world.
 
-    submit -> Queue.dispatch -> Decision -> commit: evict, migrate, wake, start, assign
+submit -> Queue.dispatch -> Decision -> commit: evict, migrate, wake, start, assign
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dormouse.schedule.queue import Queue
 from dormouse.schedule.room import Eviction
 from dormouse.sim.keeping import Keeper
 from dormouse.sim.world import Job, Worker, World
-
 
 _PAUSE = 50e-6
 """Seconds for each node."""

@@ -2,8 +2,8 @@
 
     at(time, call, *arguments) -> Event;  step() calls the next one and moves `now` there
 
-An event that was cancelled stays in the queue and does nothing. Time never goes back: planning something for the past is
-an error of the simulator.
+An event that was cancelled stays in the queue and does nothing. Time never goes back: planning something for the past
+is an error of the simulator.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@
 
 A path is links and the share of the bytes that each carries (the PCIe links of four GPUs a quarter each). A transfer
 runs through all of them at once (it is a pipeline), each link gives each of its transfers an equal part of its rate,
-and the narrowest part is the transfer's rate. A link that is `fifo` serves one after the other instead, in the order in
-which they were started; a transfer moves while it is the first on all such links of its path. What a transfer can't use of its part goes to nobody, so rates are a little
-lower than max-min fair ones and never add up to more than a link has. Rates change only when a transfer starts or
-ends; in between nothing is computed.
+and the narrowest part is the transfer's rate. A link that is `fifo` serves one after the other instead, in the order
+in which they were started; a transfer moves while it is the first on all such links of its path.
+
+What a transfer can't use of its part goes to nobody, so rates are a little lower than max-min fair ones and never add
+up to more than a link has. Rates change only when a transfer starts or ends; in between nothing is computed.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class Network:
         self.clock = clock
         self.delivered = 0.0
         self.dropped = 0.0
-        self.touched: dict[Link, None] = {}  # links on which a transfer has started or ended; whoever reads it clears it
+        self.touched: dict[
+            Link, None
+        ] = {}  # links on which a transfer has started or ended; whoever reads it clears it
 
     def start(self, size: float, path: Way, done: Callable[[], None], cap: float = math.inf) -> Flow:
         """Begin a transfer; `done` is called from the clock, never from here."""

@@ -1,7 +1,7 @@
 """How others place requests, as far as their papers tell; each small enough to read.
 
-* `any`: Ray Serve extended to scale from zero, as the ServerlessLLM paper compares with: a free replica of the model, or
-  a new one on the emptiest node.
+* `any`: Ray Serve extended to scale from zero, as the ServerlessLLM paper compares with: a free replica of the model,
+  or a new one on the emptiest node.
 * `random`: the paper's serverless scheduler: a new replica on any node with room, whatever lies there.
 * `locality-preempt`: Shepherd-like: the node where loading is shortest by estimate; if that is full and another one has
   room but is slower, a running replica there is preempted and its requests begin again.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from dormouse.schedule.estimate import Estimator
 from dormouse.schedule.keepalive import Expected, FixedTtl, GreedyDual, Histogram, Layered, Lru, Oracle, Policy
@@ -13,20 +13,13 @@ def keep_alive_policy(
     rule: KeepAliveRule, estimator: Estimator, future: Mapping[str, Sequence[float]]
 ) -> Policy | None:
     """None for `load`, which is the simulator's own. `future` are the times of requests by model, for the oracle."""
-    match rule.policy:
-        case "load":
-            return None
-        case "fixed":
-            return FixedTtl(rule.seconds)
-        case "lru":
-            return Lru()
-        case "greedy-dual":
-            return GreedyDual(estimator)
-        case "histogram":
-            return Histogram()
-        case "layered":
-            return Layered(estimator)
-        case "expected":
-            return Expected(estimator)
-        case "oracle":
-            return Oracle(future, estimator)
+    made: dict[str, Callable[[], Policy]] = {
+        "fixed": lambda: FixedTtl(rule.seconds),
+        "lru": Lru,
+        "greedy-dual": lambda: GreedyDual(estimator),
+        "histogram": Histogram,
+        "layered": lambda: Layered(estimator),
+        "expected": lambda: Expected(estimator),
+        "oracle": lambda: Oracle(future, estimator),
+    }
+    return None if rule.policy == "load" else made[rule.policy]()

@@ -43,9 +43,7 @@ def _by_eviction(view: Cluster, node: str, model: ModelCost) -> Room | None:
     return None
 
 
-def _needed(
-    view: Cluster, node: str, model: ModelCost, gpus: tuple[int, ...], gone: list[Replica]
-) -> tuple[str, ...]:
+def _needed(view: Cluster, node: str, model: ModelCost, gpus: tuple[int, ...], gone: list[Replica]) -> tuple[str, ...]:
     """Of those that could go, the ones that must."""
     kept = list(gone)
     free, host = list(view.free(node)), view.free_host(node)

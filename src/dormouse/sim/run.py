@@ -1,6 +1,6 @@
 """Runs scenarios: each case at each rate under each system, all with the same requests.
 
-    Scenario -> trace of a case -> (view, world, control) of a system -> Outcome
+Scenario -> trace of a case -> (view, world, control) of a system -> Outcome
 """
 
 from __future__ import annotations
@@ -184,7 +184,9 @@ def _play(world: World, load: Load, names: list[str]) -> None:
 def build_view(scenario: Scenario, groups: list[ModelGroup], system: System) -> tuple[list[str], Cluster]:
     """Names of the models by number, and the empty cluster."""
     models = [cost for group in groups for cost in _costs(group, system)]
-    nodes = [node for number, group in enumerate(scenario.nodes) for node in _nodes(group, number, system.loading.sequential)]
+    nodes = [
+        node for number, group in enumerate(scenario.nodes) for node in _nodes(group, number, system.loading.sequential)
+    ]
     view = Cluster(nodes, models)
     for model in models:
         view.hold_remote(model.weights.key)

@@ -46,7 +46,7 @@ Rate = Annotated[
 ]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}$")]
 Seconds = Annotated[float, Field(ge=0, lt=1e9)]
-Path_ = Literal["sleep", "snapshot", "template", "cold"]
+Path_ = Literal["sleep", "snapshot", "cold"]
 
 
 class _Part(BaseModel):
@@ -148,7 +148,7 @@ class Loading(_Part):
 
 
 class Phases(_Part):
-    """Seconds of a start that don't depend on links: `process` goes side by side with the weights, `ready` after both."""
+    """Seconds of a start whatever the links do: `process` goes side by side with the weights, `ready` after both."""
 
     process: Seconds = 0.0
     ready: Seconds = 0.0

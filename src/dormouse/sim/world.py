@@ -551,8 +551,11 @@ class World:
         worker.steps.clear()
 
     def doze(self, worker: Worker) -> None:
-        """An idle replica gives back its GPUs and keeps its process."""
+        """An idle replica gives back its GPUs and keeps its process; where nothing can sleep, it goes altogether."""
         assert worker.idle
+        if "sleep" not in self.habits.paths:
+            self.end(worker)
+            return
         self._account(worker)
         worker.state, worker.since = State.SLEEPING, self.now
         self._show(worker)

@@ -1,0 +1,191 @@
+"""What a simulation tells: one row for each case, rate and system; and the published figures beside ours.
+
+    Outcome -> Row -> JSON, CSV, table;   rows + Published -> Comparison
+
+A request's start-up latency is the time until it began, plus what it stood still later (preempted or migrated); one
+that was given up counts with the time it waited. Shares say how the replica of each request had become ready.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from dormouse.sim.run import Outcome
+from dormouse.sim.scenario import Published, Scenario
+from dormouse.sim.world import PATHS
+
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Row:
+    """Seconds, bytes, shares from 0 to 1. `gpu_idle` is the part of `gpu_seconds` in which no request ran."""
+
+    case: str
+    rate: float
+    system: str
+    requests: int
+    given_up: int
+    start_mean: float
+    start_p50: float
+    start_p95: float
+    start_p99: float
+    ttft_mean: float
+    ttft_p99: float
+    slo: float
+    hot: float
+    sleep: float
+    snapshot: float
+    template: float
+    cold: float
+    gpu_seconds: float
+    gpu_idle: float
+    dram_gb_seconds: float
+    from_dram: float
+    from_disk: float
+    from_remote: float
+    starts: int
+    evictions: int
+    preemptions: int
+    migrations: int
+    prewarms: int
+    estimates: int
+    estimate_error_median: float
+    estimate_error_p99: float
+    simulated_seconds: float
+    events: int
+    wall_seconds: float
+
+
+def row_of(outcome: Outcome, slo: float) -> Row:
+    """The sums of one run."""
+    records, counts = outcome.records, outcome.counts
+    total = max(len(records), 1)
+    start = np.frombuffer(records.start) if len(records) else np.zeros(1)
+    first = np.frombuffer(records.first) if len(records) else np.zeros(1)
+    given_up = np.frombuffer(records.given_up, dtype=np.int8) if len(records) else np.zeros(1, dtype=np.int8)
+    path = np.bincount(np.frombuffer(records.path, dtype=np.int8), minlength=len(PATHS)) / total
+    hot, sleep, snapshot, template, cold = (round(float(share), 5) for share in path)
+    count, median, p99 = outcome.errors
+    return Row(
+        case=outcome.load.case,
+        rate=round(outcome.load.rate, 4),
+        system=outcome.system,
+        requests=len(records),
+        given_up=int(given_up.sum()),
+        start_mean=_round(start.mean()),
+        start_p50=_round(np.quantile(start, 0.5)),
+        start_p95=_round(np.quantile(start, 0.95)),
+        start_p99=_round(np.quantile(start, 0.99)),
+        ttft_mean=_round(first.mean()),
+        ttft_p99=_round(np.quantile(first, 0.99)),
+        slo=_round(float(((start <= slo) & (given_up == 0)).mean())),
+        hot=hot,
+        sleep=sleep,
+        snapshot=snapshot,
+        template=template,
+        cold=cold,
+        gpu_seconds=_round(counts.gpu_seconds),
+        gpu_idle=_round(1 - counts.gpu_busy_seconds / counts.gpu_seconds if counts.gpu_seconds else 0.0),
+        dram_gb_seconds=_round(outcome.dram_byte_seconds / _GB),
+        from_dram=_round(counts.moved.get("dram", 0.0)),
+        from_disk=_round(counts.moved.get("disk", 0.0)),
+        from_remote=_round(counts.moved.get("remote", 0.0)),
+        starts=sum(counts.starts.values()),
+        evictions=counts.evictions,
+        preemptions=counts.preemptions,
+        migrations=counts.migrations,
+        prewarms=counts.prewarms,
+        estimates=count,
+        estimate_error_median=_round(median),
+        estimate_error_p99=_round(p99),
+        simulated_seconds=_round(outcome.seconds),
+        events=outcome.events,
+        wall_seconds=_round(outcome.wall),
+    )
+
+
+def _round(value: Any) -> float:
+    return float(f"{float(value):.6g}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A published figure and what the simulation has for it; `error` is relative, positive when ours is more. `rates`
+    are those that were averaged."""
+
+    system: str
+    case: str
+    metric: str
+    published: float
+    simulated: float
+    error: float
+    rates: tuple[float, ...]
+    source: str
+
+
+def compare(scenario: Scenario, rows: Sequence[Row]) -> list[Comparison]:
+    """Every published figure for which something was simulated."""
+    return [found for one in scenario.published if (found := _compared(one, rows))]
+
+
+def _compared(one: Published, rows: Sequence[Row]) -> Comparison | None:
+    fit = [row for row in rows if row.system == one.system and row.case == one.case]
+    fit = [row for row in fit if one.rate is None or abs(row.rate - one.rate) < 1e-9]
+    if not fit:
+        return None
+    simulated = _round(np.mean([getattr(row, one.metric) for row in fit]))
+    error = _round(simulated / one.value - 1)
+    rates = tuple(row.rate for row in fit)
+    return Comparison(one.system, one.case, one.metric, one.value, simulated, error, rates, one.source)
+
+
+def as_json(scenario: Scenario, rows: Sequence[Row]) -> dict[str, Any]:
+    """All of it."""
+    return {
+        "scenario": scenario.name,
+        "seed": scenario.seed,
+        "rows": [asdict(row) for row in rows],
+        "published": [asdict(one) for one in compare(scenario, rows)],
+    }
+
+
+def as_csv(rows: Iterable[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def table(rows: Iterable[Row], slo: float) -> Table:
+    """The columns that most people look for first."""
+    made = Table("case", "req/s", "system", title=f"start-up latency in seconds; good: up to {slo:g} s", box=None)
+    for name in ("requests", "given up", "mean", "P50", "P95", "P99", "good", "hot", "sleep", "snapshot", "cold",
+                 "GPU h", "idle"):  # fmt: skip
+        made.add_column(name, justify="right")
+    for row in rows:
+        shares = (f"{share:.0%}" for share in (row.slo, row.hot, row.sleep, row.snapshot, row.cold))
+        seconds = (f"{value:.2f}" for value in (row.start_mean, row.start_p50, row.start_p95, row.start_p99))
+        made.add_row(row.case, f"{row.rate:g}", row.system, str(row.requests), str(row.given_up), *seconds, *shares,
+                     f"{row.gpu_seconds / 3600:.1f}", f"{row.gpu_idle:.0%}")  # fmt: skip
+    return made
+
+
+def comparison_table(found: Iterable[Comparison]) -> Table:
+    made = Table("case", "system", "figure", title="published and simulated", box=None)
+    for name in ("published", "simulated", "error", "at req/s"):
+        made.add_column(name, justify="right")
+    made.add_column("source")
+    for one in found:
+        rates = ", ".join(f"{rate:g}" for rate in one.rates)
+        made.add_row(one.case, one.system, one.metric, f"{one.published:g}", f"{one.simulated:.2f}",
+                     f"{one.error:+.0%}", rates, one.source)  # fmt: skip
+    return made
