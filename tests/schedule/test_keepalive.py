@@ -209,9 +209,9 @@ def replay(policy: Basic, view: Cluster, times: list[float]) -> tuple[float, flo
         cost = 0.0 if asleep >= following else wake if ended >= following else start
         for warm in policy.prewarm(following - 1e-6):
             begin = max(warm.at + start, at)
-            (stay,) = policy.on_idle(replica, view, begin)[:1]
-            wasted += max(min(stay.at, following) - begin, 0.0) * sizes[0]
-            cost = min(cost, max(warm.at + start - following, 0.0)) if stay.at >= following else cost
+            stays = min((step.at for step in policy.on_idle(replica, view, begin)), default=math.inf)
+            wasted += max(min(stays, following) - begin, 0.0) * sizes[0]
+            cost = min(cost, max(warm.at + start - following, 0.0)) if stays >= following else cost
         waited += cost
         policy.on_request("m0", following)
         at = following
