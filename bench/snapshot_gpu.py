@@ -108,6 +108,7 @@ class Options:
     kv_gigabytes: float
     block_gigabytes: float
     tier_gigabytes: float
+    limit_gigabytes: float
 
     @property
     def on_gpu(self) -> bool:
@@ -755,6 +756,7 @@ def parse(words: list[str]) -> Options:
     parser.add_argument("--kv-gigabytes", type=float, default=4.0, help="reserved by the program of `raw`")
     parser.add_argument("--block-gigabytes", type=float, default=20.0)
     parser.add_argument("--tier-gigabytes", type=float, default=24.0)
+    parser.add_argument("--limit-gigabytes", type=float, default=2.0, help="written and read to find the disk's limits")
     found = vars(parser.parse_args(words))
     wanted = [name for name in found["rows"].split(",") if name]
     if unknown := [name for name in wanted if name not in ROWS]:
@@ -792,7 +794,7 @@ def main() -> None:
         bench = Bench(options, criu, scratch, gpu, say)
         exits.callback(bench.stop_server)
         say("the machine's limits")
-        result["limits"] = measure_limits(scratch, options.device)
+        result["limits"] = measure_limits(scratch, options.device, int(options.limit_gigabytes * (1 << 30)))
         say("the model")
         result["model"] = bench.prepare()
         measure(bench, result)

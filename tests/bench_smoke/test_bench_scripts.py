@@ -69,7 +69,7 @@ def test_ways_of_a_gpu_snapshot_run_on_the_cpu_too(tmp_path: Path) -> None:
     """All but the driver's part: our own captures, plain CRIU, and LZ4 behind it."""
     pytest.importorskip("transformers")
     rows = "transparent,raw,raw-lz4,vllm"
-    sizes = ("--size", "tiny", "--kv-gigabytes", "0.01", "--block-gigabytes", "0.01")
+    sizes = ("--size", "tiny", "--kv-gigabytes", "0.01", "--block-gigabytes", "0.01", "--limit-gigabytes", "0.125")
     result = run("snapshot_gpu.py", tmp_path, "--device", "cpu", "--rows", rows, "--folder", str(tmp_path), *sizes)
     found = result["rows"]
     assert found["vllm"]["error"] == "no --vllm-site was given"
