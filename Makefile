@@ -24,7 +24,7 @@ demo: setup model ## Watch a model answer, fall asleep to disk and wake again (n
 	@$(BIN)/python demo/demo.py
 
 test: lint setup ## Check style and types, run all tests (needs root)
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: .venv/installed ## Check style and types only
 	$(BIN)/ruff check

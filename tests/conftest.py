@@ -27,10 +27,36 @@ from dormouse.store.store import Store
 from tests.models import quiet
 
 SMOLLM2 = "smollm2-135m"
+LONG = (
+    "snapshot/test_memory_paths.py",
+    "engine/test_transformers.py",
+    "jobs/test_jobs.py",
+    "test_end_to_end.py",
+    "bench_smoke/test_bench_scripts.py",
+    "snapshot/test_capture_restore.py",
+    "jobs/test_job_edges.py",
+    "test_bench_load.py",
+    "fuzz/test_fuzz_snapshot.py",
+    "jobs/test_programs.py",
+    "test_sleep_end_to_end.py",
+    "test_adapters_end_to_end.py",
+    "test_chaos.py",
+    "snapshot/test_segments.py",
+    "node/test_node.py",
+    "fuzz/test_fuzz_store.py",
+    "checkpoint/test_loader.py",
+)
+"""What takes longest comes first: `make test` gives its workers whole files, and they shall end together."""
 
 # How long an example takes says nothing on a busy machine; a test that hangs ends by its own time limit.
 hypothesis.settings.register_profile("dormouse", deadline=None)
 hypothesis.settings.load_profile("dormouse")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the rest as they come."""
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session")

@@ -339,7 +339,7 @@ def test_a_parent_whose_chunks_have_another_length_is_not_used(store: Store) -> 
 
 
 LARGE_PROGRAM = """
-import ctypes, os, random, sys, time
+import ctypes, os, sys, time
 MIB = 1 << 20
 libc = ctypes.CDLL(None)
 libc.mmap.restype = ctypes.c_void_p
@@ -348,7 +348,10 @@ at = libc.mmap(None, 64 * MIB, 3, 0x22, -1, 0)
 def put(offset, content): ctypes.memmove(at + offset, content, len(content))
 put(0, os.urandom(30 * MIB))
 put(30 * MIB, b"the dormouse sleeps " * (10 * MIB // 20))
-put(40 * MIB, b"".join(os.urandom(1) + random.choice([b"\\x3c", b"\\xbc", b"\\x3d", b"\\x3b"]) for _ in range(4 * MIB)))
+numbers = bytearray(8 * MIB)
+numbers[::2] = os.urandom(4 * MIB)
+numbers[1::2] = os.urandom(4 * MIB).translate(b"\\x3c\\xbc\\x3d\\x3b" * 64)
+put(40 * MIB, bytes(numbers))
 put(48 * MIB, b"\\1" + bytes(16 * MIB - 1))
 for i in range(0, 30 * MIB, 3 * MIB): ctypes.memset(at + i, 0, 5000)
 open(sys.argv[1], "w").write(str(at))
