@@ -23,7 +23,8 @@ demo: setup model ## Watch a model answer, fall asleep to disk and wake again (n
 	@$(BIN)/dormouse doctor >.venv/doctor.txt || { cat .venv/doctor.txt; exit 4; }
 	@$(BIN)/python demo/demo.py
 
-test: lint setup ## Check style and types, run all tests (needs root)
+test: ## Check style and types, run all tests (needs root)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint setup
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: .venv/installed ## Check style and types only
