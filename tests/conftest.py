@@ -1,13 +1,14 @@
-"""What all tests share: the real model, imported once per machine into a cache folder, and how kernels run."""
+"""What all tests share: the real model, imported once per machine into a cache folder, how kernels run, and turns at
+the GPU."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
 
@@ -19,13 +20,20 @@ from dormouse.checkpoint.models import ImportedModel, open_model
 from dormouse.config import DataDir
 from dormouse.errors import DormouseError
 from dormouse.store.store import Store
+from tests.gpu_turns import turn
 from tests.models import quiet
 
 SMOLLM2 = "smollm2-135m"
 
-# How long an example takes says nothing on a busy machine; a test that hangs ends by its own time limit.
-hypothesis.settings.register_profile("dormouse", deadline=None)
-hypothesis.settings.load_profile("dormouse")
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of what times the test
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tests on a GPU take turns, see gpu_turns.py."""
+    markers = list(item.iter_markers("gpu"))
+    if not markers or not torch.cuda.is_available():
+        return (yield)
+    with turn(alone=any(marker.kwargs.get("alone", False) for marker in markers)):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 from tests.checkpoint.conftest import save_tokenizer, tiny_llama
-from tests.snapshot.attached import AttachedWorker
 from tests.snapshot.test_capture_restore import Host
 
 from dormouse.checkpoint.importer import import_model
 from dormouse.config import DataDir
-from dormouse.engine.messages import Sampling, TokensPrompt
+from dormouse.engine.messages import Load, Loaded, Sampling, TokensPrompt
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.store.store import Store
@@ -30,20 +28,20 @@ def test_a_gpu_worker_wakes_with_the_same_answer(criu: Criu, tmp_path: Path) -> 
     model = import_model(str(tmp_path / "hub"), "tiny", DataDir(tmp_path), progress=lambda _step, _done, _total: None)
     question, greedy = TokensPrompt(ids=[5, 9, 13]), Sampling(max_tokens=8, temperature=0.0)
     with Store.open(tmp_path / "store") as store:
-        host = Host(store, criu, tmp_path / "log")
+        host = Host(store, criu, tmp_path / "log", tmp_path)
         try:
-            started, (control,) = host.service.answer(messages.StartWorker(call=1, log_path=str(host.log)))
+            weights = {"checkpoint": model.checkpoint or "", "device": "cuda:0"}
+            started, fds = host.service.answer(messages.StartWorker(call=1, log_path=str(host.log), **weights))
             assert isinstance(started, messages.Started)
-            host.cells.append(started.cell_id)
-            worker = AttachedWorker(socket.socket(fileno=control), host.log, fresh=True)
-            host.workers.append(worker)
-            worker.load(model.path, device="cuda:0")
+            worker = host.attach(started, fds, fresh=True)
+            worker.send(Load(engine="transformers", path=str(model.path), device="cuda:0"))
+            print(worker.expect(Loaded).phases.seconds())
             before = worker.ask(question, greedy).token_ids
             worker.quiesce()
             captured = host.capture(started)
-            assert {"cuda lock", "cuda checkpoint"} <= captured.phases.keys()
-            restored, woken = host.restore(captured.snapshot_id)
-            print(captured.phases, restored.phases, sep="\n")
+            assert {"cuda lock", "cuda checkpoint"} <= captured.phases.seconds().keys()
+            restored, woken = host.restore(captured.snapshot_id, **weights)
+            print(captured.phases.seconds(), restored.phases.seconds(), sep="\n")
             assert woken.ask(question, greedy).token_ids == before
         finally:
             host.close()
