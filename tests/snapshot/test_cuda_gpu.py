@@ -37,7 +37,7 @@ from dormouse.snapshot.tree import External, ProcessTree
 from dormouse.store.store import Store
 
 pytestmark = [
-    pytest.mark.gpu,
+    pytest.mark.gpu(alone=True),
     pytest.mark.root,
     pytest.mark.timeout(90),
     pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no NVIDIA GPU"),
@@ -420,19 +420,37 @@ def test_what_the_driver_says_of_processes_without_cuda() -> None:
 
 
 NVML = """
-import ctypes, sys
-print(ctypes.CDLL("libnvidia-ml.so.1").nvmlInit_v2(), flush=True)
-sys.stdin.readline()
+import ctypes, socket
+nvml = ctypes.CDLL("libnvidia-ml.so.1")
+begun = nvml.nvmlInit_v2()
+control = socket.socket(fileno=3)
+lines = control.makefile("r")
+while True:
+    lines.readline()
+    count = ctypes.c_uint()
+    code = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    control.sendall(f"{begun} {code} {count.value}\\n".encode())
 """
 
 
-def test_a_program_with_nvml_alone_has_no_cuda_state() -> None:
-    with subprocess.Popen([sys.executable, "-c", NVML], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        answer = process.stdout.readline()
-        facts(nvml=answer, devices=devices(process.pid), found=CUDA.find([process.pid]))
-        assert CUDA.find([process.pid]) == {}
-        process.kill()
+def test_a_program_with_nvml_alone_wakes_too_or_is_refused_clearly_and_goes_on(host: GpuHost) -> None:
+    """NVML takes part in the driver's checkpoints from some version on: there the process counts as one with CUDA."""
+    program = host.run(NVML)
+    before = program.ask()
+    found = CUDA.find([program.pid])
+    facts(before=before, devices=devices(program.pid), found=found)
+    try:
+        captured = host.capture(program.tree)
+    except SnapshotError as error:
+        facts(error=error)
+        assert not found or "still has /dev/nvidia" in error.message or "CUDA could not" in error.message
+        assert program.ask() == before
+        return
+    program.close()
+    assert found, "a device file was dumped that nobody has closed"
+    woken, phases = host.wake(captured.snapshot_id)
+    facts(restore=phases)
+    assert woken.ask() == before
 
 
 def test_the_gpus_are_listed_with_uuid_and_model() -> None:

@@ -27,7 +27,7 @@ from dormouse.snapshot.compatibility import gpu_key
 from dormouse.snapshot.criu import dump_command, failure_reason
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.criu_setup import Criu
-from dormouse.snapshot.cuda_checkpoint import CUDA, Cuda, CudaTree, cuda_state
+from dormouse.snapshot.cuda_checkpoint import CUDA, Cuda, CudaTree, cuda_state, require_closed
 from dormouse.snapshot.images import (
     BODY_VERSION,
     ImageFile,
@@ -117,6 +117,7 @@ def capture(
         key = key | gpu_key()
         suspended.suspend(phases)
     try:
+        require_closed(using)
         with store.begin() as transaction:
             files = mapped_ranges(tree.home.processes())
             with (

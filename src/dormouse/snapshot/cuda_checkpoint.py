@@ -10,7 +10,8 @@ is given up, which frees the call. Whatever fails, what was locked or checkpoint
 can't do that the tree is given up: no lock outlives us.
 
 Which processes have CUDA state: those with a device file of NVIDIA's open (a look into /proc), of which the driver
-knows a restore thread. So machines and trees without a GPU never load the driver.
+knows a restore thread. So machines and trees without a GPU never load the driver. NVML takes part in this, too: a
+driver of r580 has a restore thread for a process that has only called nvmlInit, so it is treated like the others.
 """
 
 from __future__ import annotations
@@ -345,6 +346,18 @@ def devices(pid: int) -> set[str]:
             if b" /dev/nvidia" in line:
                 found.add(os.fsdecode(line[line.index(b"/dev/nvidia") :]))
     return found
+
+
+def require_closed(pids: Iterable[int]) -> None:
+    """That processes whose CUDA state is checkpointed have no device file left, which CRIU could not dump. Raises
+    SnapshotError."""
+    for pid in pids:
+        left = devices(pid)
+        if left:
+            raise SnapshotError(
+                f"process {pid} still has {', '.join(sorted(left))} open after its CUDA state was checkpointed",
+                remedy="Have the program close it (nvmlShutdown), or not share it with a process without CUDA",
+            )
 
 
 def knows_cuda(pid: int) -> bool:
