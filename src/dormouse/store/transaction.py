@@ -124,9 +124,7 @@ class Transaction:
         if len(view) > MAX_CHUNK:
             raise StoreError(f"a chunk of {len(view)} bytes is too long; at most {MAX_CHUNK} are allowed")
         if payload is not None and (codec not in FLOATS or len(payload) * 8 > len(view) * 7):
-            raise StoreError(
-                f"a payload of {len(payload)} bytes is not what {getattr(codec, 'name', codec)} stores for {len(view)}"
-            )
+            raise StoreError(f"a payload of {len(payload)} bytes is not what {codec!r} stores for {len(view)}")
         digest = digest_of(view)
         with self._lock:
             self.raw_bytes += len(view)
