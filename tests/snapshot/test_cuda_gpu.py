@@ -246,6 +246,13 @@ def used_memory() -> list[int]:
     return [int(line) << 20 for line in done.stdout.split()]
 
 
+def used_by_uuid() -> dict[str, int]:
+    """Bytes in use on each GPU."""
+    query = ["nvidia-smi", "--query-gpu=uuid,memory.used", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, check=True, capture_output=True, text=True, timeout=30)
+    return {uuid: int(used) << 20 for uuid, used in (line.split(", ") for line in done.stdout.splitlines())}
+
+
 def facts(**values: Any) -> None:
     """Printed with `pytest -rP`, and when a test fails."""
     print(*(f"{name}: {value}" for name, value in values.items()), sep="\n")
@@ -461,18 +468,24 @@ def test_the_gpus_are_listed_with_uuid_and_model() -> None:
 
 @pytest.mark.skipif(len(gpus()) < 2, reason="needs two GPUs")
 def test_a_program_wakes_on_another_gpu(host: GpuHost) -> None:
+    idle = used_by_uuid()
     program = host.plain()
-    before, idle = program.ask(), used_memory()
-    captured = host.capture(program.tree)
+    before = program.ask()
+    (first,) = [uuid for uuid, used in used_by_uuid().items() if used >= idle[uuid] + SIZE]
+    second = next(gpu.uuid for gpu in gpus() if gpu.uuid != first)
+    captured = host.capture(replace(program.tree, gpu=first))
     program.close()
-    first, second = (gpu.uuid for gpu in gpus()[:2])
+    body = decode_body(host.store.manifest(captured.snapshot_id).body, captured.snapshot_id)
+    facts(before=idle, cuda=body.cuda, gpus=(first, second))
+    assert body.cuda is not None and body.cuda.processes[0].gpus[0] == first
     woken, phases = host.wake(captured.snapshot_id, (second,))
-    facts(before=idle, after=used_memory(), phases=phases, gpus=(first, second))
+    facts(after=used_by_uuid(), phases=phases)
     assert woken.ask() == before
-    assert used_memory()[1] >= idle[1] + SIZE
-    again = host.capture(woken.tree)
+    assert used_by_uuid()[second] >= idle[second] + SIZE
+    again = host.capture(replace(woken.tree, gpu=second))
     woken.close()
     body = decode_body(host.store.manifest(again.snapshot_id).body, again.snapshot_id)
-    facts(used=body.cuda)
+    facts(cuda_again=body.cuda)
     home, _phases = host.wake(again.snapshot_id, (first,))
     assert home.ask() == before
+    assert used_by_uuid()[first] >= idle[first] + SIZE

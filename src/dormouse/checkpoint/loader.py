@@ -23,6 +23,7 @@ from typing import Self
 from dormouse import errors
 from dormouse.checkpoint import loader_messages as messages
 from dormouse.errors import DormouseError, HostError
+from dormouse.transfer.cuda_driver import ordinal_of
 from dormouse.transfer.handles import SegmentHandle, adopt
 
 log = logging.getLogger(__name__)
@@ -105,12 +106,20 @@ class Loader:
 
     def memory_of(self, device: str) -> int:
         """The bytes that a GPU has in all. Raises HostError."""
+        return self._gpu(device).total
+
+    def uuid_of(self, device: str) -> str:
+        """What a GPU is called in every process. Raises HostError."""
+        return self._gpu(device).uuid
+
+    def _gpu(self, device: str) -> messages.GpuMemory:
         self.warm(device)
         told = self.describe()
-        found = {gpu.device: gpu.total for gpu in told.gpus} if told is not None else {}
-        if device not in found:
-            raise HostError(f"the loader knows nothing of {device}", remedy="Try again; see the node's log")
-        return found[device]
+        name = f"cuda:{ordinal_of(device)}"
+        found = {gpu.device: gpu for gpu in told.gpus} if told is not None else {}
+        if name not in found:
+            raise HostError(f"the loader knows nothing of {name}", remedy="Try again; see the node's log")
+        return found[name]
 
     def describe(self) -> messages.Statistics | None:
         """Figures of a loader that runs. Raises HostError."""

@@ -111,7 +111,7 @@ def capture(
     snapshot_id = new_snapshot_id()
     stopped_before = stopped_processes(tree.home)
     using = cuda.find(tree.home.processes())
-    state = cuda_state(using) if using else None
+    state = cuda_state(using, computes_on=tree.gpu) if using else None
     suspended = CudaTree(using, cuda.driver(), tree.home.close, cuda.limits) if using else None
     if suspended is not None:
         key = key | gpu_key()

@@ -212,14 +212,14 @@ class Service:
             raise EngineError(f"cell {request.cell_id} is gone, it needs no segment", remedy="Try again")
         return messages.SegmentTaken(call=request.call, segment=handle.info), handle.descriptors()
 
-    def _with_segments(self, request: _R, bring_up: Callable[[_R, str], _Worker]) -> Answer:
+    def _with_segments(self, request: _R, bring_up: Callable[[_R, str, str | None], _Worker]) -> Answer:
         """Have the model's segment fill while its worker starts or is restored."""
         cell_id = secrets.token_hex(6)
         handles: list[SegmentHandle] = []
         try:
             if request.checkpoint is not None:
                 handles.append(self._weights(request.checkpoint, cell_id, request.device))
-            pid, control, phases = bring_up(request, cell_id)
+            pid, control, phases = bring_up(request, cell_id, self._gpu_of(request.device, handles))
         except BaseException:
             for handle in handles:
                 handle.close()
@@ -234,6 +234,12 @@ class Service:
         )
         return started, [control.detach(), *(fd for handle in handles for fd in handle.descriptors())]
 
+    def _gpu_of(self, device: str, handles: Sequence[SegmentHandle]) -> str | None:
+        """The UUID of the GPU that a worker is to compute on: that of its weights. Raises HostError."""
+        if device == "cpu":
+            return None
+        return handles[0].device if handles else self._loader.uuid_of(device)
+
     def _weights(self, checkpoint: str, cell_id: str, device: str, *, adapter: bool = False) -> SegmentHandle:
         """The segment. What is wrong with the weights must not be taken for a fault of the snapshot, nor a checkpoint
         that is gone for a model that is not served."""
@@ -242,7 +248,7 @@ class Service:
         except (NotFoundError, StoreError) as error:
             raise WeightsError(error.message, remedy=error.remedy) from error
 
-    def _start(self, request: messages.StartWorker, cell_id: str) -> _Worker:
+    def _start(self, request: messages.StartWorker, cell_id: str, gpu: str | None) -> _Worker:
         phases = Phases()
         with phases.time("cell"):
             cell = self._spare.take()
@@ -261,7 +267,7 @@ class Service:
             finally:
                 os.close(log_fd)
             assert spawned.inode is not None and spawned.control is not None
-            tree = ProcessTree(cell, spawned.pid, (External("socket", spawned.inode),))
+            tree = ProcessTree(cell, spawned.pid, (External("socket", spawned.inode),), gpu=gpu)
             return self._started(cell_id, tree), spawned.control, phases
         except OSError as error:
             cell.close()
@@ -270,7 +276,7 @@ class Service:
             cell.close()
             raise
 
-    def _restore(self, request: messages.RestoreSnapshot, cell_id: str) -> _Worker:
+    def _restore(self, request: messages.RestoreSnapshot, cell_id: str, gpu: str | None) -> _Worker:
         try:
             restored = restore(
                 request.snapshot_id,
@@ -281,6 +287,7 @@ class Service:
                 timeout=_CRIU_TIMEOUT,
                 digests=self._digests,
                 folders=self._folders,
+                gpus=() if gpu is None else (gpu,),
             )
         except (DamagedError, UntrustedError):
             with self._lock:
@@ -289,7 +296,8 @@ class Service:
         self._latest[request.key.get("engine", "")] = request.snapshot_id
         try:
             assert restored.control is not None
-            return self._started(cell_id, restored.tree), restored.control, restored.phases
+            tree = dataclasses.replace(restored.tree, gpu=gpu)
+            return self._started(cell_id, tree), restored.control, restored.phases
         except BaseException:
             if restored.control is not None:
                 restored.control.close()
