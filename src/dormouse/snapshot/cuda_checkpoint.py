@@ -403,7 +403,7 @@ def gpu_pairs(state: CudaState, here: Sequence[str], wanted: Sequence[str] = ())
     """On which GPU each goes: old UUID -> new one, empty when each goes where it was.
 
     The used ones go to those `wanted`, in order, else stay, else take the first that is free; the others take what is
-    left, as the driver wants to be told about all. Raises IncompatibleError when there are too few, or not those wanted.
+    left, as the driver wants to be told about all. Raises IncompatibleError when there are too few, or not the wanted.
     """
     strange = [uuid for uuid in wanted if uuid not in here]
     if strange and here:  # a container may hide the list: then the driver has the last word
