@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -21,7 +21,7 @@ import torch
 from dormouse.checkpoint.loader_messages import GpuMemory
 from dormouse.checkpoint.pool import SegmentPool
 from dormouse.checkpoint.tensors import decode_body
-from dormouse.errors import DormouseError, StoreError
+from dormouse.errors import DormouseError, HostError, StoreError
 from dormouse.store.codec import FLOATS
 from dormouse.store.key import Key
 from dormouse.store.store import Manifest, Store
@@ -29,7 +29,7 @@ from dormouse.transfer import load_device as load_device_module
 from dormouse.transfer.cuda_driver import Cuda, Driver, ordinal_of
 from dormouse.transfer.device_segment import DeviceSegment
 from dormouse.transfer.dram import DramTier, HoldReport
-from dormouse.transfer.gpus import have_kernels
+from dormouse.transfer.gpus import have_kernels, translated
 from dormouse.transfer.handles import SegmentHandle
 from dormouse.transfer.plan import LoadPlan
 from dormouse.transfer.prepared import Prepared, prepare
@@ -71,10 +71,12 @@ class Gpus(Protocol):
 
 
 class CudaGpus:
-    """Those of NVIDIA, through torch."""
+    """Those of NVIDIA, through torch. `broken` is called when a GPU has failed in a way that this process can't go on
+    from: all further calls of CUDA would fail, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, broken: Callable[[], None] = lambda: None) -> None:
         self.driver: Driver = Cuda()
+        self._broken = broken
         self._warmed: set[int] = set()
 
     @property
@@ -107,7 +109,15 @@ class CudaGpus:
                 plan, [target], key=key, cancelled=cancelled, tier=tier, prepared=prepared
             )
         finally:  # zeros that were asked for before, when nothing was loaded after them
-            torch.cuda.current_stream(target.device).synchronize()
+            self._settle(target.device)
+
+    def _settle(self, device: torch.device) -> None:
+        try:
+            with translated():
+                torch.cuda.current_stream(device).synchronize()
+        except HostError:
+            self._broken()
+            raise
 
 
 def _warm_kernels(device: torch.device) -> None:

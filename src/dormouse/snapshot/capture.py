@@ -158,8 +158,11 @@ def capture(
                     )
                 )
     except BaseException as error:
-        continue_tree(tree.home, but=stopped_before)
-        if suspended is not None and (lost := suspended.bring_back(phases)) is not None:
+        try:
+            continue_tree(tree.home, but=stopped_before)
+        finally:  # no lock of the driver's may stay
+            lost = suspended.bring_back(phases) if suspended is not None else None
+        if lost is not None:
             raise SnapshotError(f"{error}; {lost}", remedy="Start it afresh") from error
         raise
     return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, phases, suspended)

@@ -505,7 +505,7 @@ class CudaTree:
                     return "its processes were ended"
                 try:
                     self._undo(pid)
-                except (DormouseError, CudaError) as error:
+                except (DormouseError, CudaError, RuntimeError) as error:  # the last: no thread for a call
                     log.error("the CUDA state of process %d can't be brought back: %s", pid, error)
                     self._end()
                     return f"its processes were ended, for its CUDA state could not be brought back ({error})"
