@@ -68,7 +68,10 @@ _MAX_LOG = 16 << 20
 
 # What a worker sees of the node's environment. A list of names rather than all but a few: the environment ends up in
 # the snapshot, and secrets must not.
-_PASSED_ON = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
+_PASSED_ON = (
+    *("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV"),
+    "TRITON_CACHE_DIR",  # where compiled kernels are found again
+)
 _PASSED_ON_PREFIXES = ("LC_", "OMP_", "MKL_", "CUDA_", "NVIDIA_", "TORCH_")
 
 
