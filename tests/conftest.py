@@ -3,6 +3,7 @@ the GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -26,14 +27,27 @@ from tests.models import quiet
 SMOLLM2 = "smollm2-135m"
 
 
+_NO_TURN = pytest.StashKey[str]()
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of what times the test
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Tests on a GPU take turns, see gpu_turns.py."""
     markers = list(item.iter_markers("gpu"))
     if not markers or not torch.cuda.is_available():
         return (yield)
-    with turn(alone=any(marker.kwargs.get("alone", False) for marker in markers)):
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(turn(alone=any(marker.kwargs.get("alone", False) for marker in markers)))
+        except TimeoutError as error:  # here it would end the whole run
+            item.stash[_NO_TURN] = str(error)
         return (yield)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The failure of a test that got no turn."""
+    if _NO_TURN in item.stash:
+        pytest.fail(item.stash[_NO_TURN])
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,8 @@ from dormouse.transfer.device_segment import DeviceSegment
 from dormouse.transfer.handles import SegmentHandle, await_report
 from tests.checkpoint.test_load import make_checkpoint
 
-pytestmark = [pytest.mark.gpu(alone=True), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
+alone = pytest.mark.gpu(alone=True)  # it measures the GPU's memory, or takes all of it
 
 MIB = 1 << 20
 SLACK = 32 * MIB  # what the driver takes for page tables and the like
@@ -117,6 +118,7 @@ def test_the_driver_tells_what_it_is(driver: Cuda) -> None:
         driver.device(99)
 
 
+@alone
 def test_two_processes_see_the_same_bytes_of_one_copy(driver: Cuda) -> None:
     size = 512 * MIB + 77
     segment, content = filled(driver, size)
@@ -151,6 +153,7 @@ def test_two_processes_see_the_same_bytes_of_one_copy(driver: Cuda) -> None:
             child.communicate(timeout=60)
 
 
+@alone
 def test_a_closed_segment_gives_its_memory_back(driver: Cuda) -> None:
     before = calm(driver)
     segment = DeviceSegment(driver, 0, 2 << 30)
@@ -159,6 +162,7 @@ def test_a_closed_segment_gives_its_memory_back(driver: Cuda) -> None:
     settles(driver, before)
 
 
+@alone
 def test_tensors_of_the_pool_are_in_scratch_and_stay_where_they_are(driver: Cuda, arena: DeviceArena) -> None:
     before = calm(driver)
     pool = arena.scratch_pool()
@@ -247,6 +251,7 @@ def test_scratch_may_grow_while_a_graph_is_captured(arena: DeviceArena) -> None:
     del graph, result
 
 
+@alone
 def test_twenty_sleeps_leave_memory_as_it_was(driver: Cuda, arena: DeviceArena) -> None:
     segment, content = filled(driver, 1 << 30)
     try:
@@ -276,6 +281,7 @@ def test_twenty_sleeps_leave_memory_as_it_was(driver: Cuda, arena: DeviceArena) 
         segment.close()
 
 
+@alone
 def test_out_of_memory_at_a_wake_is_a_clear_error_and_leaves_nothing(driver: Cuda, arena: DeviceArena) -> None:
     segment, _content = filled(driver, 64 * MIB)
     taken = []

@@ -37,11 +37,13 @@ from dormouse.snapshot.tree import External, ProcessTree
 from dormouse.store.store import Store
 
 pytestmark = [
-    pytest.mark.gpu(alone=True),
+    pytest.mark.gpu,
     pytest.mark.root,
     pytest.mark.timeout(90),
     pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no NVIDIA GPU"),
 ]
+
+alone = pytest.mark.gpu(alone=True)  # it measures the GPU's memory
 
 SIZE = 512 << 20
 
@@ -286,6 +288,7 @@ def test_a_torch_program_with_a_cuda_graph_wakes_bit_for_bit_and_again(host: Gpu
     assert second.ask() == before
 
 
+@alone
 def test_a_tree_falls_asleep_and_wakes_in_place_without_criu(host: GpuHost) -> None:
     program = host.plain()
     before, busy = program.ask(), used_memory()[0]
@@ -367,6 +370,7 @@ def test_a_program_that_does_not_come_to_rest_is_refused_in_time_and_goes_on(hos
     assert time.monotonic() - begin < 30
 
 
+@alone
 @pytest.mark.parametrize("verb", ["lock", "checkpoint", "restore", "unlock"])
 def test_a_kill_at_any_phase_gives_the_gpus_memory_back(host: GpuHost, verb: str) -> None:
     idle = used_memory()[0]
@@ -466,6 +470,7 @@ def test_the_gpus_are_listed_with_uuid_and_model() -> None:
     assert gpu_key()["gpu_driver"][0].isdigit()
 
 
+@alone
 @pytest.mark.skipif(len(gpus()) < 2, reason="needs two GPUs")
 def test_a_program_wakes_on_another_gpu(host: GpuHost) -> None:
     idle = used_by_uuid()
