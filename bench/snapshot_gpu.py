@@ -147,8 +147,6 @@ class Bench:
             imported = self._import(self.made.folder, MODEL)
         if not (self.home.models / TWIN).exists():
             (self.home.models / TWIN).symlink_to(self.home.models / MODEL)  # the same weights under another name
-        if self.gpu is not None:
-            self.idle_gpu_bytes = self.gpu.used_bytes()
         return {
             "size": self.options.size,
             "plain_bytes": imported["weight_bytes"],
@@ -564,6 +562,8 @@ ROWS: dict[str, Callable[[Bench, Deadline], Row]] = {
     "second": row_second,
 }
 """In the order in which they run."""
+MODELLESS = {"block", "vllm"}
+"""They bring their own."""
 SERVED = ("cold", "disk-cold", "disk-warm", "again", "dram", "sleep", "replica", "second")
 
 
@@ -787,14 +787,17 @@ def main() -> None:
         sys.exit(f"error: {error}")
     result: dict[str, Any] = {"machine": facts(gpu, criu.version_text)}
     if options.json is not None and options.json.exists():
-        result["rows"] = json.loads(options.json.read_text())["rows"]
+        earlier = json.loads(options.json.read_text())
+        result |= {name: earlier[name] for name in ("rows", "model") if name in earlier}
     with scratch_folder(options.folder, own.criu) as scratch, ExitStack() as exits:
         bench = Bench(options, criu, scratch, gpu, say)
         exits.callback(bench.stop_server)
         say("the machine's limits")
         result["limits"] = measure_limits(scratch, options.device)
-        say("the model")
-        result["model"] = bench.prepare()
+        bench.idle_gpu_bytes = 0 if gpu is None else gpu.used_bytes()
+        if set(options.rows) - MODELLESS:
+            say("the model")
+            result["model"] = bench.prepare()
         measure(bench, result)
         finish(bench, result)
     show(result, console)

@@ -46,6 +46,7 @@ from dormouse.snapshot.memory_map import (
 )
 from dormouse.snapshot.process_memory import ProcessMemory
 from dormouse.store.chunk import Buffer, Digest
+from dormouse.store.codec import packs_well
 from dormouse.store.store import Reader
 from dormouse.transfer.ingest import Ingest, Put, Putter
 
@@ -161,7 +162,7 @@ def store_span(
     buffer: memoryview, pid: int, span: Span, sparse: int, parent: ParentMemory | None, put: Putter
 ) -> Stored:
     """Store the pages of a span, packed in `buffer`, but not those that the parent has already. A wide one that is
-    mostly zeros, or that the parent has cut narrowly, is cut narrowly."""
+    mostly zeros, packs well, or is cut narrowly in the parent is cut narrowly."""
     if span.width == 1 or not _cuts_narrow(buffer, pid, span, sparse, parent):
         return {span.number: _store_pages(buffer, pid, span, sparse, parent, put)}
     stored, at = {}, 0
@@ -173,10 +174,14 @@ def store_span(
 
 
 def _cuts_narrow(buffer: memoryview, pid: int, span: Span, sparse: int, parent: ParentMemory | None) -> bool:
-    """Decided by what is kept, not by what the page map names: dropped pages are missing there the next time."""
+    """Decided by what is kept, not by what the page map names: dropped pages are missing there the next time. What LZ4
+    packs is best cut narrowly: its library wants new memory for what it decodes, which is dear in large pieces."""
     if parent is not None and parent.cuts_narrow(pid, span):
         return True
-    return not is_dense(kept_pages(buffer, span.mask, sparse), span.width)
+    if not is_dense(kept_pages(buffer, span.mask, sparse), span.width):
+        return True
+    known = parent is not None and parent.has(pid, span)
+    return not known and packs_well(buffer[: span.mask.bit_count() * PAGE])
 
 
 def _store_pages(

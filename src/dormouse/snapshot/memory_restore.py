@@ -106,10 +106,9 @@ def _inherited(mappings: Mapping[int, list[ProcessMapping]], tree: Iterable[Task
 
 def _dense(filled: Sequence[Window], mappings: Iterable[ProcessMapping]) -> Iterator[int]:
     """Where mappings begin that are large and will be full anyway."""
-    wide = [window for window in filled if window.width > 1]
-    ends = [window.end * WINDOW for window in wide]
+    ends = [window.end * WINDOW for window in filled]
     for mapping in mappings:
-        inside = wide[bisect_right(ends, mapping.start) : bisect_right(ends, mapping.end)]
+        inside = filled[bisect_right(ends, mapping.start) : bisect_right(ends, mapping.end)]
         size = sum(window_mask(window).bit_count() * PAGE for window in inside)
         if mapping.plain and size >= max(_HUGE_FROM, (mapping.end - mapping.start) // 2):
             yield mapping.start

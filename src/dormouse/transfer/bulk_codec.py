@@ -21,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import lz4.block
 import numpy as np
 
 from dormouse.store import floats
-from dormouse.store.codec import FLOATS, Codec
+from dormouse.store.codec import FLOATS, Codec, sampled_share
 from dormouse.store.transaction import FLOATS_AT_ONCE
 from dormouse.transfer.budget import default_threads
 
@@ -62,7 +61,7 @@ def guess(plain: memoryview) -> tuple[Codec, float]:
     """What a piece looks like, and about what share of its bytes would be stored."""
     step = (len(plain) - _SPOT) // (_SPOTS - 1) & ~7
     spots = [plain[at * step : at * step + _SPOT] for at in range(_SPOTS)]
-    packed = len(lz4.block.compress(b"".join(spots), store_size=False)) / (_SPOTS * _SPOT)
+    packed = sampled_share(plain)
     if packed <= _LZ4_SUFFICES:
         return Codec.LZ4, packed
     numbers = b"".join(spot[: _SPOT // 2] for spot in spots)

@@ -18,6 +18,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -55,6 +56,7 @@ PINNED_BYTES = 512 << 20
 AT_ONCE = 4 * EXTENT_BYTES
 """What is checked and decoded by one launch. Launches are what Python is slowest at."""
 
+_AT_WORK = 8
 _SMALL = 8 << 20
 _PER_READER = 4
 
@@ -297,7 +299,8 @@ class _Carriers:
 
     def flow(self, parcels: Sequence[Parcel]) -> Flow:
         """For parcels that are read as they are stored. Raises HostError when there is no memory for it."""
-        blocks = [self._block() for _ in range(self._shares.flow)]
+        with ThreadPoolExecutor(_AT_WORK, thread_name_prefix="pin") as pool:  # touching new memory is what takes long
+            blocks = list(pool.map(lambda _number: self._block(), range(self._shares.flow)))
         return Flow(parcels, blocks, self._shares.block_bytes, self._streams.get_nowait(), self._files)
 
     def carrier(self) -> Carrier:
@@ -306,8 +309,9 @@ class _Carriers:
         return Carrier(self._block(), size, self._streams.get_nowait(), self._files, self._checker)
 
     def _block(self) -> pinned.PinnedMemory:
-        self._blocks.append(pinned.borrow(self._shares.block_bytes, self._pinner))
-        return self._blocks[-1]
+        block = pinned.borrow(self._shares.block_bytes, self._pinner)
+        self._blocks.append(block)
+        return block
 
     def __enter__(self) -> Self:
         return self
