@@ -139,7 +139,7 @@ class Keeper:
     ) -> None:
         """Bring `count` replicas back, or none: raises the first error, or GivenUp when a signal ends it before."""
         self._catch_signals()
-        tools, cells = Tools.find(self._data_dir, timeout), Cells()
+        cells = Cells()
         ended_by: list[signal.Signals] = []
 
         def give_up(number: signal.Signals) -> None:
@@ -147,7 +147,11 @@ class Keeper:
                 ended_by.append(number)
                 cells.give_up()
 
-        with Store.open(self._data_dir.store) as store, ThreadPoolExecutor(_RESTORES_AT_ONCE) as pool:
+        with (
+            Tools.find(self._data_dir, timeout) as tools,
+            Store.open(self._data_dir.store) as store,
+            ThreadPoolExecutor(_RESTORES_AT_ONCE) as pool,
+        ):
             calls = [
                 pool.submit(stored.restore, number, self.record, store, tools, cells, gpus)
                 for number in range(1, count + 1)

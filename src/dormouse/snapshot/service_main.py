@@ -44,6 +44,7 @@ from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import CaptureResult, capture, run_on
 from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
+from dormouse.snapshot.hands import Hands
 from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import note_damage, restore
 from dormouse.snapshot.shortage import REMEDY, is_shortage
@@ -138,7 +139,15 @@ class Service:
     """The calls, each blocking and run in a thread of its own."""
 
     def __init__(
-        self, store: Store, criu: Criu, digests: DigestCache, folders: Path, *, keep_bytes: int, loader: Loader
+        self,
+        store: Store,
+        criu: Criu,
+        digests: DigestCache,
+        folders: Path,
+        *,
+        keep_bytes: int,
+        loader: Loader,
+        hands: Hands,
     ) -> None:
         self._store = store
         self._criu = criu
@@ -150,6 +159,7 @@ class Service:
         self._workers: dict[str, ProcessTree] = {}
         self._damaged: set[str] = set()
         self._loader = loader
+        self._hands = hands
         self._segments = SegmentPool(store, keep_bytes=keep_bytes, loader=loader)
         self._latest: dict[str, str] = {}  # by engine, the snapshot that was captured or restored last
 
@@ -281,6 +291,7 @@ class Service:
                 timeout=_CRIU_TIMEOUT,
                 digests=self._digests,
                 folders=self._folders,
+                hands=self._hands,
             )
         except (DamagedError, UntrustedError):
             with self._lock:
@@ -425,7 +436,9 @@ def preflight(data_dir: Path, keep_bytes: int, loader: Loader) -> Service:
     folders = criu_folders(data_dir / "run")
     sweep_work_folders(folders)
     store, digests = Store.open(data_dir / "store"), DigestCache(data_dir / CACHE_NAME)
-    return Service(store, criu, digests, folders, keep_bytes=keep_bytes, loader=loader)
+    hands = Hands.of_this_machine()
+    hands.warm()
+    return Service(store, criu, digests, folders, keep_bytes=keep_bytes, loader=loader, hands=hands)
 
 
 def main() -> None:
