@@ -27,10 +27,12 @@ from dormouse.errors import (
     NotFoundError,
     SnapshotError,
 )
+from dormouse.checkpoint.loader import Loader
 from dormouse.snapshot import service_main
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import capture
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.hands import NO_HANDS
 from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.service_main import Service, rotate_log, worker_environment
 from dormouse.store.store import Store
@@ -46,7 +48,10 @@ class Host:
     """The service's calls, made directly."""
 
     def __init__(self, store: Store, criu: Criu, log: Path) -> None:
-        self.service = Service(store, criu, DigestCache(log.parent / "digests"), log.parent / "criu")
+        digests, loader = DigestCache(log.parent / "digests"), Loader(["false"])
+        self.service = Service(
+            *(store, criu, digests, log.parent / "criu"), keep_bytes=0, loader=loader, hands=NO_HANDS
+        )
         self.log = log
         self.cells: list[str] = []
         self.workers: list[AttachedWorker] = []

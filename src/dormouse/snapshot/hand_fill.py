@@ -202,6 +202,8 @@ class _Shift:
                 packet = self._near.recv(messages.MAX_PACKET)
             except BlockingIOError:
                 return
+            except ConnectionResetError:  # said once, when the last hand has left work undone; what it said comes next
+                continue
             if not packet:
                 return
             word = messages.decode_word(packet)
