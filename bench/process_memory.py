@@ -10,7 +10,8 @@ CRIU with files (`plain`), and what came back is compared, all of it. Folders ar
 memory (/dev/shm) and one on the disk show both limits. Captures of ours are durable when they return; those of CRIU are
 synced within the time. `again` is a second capture of the restored process, which shares everything. `--cold` drops the
 page cache before each restore. `hands` is how many helper processes did the work (0: threads); `memory` and
-`fill` are the steps that they take part in. GB/s are of the subject's block; CPU seconds are those of everything that takes part.
+`fill` are the steps that they take part in. GB/s are of the subject's block; CPU seconds are those of everything that
+takes part.
 
 Before each step memory is touched in huge pages: a virtual machine may have given what was free back to its host, and
 whoever comes first then pays for it, up to ten times what the step itself costs.
@@ -211,6 +212,7 @@ def _captured(
         timeout=_CRIU_TIMEOUT,
         digests=digests,
         folders=work,
+        hands=hands,
     )
 
 
@@ -370,7 +372,7 @@ def main() -> None:
     arguments.folder = arguments.folder or [Path("/dev/shm"), Path("/var/tmp")]
     keep_freed_memory()
     rows = run(arguments)
-    Console().print(table(rows))
+    Console(width=160).print(table(rows))
     if arguments.json:
         facts = {"host": host_facts(), "cold": arguments.cold, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(facts, indent=1) + "\n")

@@ -17,6 +17,7 @@ import pytest
 from tests.snapshot.attached import AttachedWorker
 from tests.snapshot.conftest import make_null_model
 
+from dormouse.checkpoint.loader import Loader
 from dormouse.config import DataDir
 from dormouse.errors import (
     DamagedError,
@@ -27,7 +28,6 @@ from dormouse.errors import (
     NotFoundError,
     SnapshotError,
 )
-from dormouse.checkpoint.loader import Loader
 from dormouse.snapshot import service_main
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import capture

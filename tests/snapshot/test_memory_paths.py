@@ -94,12 +94,13 @@ def start(folder: Path, how: str) -> ProcessTree:
     return ProcessTree(cell, spawned.pid)
 
 
-def captured(tree: ProcessTree, store: Store, criu: Criu) -> CaptureResult:
+def captured(tree: ProcessTree, store: Store, criu: Criu, hands: Hands = NO_HANDS) -> CaptureResult:
     return capture(
         *(tree, store, criu),
         **{"kind": "process", "name": "p", "key": {}, "now": time.time, "timeout": 60, "still_wanted": lambda: True},
         digests=DigestCache(Path("/nowhere/digests")),
         folders=store._layout.root.parent / "run" / "criu",
+        hands=hands,
     )
 
 

@@ -331,14 +331,13 @@ class Keeper:
         try:
             if replica.number in self._codes:
                 raise SnapshotError(f"job {self.record.name} has just ended")
-            tools = Tools.find(self._data_dir, request.timeout)
             options = CaptureOptions(
                 leave_running=request.leave_running,
                 close_connections=request.close_connections,
                 hook_timeout=request.hook_timeout,
                 still_wanted=still_there,
             )
-            with Store.open(self._data_dir.store) as store:
+            with Tools.find(self._data_dir, request.timeout) as tools, Store.open(self._data_dir.store) as store:
                 result = capture_replica(replica, store, tools, options)
             self._operations.append(
                 Operation("capture", self.record.name, result.snapshot_id, time.time(), result.phases)

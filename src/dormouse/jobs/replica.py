@@ -294,6 +294,7 @@ def capture_replica(replica: Replica, store: Store, tools: Tools, options: Captu
                 criu_options=[*_ALWAYS, *restore_options(record)],
                 attach=lambda ingest: attachments(replica, record, ingest),
                 cuda=tools.cuda,
+                hands=tools.hands,
             )
             if options.leave_running:
                 run_on(replica.tree, result, but=stopped_before)

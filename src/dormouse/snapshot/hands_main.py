@@ -23,15 +23,29 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from dormouse.errors import DormouseError, HostError, SnapshotError
+from dormouse.errors import DormouseError, HostError, SnapshotError, StoreError
 from dormouse.snapshot import hands_messages as messages
-from dormouse.snapshot.memory_map import window_mask
+from dormouse.snapshot.memory_map import (
+    WINDOW,
+    Span,
+    assemble,
+    check_length,
+    held_mask,
+    mask_bytes,
+    window_mask,
+)
 from dormouse.snapshot.process_memory import ProcessMemory
 from dormouse.snapshot.shortage import REMEDY, is_shortage
 from dormouse.snapshot.window_fill import WindowReader, WindowTask
+from dormouse.snapshot.window_store import OldWindow, StoredPages, store_span
+from dormouse.store.chunk import MAX_CHUNK, Buffer, Digest, digest_of
+from dormouse.store.codec import FLOATS, Codec, encode
+from dormouse.store.files import system_errors, write_all
 from dormouse.store.key import Key
-from dormouse.store.pack import aligned
+from dormouse.store.pack import StoredChunk, aligned, chunk_mac
 from dormouse.store.pack_reader import PackReader
+from dormouse.transfer.bulk_codec import guess
+from dormouse.transfer.ingest import LARGE
 from dormouse.transfer.memory import anonymous, keep_freed_memory
 
 log = logging.getLogger(__name__)
@@ -143,12 +157,150 @@ class FillPart:
         self._written_bytes += memory.write(task.window.number, window_mask(task.window), pages)
 
 
+class CapturePart:
+    """What one hand does of one capture. As a store's transaction would `Put` (window_store.py): it asks what it does
+    not know. And as a `Parent`: the windows of the parent snapshot that lie where the pages are from."""
+
+    wants_work = True
+
+    def __init__(self, begin: messages.BeginCapture, channel: socket.socket) -> None:
+        self.queue = channel
+        self.done = False
+        self.turn = contextlib.nullcontext()
+        self._damaged: list[bytes] = []
+        self._key = Key(begin.key)
+        self._reader = PackReader(Path(begin.packs), self._key, self._damaged.append)
+        self._memories: dict[int, ProcessMemory] = {}
+        self._packs: dict[str, int] = {}
+        self._opened = contextlib.ExitStack()
+        self._buffer = memoryview(anonymous(MAX_CHUNK))
+        self._old: dict[int, int] | None = None
+
+    def step(self) -> None:
+        """Carry out one Take."""
+        packet = self.queue.recv(messages.MAX_PACKET)
+        if not packet:
+            self.end(None)
+            return
+        take = messages.decode_said(packet)
+        assert isinstance(take, messages.Take)
+        self._old = take.old
+        span = Span(take.number, int.from_bytes(take.mask, "little"), take.width)
+        self._memory(take.host_pid).read(span.number, span.mask, self._buffer)
+        parent = self if take.old is not None else None
+        sparse = int.from_bytes(take.sparse, "little")
+        stored = store_span(self._buffer[: take.width * WINDOW], take.pid, span, sparse, parent, self)
+        self._taken({number: list(map(_told, parts)) for number, parts in stored.items()}, None)
+
+    def end(self, failure: messages.Failure | None) -> None:
+        """Say what went wrong, which ends the step and not the capture; without a failure, let go of everything."""
+        if failure is not None:
+            try:
+                self._taken({}, failure)
+                return
+            except ConnectionError as error:
+                log.info("nobody waits for this error, %s: %s", error, failure.message)
+        self.done = True
+        self._opened.close()
+        self._reader.close()
+        self.queue.close()
+
+    def _taken(
+        self, stored: dict[int, list[tuple[bytes, bytes, bytes, int]]], failure: messages.Failure | None
+    ) -> None:
+        damaged = list(self._damaged)
+        self._damaged.clear()
+        self._tell(messages.Taken(stored, failure, damaged))
+
+    # Put
+
+    def known(self, plain: Buffer) -> Digest | None:
+        digest = digest_of(plain)
+        return digest if self._asked_yes(messages.Has(digest, len(plain))) else None
+
+    def __call__(self, plain: Buffer) -> Digest:
+        digest = digest_of(plain)
+        if self._asked_yes(messages.Lacks(digest, len(plain))):
+            codec, stored = encode(plain, self._codec(memoryview(plain)))
+            mac = chunk_mac(self._key, digest, codec, len(plain), stored)
+            placed = self._asked(messages.Reserve(StoredChunk(digest, mac, 0, 0, len(stored), len(plain), codec)))
+            assert isinstance(placed, messages.Placed)
+            if placed.path is not None:
+                with system_errors(Path(placed.path), "writing to", len(stored)):
+                    write_all(self._pack(placed.path), stored, placed.offset)
+                self._tell(messages.Written())
+        return digest
+
+    def _codec(self, plain: memoryview) -> Codec:
+        if len(plain) < LARGE:
+            return Codec.LZ4
+        codec, stored = guess(plain)
+        return codec if codec not in FLOATS or self._asked_yes(messages.Pays(stored)) else Codec.RAW
+
+    # Parent
+
+    def has(self, pid: int, span: Span) -> bool:
+        return self._old is not None and self._old.get(span.number) == span.width
+
+    def cuts_narrow(self, pid: int, span: Span) -> bool:
+        return any(self.has(pid, Span(span.number + at, 0)) for at in range(span.width))
+
+    def window(self, pid: int, number: int) -> OldWindow | None:
+        answer = self._asked(messages.Old(number))
+        assert isinstance(answer, messages.OldIs)
+        if answer.task is None:
+            return None
+        window, chunks = answer.task.window, answer.task.chunks
+        try:
+            for piece, chunk in zip(window.pieces, chunks, strict=True):
+                check_length(chunk.plain_length, held_mask(piece), chunk.digest)
+            pages = assemble(window, lambda at: self._reader.plain(chunks[at]))
+        except StoreError as error:
+            log.warning("a window of the parent snapshot can't be read, it is stored anew: %s", error)
+            return None
+        return window, [chunk.digest for chunk in chunks], pages
+
+    def _asked_yes(self, ask: messages.Ask) -> bool:
+        answer = self._asked(ask)
+        assert isinstance(answer, messages.Yes)
+        return answer.yes
+
+    def _asked(self, ask: messages.Ask) -> messages.Said:
+        self._tell(ask)
+        packet = self.queue.recv(messages.MAX_PACKET)
+        if not packet:
+            raise ConnectionResetError("nobody waits for the capture any more")
+        return messages.decode_said(packet)
+
+    def _tell(self, ask: messages.Ask) -> None:
+        self.queue.send(messages.encode(ask))
+
+    def _memory(self, host_pid: int) -> ProcessMemory:
+        if host_pid not in self._memories:
+            self._memories[host_pid] = self._opened.enter_context(ProcessMemory(host_pid))
+        return self._memories[host_pid]
+
+    def _pack(self, path: str) -> int:
+        if path not in self._packs:
+            fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._opened.callback(os.close, fd)
+            self._packs[path] = fd
+        return self._packs[path]
+
+
+def _told(pages: StoredPages) -> tuple[bytes, bytes, bytes, int]:
+    return pages.digest, mask_bytes(pages.held, pages.width), mask_bytes(pages.used, pages.width), pages.width
+
+
+Part = FillPart | CapturePart
+
+
 class Hand:
-    """One hand: takes part in any number of fills at once, a batch of one at a time."""
+    """One hand: takes part in any number of fills and captures at once, a batch or window of one at a time."""
 
     def __init__(self, orders: socket.socket) -> None:
         self._orders = orders
-        self._parts: dict[int, FillPart] = {}
+        self._parts: dict[int, Part] = {}
 
     def run(self) -> None:
         """Until the host service is gone."""
@@ -169,13 +321,21 @@ class Hand:
         if not packet:
             return False
         order = messages.decode_order(packet)
+        if isinstance(order, messages.BeginCapture):
+            (descriptor,) = descriptors
+            channel = socket.socket(fileno=descriptor)
+            channel.send(messages.encode(messages.Begun(0, os.getpid())))
+            self._parts[order.errand] = CapturePart(order, channel)
+            return True
         if isinstance(order, messages.BeginFill):
             (descriptor,) = descriptors
             queue = socket.socket(fileno=descriptor)
             queue.send(messages.encode(messages.Begun(order.hand, os.getpid())))
             begun = self._parts[order.errand] = FillPart(order, queue)
             self._guarded(begun, partial(begun.prepare, order.ahead_bytes))
-        elif (part := self._parts.get(order.errand)) is None:
+            return True
+        part = self._parts.get(order.errand)
+        if not isinstance(part, FillPart):
             pass  # it has failed, and said so
         elif isinstance(order, messages.Go):
             self._guarded(part, partial(part.go, order.pids))
@@ -183,15 +343,18 @@ class Hand:
             part.end(None)
         return True
 
-    def _guarded(self, part: FillPart, step: Callable[[], None]) -> None:
+    def _guarded(self, part: Part, step: Callable[[], None]) -> None:
         if part.done:
             return
         try:
             step()
         except DormouseError as error:
             part.end(messages.Failure.of(error))
-        except Exception as error:  # whatever it is, it is the end of this fill and of no other
-            log.exception("a fill failed")
+        except ConnectionError as error:
+            log.info("somebody hung up: %s", error)
+            part.end(None)
+        except Exception as error:  # whatever it is, it is the end of this piece of work and of no other
+            log.exception("a piece of work failed")
             kind, remedy = (HostError, REMEDY) if is_shortage(error) else (SnapshotError, "")
             part.end(messages.Failure.of(kind(f"unexpected {type(error).__name__}: {error}", remedy=remedy)))
 
@@ -225,8 +388,6 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keep_freed_memory()
-    import dormouse.store.floats  # noqa: F401 (now, not in the middle of a wake: it brings numpy)
-
     gc.collect()
     gc.freeze()  # the collector then leaves the memory that hands share alone
     with socket.socket(fileno=arguments.fd) as sock:

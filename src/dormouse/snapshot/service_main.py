@@ -325,6 +325,7 @@ class Service:
             digests=self._digests,
             folders=self._folders,
             like=self._latest.get(request.key.get("engine", "")),
+            hands=self._hands,
         )
         self._latest[request.key.get("engine", "")] = result.snapshot_id
         if request.keep:
