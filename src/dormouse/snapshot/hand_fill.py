@@ -155,9 +155,16 @@ class _Shift:
         self._near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _QUEUE_BYTES)
         self._near.setblocking(False)
         self._at_work = dict(enumerate(crew))
-        with far:
-            for number, hand in self._at_work.items():
-                hand.order(_numbered(begin, number), (far.fileno(),))
+        try:
+            with far:
+                for number, hand in self._at_work.items():
+                    hand.order(_numbered(begin, number), (far.fileno(),))
+        except BaseException:
+            self._near.close()
+            for hand in crew:
+                with contextlib.suppress(HostError):
+                    hand.order(messages.Drop(self._errand))
+            raise
 
     def go(self, host_pids: Mapping[int, int]) -> None:
         """The processes are there."""

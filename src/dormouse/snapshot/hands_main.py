@@ -145,7 +145,10 @@ class FillPart:
         self._reader.close()
         done = messages.Done(self._hand, self._ahead_bytes, self._written_bytes, failure, self._damaged)
         with self.queue:
-            self.queue.send(messages.encode(done))
+            try:
+                self.queue.send(messages.encode(done))
+            except ConnectionError as error:
+                log.info("nobody waits for the end of a fill: %s", error)
 
     def _end_if_through(self) -> None:
         if self._through and self._memories is not None:
