@@ -34,6 +34,7 @@ from dormouse.snapshot import service_main
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import capture
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.hands import NO_HANDS
 from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.service_main import Service, rotate_log, worker_environment
 from dormouse.store.store import Store
@@ -51,8 +52,9 @@ class Host:
 
     def __init__(self, store: Store, criu: Criu, log: Path, data: Path | None = None) -> None:
         self._loader = Loader(loader_command(data or log.parent, 0))
+        digests = DigestCache(log.parent / "digests")
         self.service = Service(
-            store, criu, DigestCache(log.parent / "digests"), log.parent / "criu", keep_bytes=0, loader=self._loader
+            *(store, criu, digests, log.parent / "criu"), keep_bytes=0, loader=self._loader, hands=NO_HANDS
         )
         self.log = log
         self.cells: list[str] = []

@@ -20,6 +20,7 @@ from dormouse.snapshot.capture import CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.hands import NO_HANDS, Hands
 from dormouse.snapshot.images import SnapshotBody, decode_body
 from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.memory_capture import ParentMemory
@@ -93,16 +94,17 @@ def start(folder: Path, how: str) -> ProcessTree:
     return ProcessTree(cell, spawned.pid)
 
 
-def captured(tree: ProcessTree, store: Store, criu: Criu) -> CaptureResult:
+def captured(tree: ProcessTree, store: Store, criu: Criu, hands: Hands = NO_HANDS) -> CaptureResult:
     return capture(
         *(tree, store, criu),
         **{"kind": "process", "name": "p", "key": {}, "now": time.time, "timeout": 60, "still_wanted": lambda: True},
         digests=DigestCache(Path("/nowhere/digests")),
         folders=store._layout.root.parent / "run" / "criu",
+        hands=hands,
     )
 
 
-def restored(snapshot_id: str, store: Store, criu: Criu, *, fill: bool) -> Restored:
+def restored(snapshot_id: str, store: Store, criu: Criu, *, fill: bool, hands: Hands = NO_HANDS) -> Restored:
     """Restored, and stopped before it can do much."""
     made = restore(
         snapshot_id,
@@ -113,6 +115,7 @@ def restored(snapshot_id: str, store: Store, criu: Criu, *, fill: bool) -> Resto
         timeout=60,
         inherit=(),
         fill=fill,
+        hands=hands,
         digests=DigestCache(Path("/nowhere/digests")),
         folders=store._layout.root.parent / "run" / "criu",
     )

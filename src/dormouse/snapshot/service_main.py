@@ -44,6 +44,7 @@ from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import CaptureResult, capture, run_on
 from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
+from dormouse.snapshot.hands import Hands
 from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import note_damage, restore
 from dormouse.snapshot.shortage import REMEDY, is_shortage
@@ -141,7 +142,15 @@ class Service:
     """The calls, each blocking and run in a thread of its own."""
 
     def __init__(
-        self, store: Store, criu: Criu, digests: DigestCache, folders: Path, *, keep_bytes: int, loader: Loader
+        self,
+        store: Store,
+        criu: Criu,
+        digests: DigestCache,
+        folders: Path,
+        *,
+        keep_bytes: int,
+        loader: Loader,
+        hands: Hands,
     ) -> None:
         self._store = store
         self._criu = criu
@@ -153,6 +162,7 @@ class Service:
         self._workers: dict[str, ProcessTree] = {}
         self._damaged: set[str] = set()
         self._loader = loader
+        self._hands = hands
         self._segments = SegmentPool(store, keep_bytes=keep_bytes, loader=loader)
         self._latest: dict[str, str] = {}  # by engine, the snapshot that was captured or restored last
 
@@ -291,6 +301,7 @@ class Service:
                 digests=self._digests,
                 folders=self._folders,
                 gpus=() if gpu is None else (gpu,),
+                hands=self._hands,
             )
         except (DamagedError, UntrustedError):
             with self._lock:
@@ -325,6 +336,7 @@ class Service:
             digests=self._digests,
             folders=self._folders,
             like=self._latest.get(request.key.get("engine", "")),
+            hands=self._hands,
         )
         self._latest[request.key.get("engine", "")] = result.snapshot_id
         if request.keep:
@@ -436,7 +448,9 @@ def preflight(data_dir: Path, keep_bytes: int, loader: Loader) -> Service:
     folders = criu_folders(data_dir / "run")
     sweep_work_folders(folders)
     store, digests = Store.open(data_dir / "store"), DigestCache(data_dir / CACHE_NAME)
-    return Service(store, criu, digests, folders, keep_bytes=keep_bytes, loader=loader)
+    hands = Hands.of_this_machine()
+    hands.warm()
+    return Service(store, criu, digests, folders, keep_bytes=keep_bytes, loader=loader, hands=hands)
 
 
 def main() -> None:
