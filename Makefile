@@ -13,6 +13,9 @@ RUNS ?= 5
 MODEL := smollm2-135m
 BIN := .venv/bin
 
+# Tests and demo start hundreds of Pythons: each would compile Dormouse anew where this is set (empty counts as unset).
+export PYTHONDONTWRITEBYTECODE :=
+
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels then run on the CPU, slowly
+    if importlib.util.find_spec("triton") is not None:
+        from tests.interpreter import hasten
+
+        hasten()
 
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel, open_model

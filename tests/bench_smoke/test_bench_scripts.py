@@ -33,9 +33,8 @@ def run(script: str, tmp_path: Path, *words: str) -> dict[str, Any]:
         (home / "criu").symlink_to(shared)
     target = tmp_path / "result.json"
     command = [sys.executable, str(BENCH / script), *words, "--json", str(target)]
-    done = subprocess.run(
-        command, env={**os.environ, "DORMOUSE_HOME": str(home)}, capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, "DORMOUSE_HOME": str(home), "DORMOUSE_KEEP_PAGE_CACHE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not [path for path in (home / "run").rglob("*") if path != home / "run" / "criu"]
     result: dict[str, Any] = json.loads(target.read_text())

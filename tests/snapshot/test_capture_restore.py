@@ -8,10 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.snapshot.attached import AttachedWorker
@@ -33,6 +33,7 @@ from dormouse.errors import (
 from dormouse.snapshot import service_main
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import capture
+from dormouse.snapshot.cell import Cell, Spawned
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.hands import NO_HANDS
 from dormouse.snapshot.mapped_files import DigestCache
@@ -269,7 +270,7 @@ def test_kill_9_of_criu_in_a_restore_is_a_clear_error_and_leaves_nothing(host: H
     worker.quiesce()
     captured = host.capture(started)
     before = our_processes()
-    error = killed_in("criu restore", 0, lambda: host.restore(captured.snapshot_id))
+    error = killed_in("criu restore", 0.02, lambda: host.restore(captured.snapshot_id))
     assert isinstance(error, HostError), "it says nothing about the snapshot"
     assert "killed by SIGKILL" in error.message
     assert our_processes() == before
@@ -322,7 +323,7 @@ def test_a_criu_that_hangs_is_given_up_in_time(
     before = our_processes()
     monkeypatch.setattr(service_main, "_CRIU_TIMEOUT", 2.0)
     call = {"dump": lambda: host.capture(started), "restore": lambda: host.restore(snapshot_id)}[verb]
-    error = killed_in(f"criu {verb}", 0, call, signal.SIGSTOP)
+    error = killed_in(f"criu {verb}", 0.02, call, signal.SIGSTOP)
     assert "did not end within 2 s" in error.message
     monkeypatch.undo()
     if verb == "dump":
@@ -336,25 +337,25 @@ def test_a_criu_that_hangs_is_given_up_in_time(
 def killed_in(
     words: str, delay: float, call: Callable[[], object], how: signal.Signals = signal.SIGKILL
 ) -> DormouseError:
-    """The error of a call whose CRIU is killed (or stopped) so many seconds after it has appeared."""
-    errors: list[DormouseError] = []
+    """The error of a call whose CRIU is killed (or stopped) so many seconds after its start."""
+    spawn = Cell.spawn
 
-    def run() -> None:
-        try:
+    def spawn_and_kill(cell: Cell, command: list[str], **options: Any) -> Spawned:
+        spawned = spawn(cell, command, **options)
+        if words in " ".join(command):
+            first = cell.outer_pid(spawned.pid)
+            time.sleep(delay)
+            os.kill(first, how)  # at once: it does not end while the others are looked for
+            for pid in criu_pids(words):
+                with contextlib.suppress(ProcessLookupError):  # one of several may have been short-lived
+                    os.kill(pid, how)
+        return spawned
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cell, "spawn", spawn_and_kill)
+        with pytest.raises(DormouseError) as caught:
             call()
-        except DormouseError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    gone_within(20, lambda: bool(criu_pids(words)))
-    time.sleep(delay)
-    for pid in criu_pids(words):
-        with contextlib.suppress(ProcessLookupError):  # one of several may have been short-lived
-            os.kill(pid, how)
-    thread.join()
-    assert len(errors) == 1, "it was through before the kill"
-    return errors[0]
+    return caught.value
 
 
 def criu_pids(words: str) -> list[int]:

@@ -162,11 +162,11 @@ def test_gpu_state_is_in_memory_when_criu_dumps_and_comes_back_before_any_other_
     def watch(call: str, pid: int) -> None:
         if call in ("restore", "unlock"):
             states = {tid: state_of(pid, tid) for tid in thread_ids(pid)}
-            free = [tid for tid, state in states.items() if state != "t"]
-            before = ticks(pid) - sum_of(pid, free)
+            held = [tid for tid, state in states.items() if state == "t"]
+            before = sum_of(pid, held)
             time.sleep(0.1)
-            assert ticks(pid) - sum_of(pid, free) == before
-            seen.append((call, set(states.values()), len(free)))
+            assert sum_of(pid, held) == before
+            seen.append((call, set(states.values()), len(states) - len(held)))
 
     host.driver = FakeDriver(first="checkpointed")
     host.driver.watch = watch
