@@ -467,6 +467,15 @@ class Served:
         """Of its log."""
         return self.log.read_text(errors="replace").strip()[-_WORDS:]
 
+    def has_said(self, words: str, seconds: float) -> bool:
+        """Whether its log has the words, within so many seconds."""
+        end = time.monotonic() + seconds
+        while words not in self.log.read_text(errors="replace"):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+        return True
+
     @property
     def runs(self) -> bool:
         """Whether it does."""

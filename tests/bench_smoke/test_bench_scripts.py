@@ -79,3 +79,12 @@ def test_ways_of_a_gpu_snapshot_run_on_the_cpu_too(tmp_path: Path) -> None:
     assert found["raw-lz4"]["stored_bytes"] < found["raw"]["stored_bytes"] / 2
     assert result["figures"]["plain CRIU / ours transparent, restore"] > 0
     assert not list(tmp_path.glob("bench-gpu-*"))
+
+
+def test_process_memory_compares_the_ways_and_checks_what_came_back(tmp_path: Path) -> None:
+    words = ("--size-mb", "32", "--kinds", "bf16,mixed", "--folder", str(tmp_path))
+    rows = run("process_memory.py", tmp_path, *words)["rows"]
+    assert [(row["kind"], row["way"]) for row in rows] == [(k, w) for k in ("bf16", "mixed") for w in ("ours", "plain")]
+    assert all(row["capture_seconds"] > 0 and row["restore_seconds"] > 0 for row in rows)
+    ours, plain = rows[2:]
+    assert ours["stored_bytes"] < plain["stored_bytes"]

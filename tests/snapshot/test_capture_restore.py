@@ -19,6 +19,8 @@ from tests.snapshot.conftest import make_null_model
 
 from dormouse.checkpoint.loader import Loader, loader_command
 from dormouse.config import DataDir
+from dormouse.engine.frames import pack_frame
+from dormouse.engine.messages import Segments
 from dormouse.errors import (
     DamagedError,
     DiskFullError,
@@ -33,6 +35,7 @@ from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import capture
 from dormouse.snapshot.cell import Cell, Spawned
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.hands import NO_HANDS
 from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.service_main import Service, rotate_log, worker_environment
 from dormouse.store.store import Store
@@ -45,12 +48,15 @@ COMMITTED = ("manifest named", "index written")
 
 
 class Host:
-    """The service's calls, made directly."""
+    """The service's calls, made directly. With the `data` folder that the store is in there is a real loader, which
+    runs once something is on a GPU."""
 
-    def __init__(self, store: Store, criu: Criu, log: Path) -> None:
-        loader = Loader(loader_command(store.root.parent, 0))  # started when a GPU is wanted
+    def __init__(self, store: Store, criu: Criu, log: Path, data: Path | None = None) -> None:
+        self._loader = Loader(loader_command(data or log.parent, 0))
         digests = DigestCache(log.parent / "digests")
-        self.service = Service(store, criu, digests, log.parent / "criu", keep_bytes=0, loader=loader)
+        self.service = Service(
+            *(store, criu, digests, log.parent / "criu"), keep_bytes=0, loader=self._loader, hands=NO_HANDS
+        )
         self.log = log
         self.cells: list[str] = []
         self.workers: list[AttachedWorker] = []
@@ -58,7 +64,7 @@ class Host:
     def start(self, model: Path) -> tuple[messages.Started, AttachedWorker]:
         started, fds = self.service.answer(messages.StartWorker(call=1, log_path=str(self.log)))
         assert isinstance(started, messages.Started)
-        worker = self._attach(started, fds, fresh=True)
+        worker = self.attach(started, fds, fresh=True)
         worker.load(model, engine="null")
         return started, worker
 
@@ -68,19 +74,27 @@ class Host:
         assert isinstance(captured, messages.Captured)
         return captured
 
-    def restore(self, snapshot_id: str, key: dict[str, str] = KEY) -> tuple[messages.Started, AttachedWorker]:
-        request = messages.RestoreSnapshot(call=3, snapshot_id=snapshot_id, key=key)
+    def restore(
+        self, snapshot_id: str, key: dict[str, str] = KEY, **weights: str
+    ) -> tuple[messages.Started, AttachedWorker]:
+        """`weights`: checkpoint and device."""
+        request = messages.RestoreSnapshot(call=3, snapshot_id=snapshot_id, key=key, **weights)
         started, fds = self.service.answer(request)
         assert isinstance(started, messages.Started)
-        worker = self._attach(started, fds, fresh=False)
+        worker = self.attach(started, fds, fresh=False)
         worker.resume()
         return started, worker
 
-    def _attach(self, started: messages.Started, fds: list[int], *, fresh: bool) -> AttachedWorker:
+    def attach(self, started: messages.Started, fds: list[int], *, fresh: bool) -> AttachedWorker:
         self.cells.append(started.cell_id)
-        (control,) = fds
+        control, *of_segments = fds
         worker = AttachedWorker(socket.socket(fileno=control), self.log, fresh=fresh)
         self.workers.append(worker)
+        if started.segments:
+            frame = pack_frame(Segments(segments=started.segments))
+            socket.send_fds(worker.socket, [frame], of_segments)
+            for descriptor in of_segments:
+                os.close(descriptor)
         return worker
 
     def stop(self, started: messages.Started) -> None:
@@ -92,6 +106,7 @@ class Host:
         for worker in self.workers:
             worker.close()
         self.service.close()
+        self._loader.close()
 
 
 @pytest.fixture

@@ -215,6 +215,17 @@ def test_after_a_failure_in_the_middle_all_runs_on_with_its_gpu_state(
     assert host.store.manifests(kind=PROCESS_KIND) == []
 
 
+def test_a_device_file_that_the_driver_leaves_open_is_named_and_all_runs_on(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = host.start()
+    monkeypatch.setattr("dormouse.snapshot.cuda_checkpoint.devices", lambda _pid: {"/dev/nvidiactl"})
+    with pytest.raises(SnapshotError, match="still has /dev/nvidiactl open"):
+        host.capture(tree)
+    assert set(host.driver.states.values()) == {"running"}
+    assert_runs(tree.home.processes())
+
+
 def test_a_refusal_by_the_driver_is_told_and_nothing_was_stopped(host: Host) -> None:
     tree = host.start()
     second = tree.home.processes()[1]

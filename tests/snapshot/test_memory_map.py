@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 import threading
 from collections import Counter
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from dormouse.errors import DamagedError
 from dormouse.snapshot import criu_images, memory_map
 from dormouse.snapshot.criu_images import PAGE, Mapping, PagemapParser, Run, Task, encode_pagemap, parse_pagemap
-from dormouse.snapshot.memory_capture import address_space, process_of, store_span, store_window
+from dormouse.snapshot.memory_capture import address_space, process_of
 from dormouse.snapshot.memory_map import PAGES, WIDE, WINDOW, AddressSpace, Piece, Span, Spans, Window, mask_bytes
 from dormouse.snapshot.memory_restore import fill_plan
+from dormouse.snapshot.window_store import store_span, store_window
 from dormouse.store.chunk import Buffer, Digest, digest_of
 
 masks = st.one_of(
@@ -355,7 +357,7 @@ def expected_of(memory: bytes) -> dict[int, bytes]:
 
 def test_dense_memory_is_one_chunk_and_comes_back_through_changes() -> None:
     chunks = Chunks()
-    memory = bytearray(b"".join(i.to_bytes(4, "little") * (PAGE // 4) for i in range(1, WIDE * PAGES + 1)))
+    memory = bytearray(os.urandom(WIDE * WINDOW))
     memory[5 * PAGE : 9 * PAGE] = bytes(4 * PAGE)
     first = captured_wide(memory, chunks)
     assert [window.width for window in first.windows] == [WIDE]
@@ -374,7 +376,7 @@ def test_dense_memory_is_one_chunk_and_comes_back_through_changes() -> None:
 
 def test_pages_that_were_dropped_and_are_missing_the_next_time_change_nothing() -> None:
     chunks = Chunks()
-    page = [i.to_bytes(4, "little") * (PAGE // 4) for i in range(WIDE * PAGES)]
+    page = [os.urandom(PAGE) for _ in range(WIDE * PAGES)]
     for i in range(0, WIDE * PAGES, 5):
         page[i] = bytes(PAGE)
     first = captured_wide(b"".join(page), chunks)
@@ -398,6 +400,15 @@ def test_memory_that_is_mostly_zeros_is_cut_narrowly_and_stays_so() -> None:
     assert {window.width for window in second.windows} == {1}
     assert contents(second, chunks) == expected_of(memory)
     assert captured_wide(bytes(len(memory)), chunks).windows == []
+
+
+def test_memory_that_packs_well_is_cut_narrowly_and_what_was_cut_wide_stays_so() -> None:
+    chunks = Chunks()
+    memory = os.urandom(WIDE * WINDOW)
+    text = (b"the dormouse sleeps " * (WIDE * WINDOW // 20 + 1))[: WIDE * WINDOW]
+    first = captured_wide(memory, chunks)
+    assert {window.width for window in captured_wide(text, chunks).windows} == {1}
+    assert {window.width for window in captured_wide(text, chunks, Parent(first, chunks)).windows} == {WIDE}
 
 
 def test_large_mappings_that_will_be_full_get_huge_pages_and_others_do_not() -> None:

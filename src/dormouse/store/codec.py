@@ -19,6 +19,7 @@ _ZSTD_LEVEL = 3
 
 _SAMPLES, _SAMPLE = 8, 4 << 10
 _HOPELESS = 0.98
+_GOOD = 0.8
 _local = threading.local()
 
 
@@ -60,15 +61,23 @@ def encode(plain: Buffer, codec: Codec) -> tuple[Codec, Buffer]:
     return (codec, stored) if len(stored) * 8 <= len(plain) * 7 else (Codec.RAW, plain)
 
 
+def packs_well(plain: Buffer) -> bool:
+    """Whether LZ4 gains much on a few samples."""
+    return sampled_share(plain) <= _GOOD
+
+
 def _looks_incompressible(plain: Buffer) -> bool:
     """Whether LZ4 gains next to nothing on a few samples. Weights in bfloat16 defeat it, but only after it has tried
     hard: that takes it ten times as long as what it gives up at once."""
+    return memoryview(plain).nbytes >= _SAMPLES * _SAMPLE * 4 and sampled_share(plain) > _HOPELESS
+
+
+def sampled_share(plain: Buffer) -> float:
+    """What share of a few samples is left by LZ4."""
     view = memoryview(plain).cast("B")
-    if len(view) < _SAMPLES * _SAMPLE * 4:
-        return False
     step = (len(view) - _SAMPLE) // (_SAMPLES - 1)
     sample = b"".join(view[at * step : at * step + _SAMPLE] for at in range(_SAMPLES))
-    return len(lz4.block.compress(sample, store_size=False)) > len(sample) * _HOPELESS
+    return len(lz4.block.compress(sample, store_size=False)) / len(sample)
 
 
 def decode(codec: int, stored: Buffer, plain_length: int) -> Buffer:

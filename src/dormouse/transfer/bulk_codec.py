@@ -21,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import lz4.block
 import numpy as np
 
 from dormouse.store import floats
-from dormouse.store.codec import FLOATS, Codec
+from dormouse.store.codec import FLOATS, Codec, sampled_share
 from dormouse.store.transaction import FLOATS_AT_ONCE
 from dormouse.transfer.budget import default_threads
 
@@ -62,7 +61,7 @@ def guess(plain: memoryview) -> tuple[Codec, float]:
     """What a piece looks like, and about what share of its bytes would be stored."""
     step = (len(plain) - _SPOT) // (_SPOTS - 1) & ~7
     spots = [plain[at * step : at * step + _SPOT] for at in range(_SPOTS)]
-    packed = len(lz4.block.compress(b"".join(spots), store_size=False)) / (_SPOTS * _SPOT)
+    packed = sampled_share(plain)
     if packed <= _LZ4_SUFFICES:
         return Codec.LZ4, packed
     numbers = b"".join(spot[: _SPOT // 2] for spot in spots)
@@ -98,9 +97,11 @@ class BulkCodec:
     def __call__(self, plain: memoryview) -> Codec:
         """The codec for a large piece."""
         codec, stored = guess(plain)
-        if codec not in FLOATS or floats_pay(self._measure(self._folder), self._threads, stored):
-            return codec
-        return Codec.RAW
+        return codec if codec not in FLOATS or self.pays(stored) else Codec.RAW
+
+    def pays(self, stored: float) -> bool:
+        """Whether to code floats of which this share would be stored."""
+        return floats_pay(self._measure(self._folder), self._threads, stored)
 
 
 _known: dict[int, Rates] = {}
