@@ -13,6 +13,9 @@ RUNS ?= 5
 MODEL := smollm2-135m
 BIN := .venv/bin
 
+# Tests and demo start hundreds of Pythons: each would compile Dormouse anew where this is set (empty counts as unset).
+export PYTHONDONTWRITEBYTECODE :=
+
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -20,8 +23,9 @@ demo: setup model ## Watch a model answer, fall asleep to disk and wake again (n
 	@$(BIN)/dormouse doctor >.venv/doctor.txt || { cat .venv/doctor.txt; exit 4; }
 	@$(BIN)/python demo/demo.py
 
-test: lint setup ## Check style and types, run all tests (needs root)
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+test: ## Check style and types, run all tests (needs root)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint setup
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: .venv/installed ## Check style and types only
 	$(BIN)/ruff check

@@ -29,7 +29,6 @@ from dormouse.bench_load import limits
 from measuring import drop_page_cache
 
 _INTERVAL = 0.02
-_WRITE_BYTES = 2 << 30
 _LINK_TIMEOUT = 60.0
 
 
@@ -103,14 +102,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def measure_limits(folder: Path, device: str) -> dict[str, float]:
-    """Bytes per second by name. Raises OSError."""
-    found = {"disk write": disk_write(folder)}
+def measure_limits(folder: Path, device: str, size: int) -> dict[str, float]:
+    """Bytes per second by name, measured with so many bytes. Raises OSError."""
+    found = {"disk write": disk_write(folder, size)}
     file = folder / "limit"
     try:
-        found["disk read"] = limits.disk([file], _WRITE_BYTES, drop_page_cache).bytes_per_second
+        found["disk read"] = limits.disk([file], size, drop_page_cache).bytes_per_second
         file.read_bytes()
-        found["host copy"] = limits.host_copy([file], _WRITE_BYTES, min(8, os.cpu_count() or 1)).bytes_per_second
+        found["host copy"] = limits.host_copy([file], size, min(8, os.cpu_count() or 1)).bytes_per_second
     finally:
         file.unlink()
     if device.startswith("cuda"):
@@ -118,9 +117,9 @@ def measure_limits(folder: Path, device: str) -> dict[str, float]:
     return found
 
 
-def disk_write(folder: Path, threads: int = 4, block: int = 16 << 20) -> float:
+def disk_write(folder: Path, size: int, threads: int = 4, block: int = 16 << 20) -> float:
     """Of new bytes past the page cache, by several threads, synced at the end; leaves the file `limit`."""
-    size = _WRITE_BYTES // (threads * block) * threads * block
+    size = size // (threads * block) * threads * block
     with (folder / "limit").open("xb") as made:
         made.truncate(size)
 

@@ -36,6 +36,7 @@ from dormouse.trace import steps_json
 
 SUBJECTS = Path(__file__).with_name("gpu_subjects.py")
 _POLL = 0.001
+_PID_PATIENCE = 10.0
 _LZ4_BLOCK = 4 << 20
 _LOCK_MS = 10_000
 _WORDS = 300
@@ -241,12 +242,13 @@ class Raw:
             self._cuda.go_on(self._pid, phases, deadline)
 
     def _restore_images(self, deadline: Deadline) -> None:
-        """Without namespaces a pid may be taken, often by a short-lived process."""
-        for last in (False, False, True):
+        """Without namespaces a pid may be taken: by a short-lived process, or one that ended unreaped."""
+        patience = time.monotonic() + _PID_PATIENCE
+        while True:
             try:
                 self._run_criu(["restore", "--restore-detached"], "restore.log", deadline)
             except RowFailed as error:
-                if last or "File exists" not in str(error):
+                if time.monotonic() > patience or "File exists" not in str(error):
                     raise
                 time.sleep(0.2)
             else:
@@ -464,6 +466,15 @@ class Served:
     def last_words(self) -> str:
         """Of its log."""
         return self.log.read_text(errors="replace").strip()[-_WORDS:]
+
+    def has_said(self, words: str, seconds: float) -> bool:
+        """Whether its log has the words, within so many seconds."""
+        end = time.monotonic() + seconds
+        while words not in self.log.read_text(errors="replace"):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+        return True
 
     @property
     def runs(self) -> bool:

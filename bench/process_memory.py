@@ -1,6 +1,7 @@
 """How fast the memory of a large process is captured and given back, by what lies in it, beside plain CRIU.
 
-    python bench/process_memory.py [--size-mb 2048] [--kinds bf16,random] [--folder DIR]... [--runs 1] [--json FILE]
+    python bench/process_memory.py [--size-mb 2048] [--kinds bf16,random] [--folder DIR]... [--runs 1]
+                                   [--hands 0,12] [--seconds 60] [--json FILE]
 
 The subject is a process with one large block of anonymous memory: `zero` (written zeros), `random` bytes, `bf16`
 (numbers from N(0, 0.02), as weights are), `text`, or `mixed` (a quarter of each). So it is after the CUDA driver has
@@ -8,7 +9,9 @@ copied the memory of a GPU to the host. For each kind and folder it is captured 
 CRIU with files (`plain`), and what came back is compared, all of it. Folders are where stores and images go: one in
 memory (/dev/shm) and one on the disk show both limits. Captures of ours are durable when they return; those of CRIU are
 synced within the time. `again` is a second capture of the restored process, which shares everything. `--cold` drops the
-page cache before each restore. GB/s are of the subject's block; CPU seconds are those of everything that takes part.
+page cache before each restore. `hands` is how many helper processes did the work (0: threads); `memory` and
+`fill` are the steps that they take part in. GB/s are of the subject's block; CPU seconds are those of everything that
+takes part.
 
 Before each step memory is touched in huge pages: a virtual machine may have given what was free back to its host, and
 whoever comes first then pays for it, up to ten times what the step itself costs.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import mmap
 import os
@@ -41,6 +45,7 @@ from dormouse.config import default_data_dir
 from dormouse.snapshot.capture import PROCESS_KIND, CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
+from dormouse.snapshot.hands import Hands, hands_for
 from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import restore
 from dormouse.snapshot.tree import ProcessTree
@@ -53,6 +58,7 @@ KINDS = ("zero", "random", "bf16", "text", "mixed")
 _BLOCK = 16 << 20
 _READY_TIMEOUT = 300.0
 _CRIU_TIMEOUT = 600.0
+_HANDS_START = 2.0
 
 
 @dataclass
@@ -63,6 +69,7 @@ class Row:
     folder: str
     way: str
     bytes: int
+    hands: int = 0
     capture_seconds: float = 0.0
     capture_cpu_seconds: float = 0.0
     stored_bytes: int = 0
@@ -166,8 +173,8 @@ def timed(row: Row, what: str) -> Iterator[None]:
     setattr(row, f"{what}_cpu_seconds", cpu.seconds())
 
 
-def ours(kind: str, size: int, folder: Path, criu: Criu, cold: bool) -> Row:
-    row = Row(kind, str(folder), "ours", size)
+def ours(kind: str, size: int, folder: Path, criu: Criu, cold: bool, hands: Hands) -> Row:
+    row = Row(kind, str(folder), "ours", size, hands.count)
     work = folder / "criu"
     work.mkdir(mode=0o700)
     digests = DigestCache(folder / CACHE_NAME)
@@ -176,21 +183,23 @@ def ours(kind: str, size: int, folder: Path, criu: Criu, cold: bool) -> Row:
         expected = digest_of_block(tree, address, size)
         with Store.open(folder / "store") as store:
             with timed(row, "capture"):
-                result = _captured(tree, store, criu, digests, work)
+                result = _captured(tree, store, criu, digests, work, hands)
             row.stored_bytes, row.capture_phases = result.stored_bytes, result.phases.seconds()
             tree.home.close()
-            tree = _restored(row, result, store, criu, digests, work, cold)
+            tree = _restored(row, result, store, criu, digests, work, cold, hands)
             if digest_of_block(tree, address, size) != expected:
                 raise SystemExit(f"{kind}: what came back is not what was captured")
             begin = time.perf_counter()
-            _captured(tree, store, criu, digests, work)
+            _captured(tree, store, criu, digests, work, hands)
             row.again_seconds = time.perf_counter() - begin
     finally:
         tree.home.close()
     return row
 
 
-def _captured(tree: ProcessTree, store: Store, criu: Criu, digests: DigestCache, work: Path) -> CaptureResult:
+def _captured(
+    tree: ProcessTree, store: Store, criu: Criu, digests: DigestCache, work: Path, hands: Hands
+) -> CaptureResult:
     return capture(
         tree,
         store,
@@ -203,11 +212,19 @@ def _captured(tree: ProcessTree, store: Store, criu: Criu, digests: DigestCache,
         timeout=_CRIU_TIMEOUT,
         digests=digests,
         folders=work,
+        hands=hands,
     )
 
 
 def _restored(
-    row: Row, result: CaptureResult, store: Store, criu: Criu, digests: DigestCache, work: Path, cold: bool
+    row: Row,
+    result: CaptureResult,
+    store: Store,
+    criu: Criu,
+    digests: DigestCache,
+    work: Path,
+    cold: bool,
+    hands: Hands,
 ) -> ProcessTree:
     if cold:
         drop_page_cache()
@@ -223,12 +240,13 @@ def _restored(
             digests=digests,
             folders=work,
             inherit=(),
+            hands=hands,
         )
     row.restore_phases = made.phases.seconds()
     return made.tree
 
 
-def plain(kind: str, size: int, folder: Path, criu: Criu, cold: bool) -> Row:
+def plain(kind: str, size: int, folder: Path, criu: Criu, cold: bool, _hands: Hands) -> Row:
     row = Row(kind, str(folder), "plain", size)
     images = folder / "images"
     images.mkdir(mode=0o700)
@@ -264,6 +282,20 @@ def _criu(home: Cell, criu: Criu, words: list[str], images: Path) -> None:
 WAYS = {"ours": ours, "plain": plain}
 
 
+def whom(way: str, counts: list[int]) -> list[int]:
+    """With how many hands a way is tried."""
+    return counts if way == "ours" else [0]
+
+
+@contextlib.contextmanager
+def hands_ready(count: int) -> Iterator[Hands]:
+    """So many hands, as warm as a host service has them."""
+    with Hands(count) as hands:
+        hands.warm()
+        time.sleep(_HANDS_START if count else 0)
+        yield hands
+
+
 def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -279,35 +311,46 @@ def peak() -> int:
 
 def run(arguments: argparse.Namespace) -> list[Row]:
     criu = find_criu(default_data_dir(os.environ))
+    ends = time.monotonic() + arguments.seconds
     rows = []
-    for folder in arguments.folder:
-        for kind in arguments.kinds.split(","):
-            for way in arguments.ways.split(","):
-                for _run in range(arguments.runs):
-                    place = Path(tempfile.mkdtemp(prefix="dormouse-bench-", dir=folder))
-                    try:
-                        rows.append(WAYS[way](kind, arguments.size_mb << 20, place, criu, arguments.cold))
-                    finally:
-                        shutil.rmtree(place)
-                    rows[-1].folder = str(folder)
-                    print(f"{kind} {folder} {way}: {rows[-1].capture_seconds:.2f} s, {rows[-1].restore_seconds:.2f} s")
+    plan = itertools.product(arguments.folder, arguments.kinds.split(","), arguments.ways.split(","))
+    for folder, kind, way in plan:
+        for count in whom(way, arguments.hands) * arguments.runs:
+            if time.monotonic() > ends:
+                print(f"{kind} {folder} {way}, {count} hands: left out, the time is up")
+                continue
+            place = Path(tempfile.mkdtemp(prefix="dormouse-bench-", dir=folder))
+            try:
+                with hands_ready(count) as hands:
+                    row = WAYS[way](kind, arguments.size_mb << 20, place, criu, arguments.cold, hands)
+            finally:
+                shutil.rmtree(place)
+            row.folder = str(folder)
+            rows.append(row)
+            print(f"{kind} {folder} {way}, {count} hands: {row.capture_seconds:.2f} s, {row.restore_seconds:.2f} s")
     return rows
 
 
 def table(rows: list[Row]) -> Table:
     shown = Table(box=box.SIMPLE)
-    for name in ("kind", "folder", "way", "capture", "again", "restore", "CPU s", "CPU s", "stored", "peak"):
+    names = ("kind", "folder", "way", "hands", "capture", "memory", "again", "restore", "fill", "CPU s", "CPU s")
+    for name in (*names, "stored", "peak"):
         shown.add_column(name, justify="left" if name in ("kind", "folder", "way") else "right")
     for row in rows:
         shown.add_row(
-            *(row.kind, row.folder, row.way, f"{row.rate(row.capture_seconds):.2f} GB/s"),
-            f"{row.again_seconds:.2f} s" if row.again_seconds is not None else "",
-            f"{row.rate(row.restore_seconds):.2f} GB/s",
+            *(row.kind, row.folder, row.way, str(row.hands) if row.way == "ours" else ""),
+            *(f"{row.rate(row.capture_seconds):.2f} GB/s", _seconds(row.capture_phases.get("dump.memory"))),
+            _seconds(row.again_seconds),
+            *(f"{row.rate(row.restore_seconds):.2f} GB/s", _seconds(row.restore_phases.get("fill"))),
             *(f"{row.capture_cpu_seconds:.1f}", f"{row.restore_cpu_seconds:.1f}"),
             f"{row.stored_bytes / row.bytes:.1%}",
             f"{row.peak_rss_bytes >> 20} MiB" if row.peak_rss_bytes else "",
         )
     return shown
+
+
+def _seconds(value: float | None) -> str:
+    return f"{value:.2f} s" if value is not None else ""
 
 
 def main() -> None:
@@ -320,12 +363,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, action="append")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--hands", help="numbers of helper processes, such as 0,12; left out: none and as a node has")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further step after so long")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    own = sorted({0, hands_for(len(os.sched_getaffinity(0)))})
+    arguments.hands = [int(word) for word in arguments.hands.split(",")] if arguments.hands else own
     arguments.folder = arguments.folder or [Path("/dev/shm"), Path("/var/tmp")]
     keep_freed_memory()
     rows = run(arguments)
-    Console().print(table(rows))
+    Console(width=160).print(table(rows))
     if arguments.json:
         facts = {"host": host_facts(), "cold": arguments.cold, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(facts, indent=1) + "\n")

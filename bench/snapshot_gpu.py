@@ -8,6 +8,7 @@ A Llama of random bfloat16 weights is made and imported; its engine takes 80 % o
     disk-cold      ours, cooperative: restored, page cache dropped, no weights in memory
     dram           the same, weights in the DRAM tier
     sleep          the process has stayed, its GPU memory was given back
+    replica        a second replica on the same GPU
     disk-warm, again   restored with the page cache as it is; captured again after that
     transparent    dormouse run, checkpoint, restore of a program that knows nothing of Dormouse (gpu_subjects.py: a
                    Llama in plain torch, with CUDA graphs; less memory is reserved, as all ways must hold it in memory)
@@ -15,7 +16,7 @@ A Llama of random bfloat16 weights is made and imported; its engine takes 80 % o
     raw-lz4        that, and the files compressed afterwards with LZ4 by all cores; decompressed before the restore
     block          random bfloat16 in plain torch: the driver's own checkpoint and restore in place, then ours
     vllm           real vLLM in one process (`--vllm-site`: the folder to put on PYTHONPATH), ours transparent
-    replica, second    a second replica on the same GPU; the snapshot of another model of the same engine
+    second         the snapshot of another model of the same engine
 
 Seconds of a restore end at the first token of an answer, which must be what it was before the capture. The command
 line's own time counts. `peak` is the most host memory taken beyond what was before, page cache left out. Rows are
@@ -73,6 +74,7 @@ MODEL, TWIN, SECOND = "bench", "bench-twin", "bench-second"
 _PROMPT = (11, 7, 5, 3)
 _TOKENS = 16
 _WIDTH = 170
+_IDLE = 1.0  # seconds between falling asleep and the next request: giving 16 GB back takes 0.2 of them
 _SHORTEST = 0.05  # seconds: shorter steps have no rate worth showing
 _VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -108,6 +110,7 @@ class Options:
     kv_gigabytes: float
     block_gigabytes: float
     tier_gigabytes: float
+    limit_gigabytes: float
 
     @property
     def on_gpu(self) -> bool:
@@ -337,12 +340,15 @@ def row_again(bench: Bench, deadline: Deadline) -> Row:
 
 
 def row_dram(bench: Bench, deadline: Deadline) -> Row:
-    """The second restore finds the weights where the first has left them; the better of two."""
+    """The first restore has the weights brought into the tier, which takes some seconds after it; the better of two."""
     server = bench.need_snapshot(deadline, serving="tier")
     bench.ask(server, deadline, path="snapshot")
+    if bench.options.on_gpu and not server.has_said("bytes are held in the DRAM tier", 30):
+        raise RowFailed("the weights did not come into the tier")
     runs = []
     for _ in range(2):
         server.do("sleep", MODEL, deadline=deadline)
+        time.sleep(_IDLE)
         runs.append(bench.restored(server, deadline, "snapshot"))
     return min(runs, key=lambda run: run["restore_s"]) | {"all_restore_s": [run["restore_s"] for run in runs]}
 
@@ -354,6 +360,7 @@ def row_sleep(bench: Bench, deadline: Deadline) -> Row:
     runs = []
     for _ in range(2):
         server.do("sleep", MODEL, "--keep", deadline=deadline)
+        time.sleep(_IDLE)
         asleep = {"asleep_gpu_bytes": bench.gpu_bytes()}
         runs.append(bench.restored(server, deadline, "sleep") | asleep)
     return min(runs, key=lambda run: run["restore_s"]) | {"all_restore_s": [run["restore_s"] for run in runs]}
@@ -553,12 +560,12 @@ ROWS: dict[str, Callable[[Bench, Deadline], Row]] = {
     "again": row_again,
     "dram": row_dram,
     "sleep": row_sleep,
+    "replica": row_replica,
     "transparent": row_transparent,
     "raw": row_raw,
     "raw-lz4": row_raw_lz4,
     "block": row_block,
     "vllm": row_vllm,
-    "replica": row_replica,
     "second": row_second,
 }
 """In the order in which they run."""
@@ -755,6 +762,7 @@ def parse(words: list[str]) -> Options:
     parser.add_argument("--kv-gigabytes", type=float, default=4.0, help="reserved by the program of `raw`")
     parser.add_argument("--block-gigabytes", type=float, default=20.0)
     parser.add_argument("--tier-gigabytes", type=float, default=24.0)
+    parser.add_argument("--limit-gigabytes", type=float, default=2.0, help="written and read to find the disk's limits")
     found = vars(parser.parse_args(words))
     wanted = [name for name in found["rows"].split(",") if name]
     if unknown := [name for name in wanted if name not in ROWS]:
@@ -793,7 +801,7 @@ def main() -> None:
         bench = Bench(options, criu, scratch, gpu, say)
         exits.callback(bench.stop_server)
         say("the machine's limits")
-        result["limits"] = measure_limits(scratch, options.device)
+        result["limits"] = measure_limits(scratch, options.device, int(options.limit_gigabytes * (1 << 30)))
         bench.idle_gpu_bytes = 0 if gpu is None else gpu.used_bytes()
         if set(options.rows) - MODELLESS:
             say("the model")

@@ -61,8 +61,16 @@ def test_each_loader_gets_the_row_it_deserves_and_none_ends_the_run(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []  # files and checkpoints are gone
 
 
-def test_a_right_row_has_all_figures(tmp_path: Path) -> None:
-    result = run(tmp_path, known.RIGHT, conditions=("warm", "cold"))
+def test_a_right_row_has_all_figures_and_is_in_the_output_file_at_once(tmp_path: Path) -> None:
+    output, folder = tmp_path / "result.json", tmp_path / "disk"
+    folder.mkdir()
+    seen: list[dict[str, object]] = []
+    wanted = Options(folder, size=SIZE, shards=2, methods=(known.RIGHT,), conditions=("warm", "cold"), output=output)
+    result = measure(wanted, Hooks(lambda _text: None, lambda _text: seen.append(json.loads(output.read_text()))))
+    assert seen[0]["complete"] is False
+    final = json.loads(output.read_text())
+    assert final["complete"] is True
+    assert [row["outcome"] for row in final["rows"]] == ["ok", "ok"]
     assert [row.condition for row in result.rows] == ["warm", "cold"]
     warm, cold = result.rows
     assert warm.resident_before == 1.0
@@ -102,19 +110,6 @@ def test_rows_that_do_not_fit_into_the_budget_say_so(tmp_path: Path) -> None:
     assert all("of the budget left" in row.note for row in rows)
     assert "of the budget left" in str(result.lora)
     assert row_of(result, "absent").outcome == "missing"
-
-
-def test_the_result_so_far_is_in_the_output_file_after_every_row(tmp_path: Path) -> None:
-    output = tmp_path / "result.json"
-    seen: list[dict[str, object]] = []
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    wanted = Options(folder, size=SIZE, shards=2, methods=(known.RIGHT,), conditions=("warm", "cold"), output=output)
-    measure(wanted, Hooks(lambda _text: None, lambda _text: seen.append(json.loads(output.read_text()))))
-    assert seen[0]["complete"] is False
-    final = json.loads(output.read_text())
-    assert final["complete"] is True
-    assert [row["outcome"] for row in final["rows"]] == ["ok", "ok"]
 
 
 def test_the_command_measures_what_is_installed(tmp_path: Path) -> None:

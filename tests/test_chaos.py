@@ -20,8 +20,10 @@ __all__ = ["data_dir"]
 pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
 
 VICTIMS = ("service_main", "engine.worker", "cell_init", "criu dump", "criu restore")
-SECONDS = 12.0
+SECONDS = 10.0
 LONGEST = 30.0
+ENOUGH_KILLS, ENOUGH_ANSWERS = 6, 51
+MOST_SECONDS = 100.0
 
 
 @pytest.mark.parametrize(("seed", "sleep_memory"), [(20261121, "0"), (20261122, "1GiB")])
@@ -39,12 +41,12 @@ def test_requests_survive_random_kills_of_everything_but_the_node(
         ]
         for client in clients:
             client.start()
-        kills = kill_at_random(server, random.Random(seed))
+        kills = kill_at_random(server, random.Random(seed), outcomes)
         stop.set()
         for client in clients:
             client.join()
-        assert kills > 5
-        assert outcomes["right"] > 50, outcomes
+        assert kills >= ENOUGH_KILLS
+        assert outcomes["right"] >= ENOUGH_ANSWERS, outcomes
         assert set(outcomes) <= {"right", "clear error"}, outcomes
         assert {model: text_of(server.ask(model)) for model in texts} == texts
     with Store.open(data_dir.store) as store:
@@ -79,11 +81,13 @@ def ask_on(
             time.sleep(choice.random() * 0.5)
 
 
-def kill_at_random(server: Server, choice: random.Random) -> int:
-    """kill -9 one process below the node every now and then; how many were killed."""
+def kill_at_random(server: Server, choice: random.Random, outcomes: collections.Counter[str]) -> int:
+    """kill -9 one process below the node every now and then; how many were killed. A slow machine has more time."""
     kills = 0
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
+    begin = time.monotonic()
+    while (took := time.monotonic() - begin) < SECONDS or (
+        took < MOST_SECONDS and (kills < ENOUGH_KILLS or outcomes["right"] < ENOUGH_ANSWERS)
+    ):
         time.sleep(choice.random() * 0.8)
         family = server.family()
         victim = choice.choice(family) if family else None

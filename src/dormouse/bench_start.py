@@ -127,6 +127,9 @@ class _Watch:
     def capture_failed(self, model: str, error: DormouseError) -> None:
         self.error = error
 
+    def unprotected(self, model: str) -> None:
+        pass
+
     def evicted(self, model: str, what: Evicted) -> None:
         pass
 

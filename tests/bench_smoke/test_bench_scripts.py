@@ -33,9 +33,8 @@ def run(script: str, tmp_path: Path, *words: str) -> dict[str, Any]:
         (home / "criu").symlink_to(shared)
     target = tmp_path / "result.json"
     command = [sys.executable, str(BENCH / script), *words, "--json", str(target)]
-    done = subprocess.run(
-        command, env={**os.environ, "DORMOUSE_HOME": str(home)}, capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, "DORMOUSE_HOME": str(home), "DORMOUSE_KEEP_PAGE_CACHE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not [path for path in (home / "run").rglob("*") if path != home / "run" / "criu"]
     result: dict[str, Any] = json.loads(target.read_text())
@@ -70,7 +69,7 @@ def test_ways_of_a_gpu_snapshot_run_on_the_cpu_too(tmp_path: Path) -> None:
     """All but the driver's part: our own captures, plain CRIU, and LZ4 behind it."""
     pytest.importorskip("transformers")
     rows = "transparent,raw,raw-lz4,vllm"
-    sizes = ("--size", "tiny", "--kv-gigabytes", "0.01", "--block-gigabytes", "0.01")
+    sizes = ("--size", "tiny", "--kv-gigabytes", "0.01", "--block-gigabytes", "0.01", "--limit-gigabytes", "0.125")
     result = run("snapshot_gpu.py", tmp_path, "--device", "cpu", "--rows", rows, "--folder", str(tmp_path), *sizes)
     found = result["rows"]
     assert found["vllm"]["error"] == "no --vllm-site was given"

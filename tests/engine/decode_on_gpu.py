@@ -36,7 +36,7 @@ SHAPE = {
 }
 LENGTHS = (5, 31, 70, 900)
 COUNT = 40
-_KEPT: list[Any] = []  # what collecting garbage in any order would not be good for, as in a worker
+_KEPT: list[Any] = []  # pools and what computes in them: they last as long as the process, as in a worker
 
 
 def model_of(window: int | None = None) -> Any:
@@ -56,6 +56,7 @@ class Run:
     """A batch whose logits are kept."""
 
     def __init__(self, model: Any, pool: Any, *, graphs: bool = True) -> None:
+        _KEPT.append((self, pool))
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.batch = Batch(model, kv_tokens=16384, sample=self._sample, pool=pool)
         if graphs:
@@ -132,7 +133,7 @@ def scratch_may_have_any_content() -> None:
 def an_arena_may_take_its_scratch_away() -> None:
     arena = DeviceArena(Cuda(), 0)
     run = Run(model_of(), arena.scratch_pool())
-    _KEPT.append((arena, run))
+    _KEPT.append(arena)
     run.batch.warm((3, 64, 500))
     before = run.answer((31,)), run.answer(LENGTHS)
     ranges = list(arena._scratch.items())

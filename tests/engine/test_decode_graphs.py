@@ -3,7 +3,9 @@ padded. On the CPU a graph is a function that computes again into the same tenso
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 pytest.importorskip("triton")
 
 from dormouse.engine import decode_attention, decode_graphs, transformers_batch
-from dormouse.engine.decode_graphs import Result
+from dormouse.engine.decode_graphs import Result, nothing_collected
 
 from .test_lora import factors
 from .test_transformers_batch import TINY, load, tiny_model
@@ -183,3 +185,25 @@ def test_a_model_that_cannot_be_captured_stays_eager_and_says_so(
 def test_models_whose_steps_depend_on_values_are_not_captured(more: dict[str, Any], why: str | None) -> None:
     found = decode_graphs.unfit(LlamaForCausalLM(LlamaConfig(**TINY, **more)))
     assert found is None if why is None else why in (found or "")
+
+
+def test_no_garbage_is_collected_while_a_graph_is_captured() -> None:
+    """A pool of memory that goes during a capture ends the process."""
+
+    class Pool:
+        me: Pool
+
+    pool = Pool()
+    pool.me = pool
+    gone = weakref.ref(pool)
+    assert gc.isenabled()
+    with nothing_collected():
+        del pool
+        for _ in range(5):
+            assert [[object()] for _ in range(2000)] and gone() is not None
+        with nothing_collected():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.collect()
+    assert gone() is None

@@ -13,6 +13,7 @@ from dormouse.engine.arena import Weights
 from dormouse.engine.device_arena import DeviceArena
 from dormouse.errors import DamagedError, EngineError, HostError
 from dormouse.transfer.handles import CUDA, MEMFD, SegmentHandle, send_report
+from tests.engine.test_arena import protections
 from tests.transfer.fake_driver import GRANULARITY, FakeDriver
 
 MIB = 1 << 20
@@ -63,6 +64,20 @@ def test_weights_come_back_at_the_same_address(arena: DeviceArena, driver: FakeD
         assert not arena.mapped and not driver.mapped
         arena.map([node.handle()])
         assert arena.weights == first and content(arena.weights) == data
+
+
+@pytest.mark.parametrize("protects", [True, False])
+def test_weights_are_for_reading_where_the_driver_can_do_that(
+    arena: DeviceArena, driver: FakeDriver, protects: bool
+) -> None:
+    driver.protects = protects
+    node = Node(bytes(100))
+    for _ in range(2):
+        arena.map([node.handle()])
+        scratch = Weights(arena.allocate(1), 1)
+        assert protections(arena.weights) == {"r--s" if protects else "rw-s"} and arena.writable is not protects
+        assert protections(scratch) == {"rw-s"}
+        arena.unmap()
 
 
 def test_weights_are_an_array_for_torch(arena: DeviceArena) -> None:

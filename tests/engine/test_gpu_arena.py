@@ -28,9 +28,11 @@ from dormouse.transfer.handles import SegmentHandle, await_report
 from tests.checkpoint.test_load import make_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
+alone = pytest.mark.gpu(alone=True)  # it measures the GPU's memory, or takes all of it
 
 MIB = 1 << 20
 SLACK = 32 * MIB  # what the driver takes for page tables and the like
+PATIENCE = 15.0  # a process that was killed gives its memory back a little later
 
 # Imports a segment by its descriptor, tells the digest of its bytes and what the GPU's free memory lost by mapping it.
 CHILD = """
@@ -76,6 +78,26 @@ def free(driver: Cuda) -> int:
     return driver.free_and_total(0)[0]
 
 
+def settles(driver: Cuda, before: int, taken: int = 0) -> None:
+    """That `taken` bytes less are free than `before`, perhaps after a moment: processes of earlier tests may still be
+    on their way out."""
+    deadline = time.monotonic() + PATIENCE
+    while abs(before - free(driver) - taken) >= SLACK:
+        assert time.monotonic() < deadline, f"{before - free(driver)} bytes of the GPU went, not {taken}"
+        time.sleep(0.05)
+
+
+def calm(driver: Cuda) -> int:
+    """The free bytes, once they do not change any more."""
+    last, deadline = free(driver), time.monotonic() + PATIENCE
+    while True:
+        time.sleep(0.2)
+        now = free(driver)
+        if now == last or time.monotonic() > deadline:
+            return now
+        last = now
+
+
 def filled(driver: Cuda, size: int, seed: int = 1) -> tuple[DeviceSegment, torch.Tensor]:
     """A segment with noise, and its content on the host."""
     segment = DeviceSegment(driver, 0, size)
@@ -96,6 +118,7 @@ def test_the_driver_tells_what_it_is(driver: Cuda) -> None:
         driver.device(99)
 
 
+@alone
 def test_two_processes_see_the_same_bytes_of_one_copy(driver: Cuda) -> None:
     size = 512 * MIB + 77
     segment, content = filled(driver, size)
@@ -130,16 +153,18 @@ def test_two_processes_see_the_same_bytes_of_one_copy(driver: Cuda) -> None:
             child.communicate(timeout=60)
 
 
+@alone
 def test_a_closed_segment_gives_its_memory_back(driver: Cuda) -> None:
-    before = free(driver)
-    segment, _content = filled(driver, 256 * MIB)
-    assert before - free(driver) >= 256 * MIB
+    before = calm(driver)
+    segment = DeviceSegment(driver, 0, 2 << 30)
+    settles(driver, before, 2 << 30)
     segment.close()
-    assert abs(before - free(driver)) < SLACK
+    settles(driver, before)
 
 
+@alone
 def test_tensors_of_the_pool_are_in_scratch_and_stay_where_they_are(driver: Cuda, arena: DeviceArena) -> None:
-    before = free(driver)
+    before = calm(driver)
     pool = arena.scratch_pool()
     assert arena.scratch_pool() is pool and arena.scratch_bytes == 0
     with torch.cuda.use_mem_pool(pool):
@@ -152,9 +177,10 @@ def test_tensors_of_the_pool_are_in_scratch_and_stay_where_they_are(driver: Cuda
         assert any(a <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= a + s for a, s in ranges)
     assert not any(a <= outside.data_ptr() < a + s for a, s in ranges)
     del outside
-    assert before - free(driver) >= arena.scratch_bytes >= 64 * MIB
+    assert arena.scratch_bytes >= 64 * MIB
+    settles(driver, before, arena.scratch_bytes)
     arena.unmap()
-    assert abs(before - free(driver)) < SLACK
+    settles(driver, before)
     arena.map([])
     assert list(arena._scratch.items()) == ranges
     kept.fill_(9)
@@ -225,13 +251,14 @@ def test_scratch_may_grow_while_a_graph_is_captured(arena: DeviceArena) -> None:
     del graph, result
 
 
+@alone
 def test_twenty_sleeps_leave_memory_as_it_was(driver: Cuda, arena: DeviceArena) -> None:
     segment, content = filled(driver, 1 << 30)
     try:
         arena.map([segment.handle(None)])
         addresses = [arena.allocate(size) for size in (2 * MIB, 20 * MIB, 4 << 30)]
         arena.unmap()
-        before, opened = free(driver), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        before, opened = calm(driver), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         seconds = []
         for _ in range(20):
             handle = segment.handle(None)
@@ -242,7 +269,7 @@ def test_twenty_sleeps_leave_memory_as_it_was(driver: Cuda, arena: DeviceArena) 
             seconds.append((mapped - started, time.perf_counter() - mapped))
         print("map and unmap of 1 GiB of weights and 4 GiB of scratch, ms:")
         print([(round(a * 1e3, 2), round(b * 1e3, 2)) for a, b in seconds])
-        assert abs(before - free(driver)) < SLACK
+        settles(driver, before)
         assert len(os.listdir("/proc/self/fd")) == opened  # noqa: PTH208
         arena.map([segment.handle(None)])
         assert torch.equal(torch.as_tensor(arena.weights, device="cuda")[: 32 * MIB].cpu(), content[: 32 * MIB])
@@ -254,6 +281,7 @@ def test_twenty_sleeps_leave_memory_as_it_was(driver: Cuda, arena: DeviceArena) 
         segment.close()
 
 
+@alone
 def test_out_of_memory_at_a_wake_is_a_clear_error_and_leaves_nothing(driver: Cuda, arena: DeviceArena) -> None:
     segment, _content = filled(driver, 64 * MIB)
     taken = []
@@ -261,13 +289,14 @@ def test_out_of_memory_at_a_wake_is_a_clear_error_and_leaves_nothing(driver: Cud
         arena.map([segment.handle(None)])
         arena.allocate(1 << 30)
         arena.unmap()
-        rest = free(driver) - (600 * MIB)
+        rest = calm(driver) - (600 * MIB)
         taken.append(driver.create(rest // (2 * MIB) * (2 * MIB), 0, shared=False))
         before = free(driver)
         with pytest.raises(HostError, match="has no memory for") as caught:
             arena.map([segment.handle(None)])
         print(caught.value)
-        assert not arena.mapped and abs(before - free(driver)) < SLACK
+        assert not arena.mapped
+        settles(driver, before)
         driver.release(taken.pop())
         arena.map([segment.handle(None)])
         assert arena.mapped
@@ -286,20 +315,46 @@ def test_torch_raises_its_own_error_when_scratch_has_no_room(driver: Cuda, arena
         assert torch.ones(5, device="cuda").sum().item() == 5
 
 
-def test_whether_the_driver_maps_for_reading_only(driver: Cuda) -> None:
-    """Told, not asked for: if it can, arenas should map weights so."""
-    cuda, size = driver._cuda, 2 * MIB
-    memory, address = driver.create(size, 0, shared=True), driver.reserve(size, 0)
+# Writes to the weights it has mapped. What then happens to its CUDA context is nobody else's business.
+VANDAL = """
+import sys, torch
+from dormouse.engine.device_arena import DeviceArena
+from dormouse.transfer.cuda_driver import Cuda
+from dormouse.transfer.handles import SegmentHandle
+fd, size, uuid = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.zeros(1, device="cuda")
+arena = DeviceArena(Cuda(), 0)
+arena.map([SegmentHandle("cuda", size, fd, None, uuid)])
+weights = torch.as_tensor(arena.weights, device="cuda")
+print("read", int(weights.sum(dtype=torch.int64)), "writable", arena.writable, flush=True)
+try:
+    weights.fill_(7)
+    torch.cuda.synchronize()
+    print("written", flush=True)
+except RuntimeError as error:
+    print("refused", str(error).splitlines()[0], flush=True)
+import os
+os._exit(0)
+"""
+
+
+def test_a_stray_write_does_not_reach_weights_that_others_share(driver: Cuda) -> None:
+    segment, content = filled(driver, 64 * MIB)
+    handle = segment.handle(None)
     try:
-        driver.map(address, size, memory, 0)
-        access = driver._access(0)
-        access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ
-        with driver._current(0):
-            print("access for reading only:", cuda.cuMemSetAccess(cuda.CUdeviceptr(address), size, [access], 1))
-        driver.unmap(address, size)
+        arguments = [sys.executable, "-c", VANDAL, str(handle.memory), str(handle.size), handle.device]
+        done = subprocess.run(
+            arguments, pass_fds=[handle.memory], capture_output=True, text=True, timeout=120, check=False
+        )
+        print(done.stdout, done.stderr[-2000:])
+        assert f"read {int(content.sum(dtype=torch.int64))} " in done.stdout, "what is for reading can't be read"
+        if "writable True" in done.stdout:
+            pytest.skip("this driver maps nothing for reading only")
+        assert "refused" in done.stdout
+        assert torch.equal(segment.tensor().cpu(), content)
     finally:
-        driver.release(memory)
-        driver.give_back(address, size)
+        handle.close()
+        segment.close()
 
 
 def bytes_of(handle: SegmentHandle, driver: Cuda) -> bytes:
@@ -346,9 +401,12 @@ def test_the_loader_brings_weights_from_disk_and_tier_and_gives_memory_back_when
             kept = pool.take(checkpoint, "kept", device="cuda:0")
             assert kept.report is not None
             await_report(kept.report)
+            kept.forget_report()  # a pipe tells it once
             assert loader.pid is not None
             os.kill(loader.pid, signal.SIGKILL)
+            deadline = time.monotonic() + PATIENCE
             while loader.pid is not None:
+                assert time.monotonic() < deadline, "the death of the loader goes unnoticed"
                 time.sleep(0.01)
             assert bytes_of(kept, driver) == expected  # what is handed out lives on
             assert bytes_of(pool.take(checkpoint, "next", device="cuda:0"), driver) == expected

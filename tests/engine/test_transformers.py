@@ -90,14 +90,14 @@ def test_the_tokens_shown_decode_to_the_text_shown(real: WorkerClient) -> None:
 
 def test_seeds_decide_and_neighbours_do_not(real: WorkerClient) -> None:
     requests: dict[str, tuple[Prompt, Sampling]] = {
-        subject: (chat(f"Tell me about {subject}."), Sampling(max_tokens=16, temperature=1, top_p=0.95, seed=i))
-        for i, subject in enumerate(["cats", "the sea at night", "old " * 300 + "books", "rain", "tea", "honey"])
+        subject: (chat(f"Tell me about {subject}."), Sampling(max_tokens=8, temperature=1, top_p=0.95, seed=i))
+        for i, subject in enumerate(["cats", "the sea at night", "old " * 300 + "books", "rain"])
     }
     together = real.run(requests)
     for name, (prompt, sampling) in requests.items():
         alone = real.ask(prompt, sampling)
         assert alone.token_ids == together[name].token_ids, name
-    other = real.ask(requests["cats"][0], Sampling(max_tokens=16, temperature=1, top_p=0.95, seed=99))
+    other = real.ask(requests["cats"][0], Sampling(max_tokens=8, temperature=1, top_p=0.95, seed=99))
     assert other.token_ids != together["cats"].token_ids
 
 
@@ -167,12 +167,12 @@ def test_more_requests_than_the_cache_holds_all_finish(smollm2: ImportedModel, t
 
 def test_sleep_drops_the_cache_and_changes_no_answer(real: WorkerClient) -> None:
     pid = real.process.pid
-    prompt = TextPrompt("A long text that leaves much in the cache. " * 100)
+    prompt = TextPrompt("A long text that leaves much in the cache. " * 50)
     first = real.ask(prompt, Sampling(max_tokens=6, temperature=0))
     before = memory_kb(pid, "RssAnon")
     real.quiesce()
     after = memory_kb(pid, "RssAnon")
-    assert before - after > 900 * 20  # 900 tokens of 23 kB each, and some of the heap
+    assert before - after > 450 * 20  # 450 tokens of 23 kB each, and some of the heap
     real.resume()
     assert real.ask(prompt, Sampling(max_tokens=6, temperature=0)).token_ids == first.token_ids
     real.quiesce()

@@ -219,7 +219,7 @@ async def test_slow_first_token_gets_pings_and_an_exact_header(tmp_path: Path) -
 
 @on_loop
 async def test_fifty_requests_during_a_wake_share_it(tmp_path: Path) -> None:
-    async with rig(tmp_path) as gateway:
+    async with rig(tmp_path, ping_interval=30) as gateway:  # else a stream of a slow wake begins before it
         await gateway.node.wake("mouse")
         await gateway.node.sleep("mouse")
         responses = await asyncio.gather(*(gateway.chat(f"w{n} x", stream=n % 2 == 0) for n in range(50)))

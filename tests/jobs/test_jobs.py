@@ -90,7 +90,7 @@ def test_detached_jobs_are_listed_log_and_stop(dormouse: Dormouse) -> None:
     assert sorted(job["name"] for job in dormouse.do("jobs")) == ["web", "web-2"]  # type: ignore[index]
     for name in ("web", "web-2"):
         assert dormouse.start("stop", name).code() == 0
-    eventually(lambda: dormouse.do("jobs") == [], "no more jobs")
+    eventually(lambda: running_jobs(dormouse.data_dir) == [], "no more jobs")
     assert "no job called web runs" in dormouse.refused("checkpoint", "web", expect=3)
 
 
@@ -130,7 +130,7 @@ def test_captures_and_restores_are_told_step_by_step(dormouse: Dormouse, tmp_pat
     events = json.loads(file.read_text())["traceEvents"]
     assert {"criu", "fill"} <= {event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert dormouse.start("stop", "job").code() == 0
-    eventually(lambda: dormouse.do("jobs") == [], "no more jobs")
+    eventually(lambda: running_jobs(dormouse.data_dir) == [], "no more jobs")
     # Of a snapshot, its own capture.
     (capture,) = dormouse.do("trace", captured["id"])
     assert capture["phases"][0]["name"] == "dump"  # type: ignore[index]

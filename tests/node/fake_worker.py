@@ -45,7 +45,7 @@ class FakeWorker:
             case m.Prepare() if not self.faulty("prepare"):
                 self.send(m.Prepared(phases=took("import")))
             case m.Load() if not self.faulty("load"):
-                self.send(m.Loaded(context=64, kv_tokens=64, phases=took("weights")))
+                self.send(m.Loaded(context=64, kv_tokens=64, phases=took("weights"), writable=self.fault == "writable"))
             case m.Generate():
                 self.running[message.id] = asyncio.create_task(self.generate(message))
             case m.Cancel() if task := self.running.pop(message.id, None):
@@ -70,7 +70,7 @@ class FakeWorker:
                 self.adapters.clear()
                 self.send(m.Quiesced(phases=took("park")))
             case m.Resume() if not self.faulty("resume"):
-                self.send(m.Resumed(phases=took("unpark")))
+                self.send(m.Resumed(phases=took("unpark"), writable=self.fault == "writable"))
 
     async def generate(self, request: m.Generate) -> None:
         self.send(await self.answer(request))

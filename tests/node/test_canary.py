@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 
+from dormouse.config import ModelConfig
 from dormouse.engine.messages import Delta, Finished, TokenLogprob
 from dormouse.errors import EngineError
 from dormouse.node import canary
@@ -73,6 +74,16 @@ class SureOfNothing:
     async def generate(self, *_question: Any) -> AsyncIterator[Delta | Finished]:
         yield Delta(id="1", token_ids=[0], text="!", logprobs=[[TokenLogprob(0, "!", self.logprob)]])
         yield Finished(id="1", reason="length", prompt_tokens=1, completion_tokens=1)
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 1), ("cuda", 3)])
+@on_loop
+async def test_on_a_gpu_the_answer_has_tokens_of_captured_graphs(tmp_path: Path, device: str, tokens: int) -> None:
+    host = StandInHost()
+    async with run_node(configure(tmp_path, {"mouse": ModelConfig(device=device)}), host) as node:
+        await node.snapshot("mouse")
+        assert len(json.loads(host.snapshots["snap1"]["canary"])["tokens"]) == tokens
+        assert await ask(node) == ("a b a", "snapshot")
 
 
 @pytest.mark.parametrize("logprob", [math.nan, math.inf, -math.inf])

@@ -40,7 +40,7 @@ class Told:
         self.fallbacks: list[tuple[str, str]] = []
         self.evictions: list[tuple[str, Evicted]] = []
         self.phases: dict[StartPath, Any] = {}
-        self.failed_captures = 0
+        self.failed_captures = self.unprotected_starts = 0
         node.observe(self)
 
     def started(self, model: str, start: Start, phases: Any) -> None:
@@ -57,6 +57,9 @@ class Told:
 
     def _other(self, *_told: object) -> None:
         pass
+
+    def unprotected(self, model: str) -> None:
+        self.unprotected_starts += 1
 
     start_failed = retried = quarantined = captured = adapter_loaded = adapter_failed = _other
 
@@ -81,7 +84,7 @@ async def test_an_idle_model_keeps_its_process_and_wakes_without_a_restore(tmp_p
             await until(lambda: state(node) == "dozing")
         assert host.calls.count("capture") == 1 and "restore" not in host.calls
         assert host.calls.count("take_segment of the model") == 3 and "stop_worker" not in host.calls
-        assert {"room", "segments", "resume"} <= set(told.phases["sleep"].seconds())
+        assert {"room", "segments", "resume"} <= told.phases["sleep"].seconds().keys()
         assert node.statuses()[0].rss_bytes > 0
 
 
@@ -114,6 +117,38 @@ async def test_a_process_that_is_killed_while_it_dozes_is_cleared_away(tmp_path:
             await until(lambda: state(node) == "asleep")
         assert (await ask(node))[1] == ("snapshot" if snapshot else "cold")
         assert host.quarantined == {}
+
+
+@on_loop
+async def test_processes_that_doze_on_a_gpu_go_when_it_has_no_room_for_what_they_keep_there(tmp_path: Path) -> None:
+    """Null models: 64 MiB each for the context, so 564 awake, of a budget of 972 MiB."""
+    host = StandInHost(gpu_bytes=1 << 30)
+    sizes = {"one": 500, "two": 500, "big": 850, "elsewhere": 100}
+    models = {name: FakeModel(name, weight_bytes=size << 20) for name, size in sizes.items()}
+    settings = {name: ModelConfig(device="cuda:1" if name == "elsewhere" else "cuda") for name in models}
+    config = configure(tmp_path, settings, memory="20GiB", sleep_memory=0.5)
+    async with run_node(config, host, models) as node:
+        told = Told(node)
+        for name in ("elsewhere", "one"):
+            await ask(node, model=name)
+            await node.sleep(name, keep=True)
+        await ask(node, model="two")  # one's context is no hindrance
+        assert [state(node, name) for name in ("elsewhere", "one", "two")] == ["dozing", "dozing", "ready"]
+        await ask(node, model="big")
+        assert [state(node, name) for name in ("elsewhere", "one", "two")] == ["dozing", "asleep", "asleep"]
+        assert sorted(told.evictions) == [("one", "process"), ("two", "model")]
+
+
+@on_loop
+async def test_weights_that_a_worker_could_write_to_are_told(tmp_path: Path) -> None:
+    host = StandInHost(worker_fault="writable")
+    async with run_node(dozy(tmp_path), host) as node:
+        told = Told(node)
+        await ask(node)
+        assert told.unprotected_starts == 1
+        await node.sleep("mouse", keep=True)
+        await ask(node)
+        assert told.unprotected_starts == 2
 
 
 @pytest.mark.parametrize("fault", ["resume", "resume-exit", "resume-garbage"])

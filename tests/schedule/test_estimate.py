@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 
@@ -134,3 +135,18 @@ def test_the_upper_quantile_and_the_errors_come_from_what_happened() -> None:
     assert (errors.count, errors.median) == (100, 0.0) and errors.p99 == pytest.approx(1 / 3)
     estimate = estimator.estimate(view.model("m"), "a", plan_of(view), view)
     assert estimate.p95 == pytest.approx(1.5 * estimate.mean)
+
+
+def test_what_was_learned_outlives_the_process() -> None:
+    view = view_with()
+    estimator = Estimator()
+    transfers = (Transferred("weights", ("disk",), 10 * GB, 5.0),)
+    for _ in range(3):
+        estimator.observe(
+            Observed("m", "transformers", "a", "snapshot", 6.0, transfers, (("process", 0.5), ("ready", 0.2)))
+        )
+    again = Estimator.restored(json.loads(json.dumps(estimator.saved())))
+    plan = plan_of(view)
+    one, other = (each.estimate(view.model("m"), "a", plan, view) for each in (estimator, again))
+    assert one == other and one.mean == pytest.approx(6.0)
+    assert again.return_seconds(view.model("m")) == 6.0

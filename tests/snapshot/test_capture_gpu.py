@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,9 @@ from tests.snapshot.attached import AttachedWorker
 from tests.snapshot.test_capture_restore import Host
 
 from dormouse.checkpoint.importer import import_model
+from dormouse.checkpoint.models import ImportedModel
 from dormouse.config import DataDir
-from dormouse.engine.messages import Sampling, TokensPrompt
+from dormouse.engine.messages import Load, Loaded, Sampling, TokensPrompt
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.store.store import Store
@@ -20,30 +20,63 @@ from dormouse.store.store import Store
 pytestmark = [pytest.mark.gpu, pytest.mark.root]
 
 
+QUESTION, GREEDY = TokensPrompt(ids=[5, 9, 13]), Sampling(max_tokens=8, temperature=0.0)
+
+
+def tiny_model(folder: Path) -> ImportedModel:
+    tiny_llama().save_pretrained(folder / "hub")
+    save_tokenizer(folder / "hub")
+    return import_model(str(folder / "hub"), "tiny", DataDir(folder), progress=lambda _step, _done, _total: None)
+
+
+def awake(host: Host, model: ImportedModel, device: str) -> tuple[messages.Started, AttachedWorker]:
+    """A fresh worker with the model."""
+    request = messages.StartWorker(call=1, log_path=str(host.log), checkpoint=model.checkpoint, device=device)
+    started, fds = host.service.answer(request)
+    assert isinstance(started, messages.Started)
+    worker = host.attach(started, fds, fresh=True)
+    worker.send(Load(engine="transformers", path=str(model.path), device=device))
+    print(worker.expect(Loaded).phases.seconds())
+    return started, worker
+
+
 @pytest.mark.timeout(120)
 def test_a_gpu_worker_wakes_with_the_same_answer(criu: Criu, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU")
-    tiny_llama().save_pretrained(tmp_path / "hub")
-    save_tokenizer(tmp_path / "hub")
-    model = import_model(str(tmp_path / "hub"), "tiny", DataDir(tmp_path), progress=lambda _step, _done, _total: None)
-    question, greedy = TokensPrompt(ids=[5, 9, 13]), Sampling(max_tokens=8, temperature=0.0)
+    model = tiny_model(tmp_path)
     with Store.open(tmp_path / "store") as store:
-        host = Host(store, criu, tmp_path / "log")
+        host = Host(store, criu, tmp_path / "log", tmp_path)
         try:
-            started, (control,) = host.service.answer(messages.StartWorker(call=1, log_path=str(host.log)))
-            assert isinstance(started, messages.Started)
-            host.cells.append(started.cell_id)
-            worker = AttachedWorker(socket.socket(fileno=control), host.log, fresh=True)
-            host.workers.append(worker)
-            worker.load(model.path, device="cuda:0")
-            before = worker.ask(question, greedy).token_ids
+            started, worker = awake(host, model, "cuda:0")
+            before = worker.ask(QUESTION, GREEDY).token_ids
             worker.quiesce()
             captured = host.capture(started)
-            assert {"cuda lock", "cuda checkpoint"} <= captured.phases.keys()
-            restored, woken = host.restore(captured.snapshot_id)
-            print(captured.phases, restored.phases, sep="\n")
-            assert woken.ask(question, greedy).token_ids == before
+            assert {"cuda lock", "cuda checkpoint"} <= captured.phases.seconds().keys()
+            restored, woken = host.restore(captured.snapshot_id, checkpoint=model.checkpoint or "", device="cuda:0")
+            print(captured.phases.seconds(), restored.phases.seconds(), sep="\n")
+            assert woken.ask(QUESTION, GREEDY).token_ids == before
+        finally:
+            host.close()
+
+
+@pytest.mark.timeout(180)
+def test_a_gpu_worker_wakes_on_another_gpu(criu: Criu, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = tiny_model(tmp_path)
+    with Store.open(tmp_path / "store") as store:
+        host = Host(store, criu, tmp_path / "log", tmp_path)
+        try:
+            started, worker = awake(host, model, "cuda:0")
+            before = worker.ask(QUESTION, GREEDY).token_ids
+            for device in ("cuda:1", "cuda:0"):
+                worker.quiesce()
+                captured = host.capture(started)
+                started, worker = host.restore(captured.snapshot_id, checkpoint=model.checkpoint or "", device=device)
+                print(device, started.phases.seconds())
+                assert worker.ask(QUESTION, GREEDY).token_ids == before
         finally:
             host.close()

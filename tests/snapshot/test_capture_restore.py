@@ -8,10 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.snapshot.attached import AttachedWorker
@@ -19,6 +19,8 @@ from tests.snapshot.conftest import make_null_model
 
 from dormouse.checkpoint.loader import Loader, loader_command
 from dormouse.config import DataDir
+from dormouse.engine.frames import pack_frame
+from dormouse.engine.messages import Segments
 from dormouse.errors import (
     DamagedError,
     DiskFullError,
@@ -31,7 +33,9 @@ from dormouse.errors import (
 from dormouse.snapshot import service_main
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import capture
+from dormouse.snapshot.cell import Cell, Spawned
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.hands import NO_HANDS
 from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.service_main import Service, rotate_log, worker_environment
 from dormouse.store.store import Store
@@ -44,12 +48,15 @@ COMMITTED = ("manifest named", "index written")
 
 
 class Host:
-    """The service's calls, made directly."""
+    """The service's calls, made directly. With the `data` folder that the store is in there is a real loader, which
+    runs once something is on a GPU."""
 
-    def __init__(self, store: Store, criu: Criu, log: Path) -> None:
-        loader = Loader(loader_command(store.root.parent, 0))  # started when a GPU is wanted
+    def __init__(self, store: Store, criu: Criu, log: Path, data: Path | None = None) -> None:
+        self._loader = Loader(loader_command(data or log.parent, 0))
         digests = DigestCache(log.parent / "digests")
-        self.service = Service(store, criu, digests, log.parent / "criu", keep_bytes=0, loader=loader)
+        self.service = Service(
+            *(store, criu, digests, log.parent / "criu"), keep_bytes=0, loader=self._loader, hands=NO_HANDS
+        )
         self.log = log
         self.cells: list[str] = []
         self.workers: list[AttachedWorker] = []
@@ -57,7 +64,7 @@ class Host:
     def start(self, model: Path) -> tuple[messages.Started, AttachedWorker]:
         started, fds = self.service.answer(messages.StartWorker(call=1, log_path=str(self.log)))
         assert isinstance(started, messages.Started)
-        worker = self._attach(started, fds, fresh=True)
+        worker = self.attach(started, fds, fresh=True)
         worker.load(model, engine="null")
         return started, worker
 
@@ -67,19 +74,27 @@ class Host:
         assert isinstance(captured, messages.Captured)
         return captured
 
-    def restore(self, snapshot_id: str, key: dict[str, str] = KEY) -> tuple[messages.Started, AttachedWorker]:
-        request = messages.RestoreSnapshot(call=3, snapshot_id=snapshot_id, key=key)
+    def restore(
+        self, snapshot_id: str, key: dict[str, str] = KEY, **weights: str
+    ) -> tuple[messages.Started, AttachedWorker]:
+        """`weights`: checkpoint and device."""
+        request = messages.RestoreSnapshot(call=3, snapshot_id=snapshot_id, key=key, **weights)
         started, fds = self.service.answer(request)
         assert isinstance(started, messages.Started)
-        worker = self._attach(started, fds, fresh=False)
+        worker = self.attach(started, fds, fresh=False)
         worker.resume()
         return started, worker
 
-    def _attach(self, started: messages.Started, fds: list[int], *, fresh: bool) -> AttachedWorker:
+    def attach(self, started: messages.Started, fds: list[int], *, fresh: bool) -> AttachedWorker:
         self.cells.append(started.cell_id)
-        (control,) = fds
+        control, *of_segments = fds
         worker = AttachedWorker(socket.socket(fileno=control), self.log, fresh=fresh)
         self.workers.append(worker)
+        if started.segments:
+            frame = pack_frame(Segments(segments=started.segments))
+            socket.send_fds(worker.socket, [frame], of_segments)
+            for descriptor in of_segments:
+                os.close(descriptor)
         return worker
 
     def stop(self, started: messages.Started) -> None:
@@ -91,6 +106,7 @@ class Host:
         for worker in self.workers:
             worker.close()
         self.service.close()
+        self._loader.close()
 
 
 @pytest.fixture
@@ -254,7 +270,7 @@ def test_kill_9_of_criu_in_a_restore_is_a_clear_error_and_leaves_nothing(host: H
     worker.quiesce()
     captured = host.capture(started)
     before = our_processes()
-    error = killed_in("criu restore", 0, lambda: host.restore(captured.snapshot_id))
+    error = killed_in("criu restore", 0.02, lambda: host.restore(captured.snapshot_id))
     assert isinstance(error, HostError), "it says nothing about the snapshot"
     assert "killed by SIGKILL" in error.message
     assert our_processes() == before
@@ -307,7 +323,7 @@ def test_a_criu_that_hangs_is_given_up_in_time(
     before = our_processes()
     monkeypatch.setattr(service_main, "_CRIU_TIMEOUT", 2.0)
     call = {"dump": lambda: host.capture(started), "restore": lambda: host.restore(snapshot_id)}[verb]
-    error = killed_in(f"criu {verb}", 0, call, signal.SIGSTOP)
+    error = killed_in(f"criu {verb}", 0.02, call, signal.SIGSTOP)
     assert "did not end within 2 s" in error.message
     monkeypatch.undo()
     if verb == "dump":
@@ -321,25 +337,25 @@ def test_a_criu_that_hangs_is_given_up_in_time(
 def killed_in(
     words: str, delay: float, call: Callable[[], object], how: signal.Signals = signal.SIGKILL
 ) -> DormouseError:
-    """The error of a call whose CRIU is killed (or stopped) so many seconds after it has appeared."""
-    errors: list[DormouseError] = []
+    """The error of a call whose CRIU is killed (or stopped) so many seconds after its start."""
+    spawn = Cell.spawn
 
-    def run() -> None:
-        try:
+    def spawn_and_kill(cell: Cell, command: list[str], **options: Any) -> Spawned:
+        spawned = spawn(cell, command, **options)
+        if words in " ".join(command):
+            first = cell.outer_pid(spawned.pid)
+            time.sleep(delay)
+            os.kill(first, how)  # at once: it does not end while the others are looked for
+            for pid in criu_pids(words):
+                with contextlib.suppress(ProcessLookupError):  # one of several may have been short-lived
+                    os.kill(pid, how)
+        return spawned
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cell, "spawn", spawn_and_kill)
+        with pytest.raises(DormouseError) as caught:
             call()
-        except DormouseError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    gone_within(20, lambda: bool(criu_pids(words)))
-    time.sleep(delay)
-    for pid in criu_pids(words):
-        with contextlib.suppress(ProcessLookupError):  # one of several may have been short-lived
-            os.kill(pid, how)
-    thread.join()
-    assert len(errors) == 1, "it was through before the kill"
-    return errors[0]
+    return caught.value
 
 
 def criu_pids(words: str) -> list[int]:

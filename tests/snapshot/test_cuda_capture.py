@@ -162,11 +162,11 @@ def test_gpu_state_is_in_memory_when_criu_dumps_and_comes_back_before_any_other_
     def watch(call: str, pid: int) -> None:
         if call in ("restore", "unlock"):
             states = {tid: state_of(pid, tid) for tid in thread_ids(pid)}
-            free = [tid for tid, state in states.items() if state != "t"]
-            before = ticks(pid) - sum_of(pid, free)
+            held = [tid for tid, state in states.items() if state == "t"]
+            before = sum_of(pid, held)
             time.sleep(0.1)
-            assert ticks(pid) - sum_of(pid, free) == before
-            seen.append((call, set(states.values()), len(free)))
+            assert sum_of(pid, held) == before
+            seen.append((call, set(states.values()), len(states) - len(held)))
 
     host.driver = FakeDriver(first="checkpointed")
     host.driver.watch = watch
@@ -213,6 +213,17 @@ def test_after_a_failure_in_the_middle_all_runs_on_with_its_gpu_state(
     assert [verb for verb, _pid in host.driver.calls if verb != "state"][-2:] == ["restore", "unlock"]
     assert_runs(tree.home.processes())
     assert host.store.manifests(kind=PROCESS_KIND) == []
+
+
+def test_a_device_file_that_the_driver_leaves_open_is_named_and_all_runs_on(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = host.start()
+    monkeypatch.setattr("dormouse.snapshot.cuda_checkpoint.devices", lambda _pid: {"/dev/nvidiactl"})
+    with pytest.raises(SnapshotError, match="still has /dev/nvidiactl open"):
+        host.capture(tree)
+    assert set(host.driver.states.values()) == {"running"}
+    assert_runs(tree.home.processes())
 
 
 def test_a_refusal_by_the_driver_is_told_and_nothing_was_stopped(host: Host) -> None:

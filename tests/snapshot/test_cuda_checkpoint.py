@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -304,10 +305,29 @@ def used(*uuids: str, of: str) -> CudaState:
         (used("a", of="ab"), "ab", "a", {}),
         (used(of="a"), "b", "", {"a": "b"}),
         (used(of=""), "", "", {}),
+        (used(of=""), "", "a", {}),
+        (used("b", "a", of="ab"), "ab", "a", {"b": "a", "a": "b"}),
+        (used("b", "a", of="ab"), "ab", "b", {}),
+        (used("a", of="abc"), "abc", "c", {"a": "c", "b": "b", "c": "a"}),
     ],
 )
 def test_each_gpu_goes_to_one_of_its_own(state: CudaState, here: str, wanted: str, pairs: dict[str, str]) -> None:
     assert gpu_pairs(state, list(here), list(wanted)) == pairs
+
+
+def test_a_gpu_that_is_not_there_does_not_fit() -> None:
+    with pytest.raises(IncompatibleError, match="there is no GPU c"):
+        gpu_pairs(used("a", of="ab"), ["a", "b"], ["c"])
+
+
+def test_the_gpu_a_worker_computes_on_comes_first(tmp_path: Path) -> None:
+    for minor, uuid in enumerate(("GPU-a", "GPU-b")):
+        folder = tmp_path / "gpus" / uuid
+        folder.mkdir(parents=True)
+        (folder / "information").write_text(f"Model: H200\nGPU UUID: {uuid}\nDevice Minor: {minor}\n")
+    found = {os.getpid(): threading.get_native_id()}
+    for wanted, expected in (("GPU-b", ["GPU-b"]), (None, []), ("GPU-c", [])):
+        assert cuda_state(found, tmp_path, computes_on=wanted).processes[0].gpus == expected
 
 
 def test_too_few_gpus_do_not_fit() -> None:

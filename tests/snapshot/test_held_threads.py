@@ -224,6 +224,20 @@ def test_when_the_tracer_is_killed_nothing_stays_stopped(counters: Counters, die
         assert counters.running() == [True] * 6
 
 
+def test_whatever_goes_wrong_threads_are_not_taken_for_held(
+    counters: Counters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_pid: int) -> list[int]:
+        raise ValueError("what nobody thought of")
+
+    monkeypatch.setattr("dormouse.snapshot.held_threads.thread_ids", fails)
+    entered = False
+    with pytest.raises(SnapshotError, match="nobody thought of"):
+        with held_threads({counters.pid: counters.pid}, timeout=5):
+            entered = True
+    assert not entered
+
+
 def test_threads_are_found_by_their_ids() -> None:
     me = os.getpid()
     assert me in thread_ids(me) and inner_id(me, me) == me

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from dormouse.errors import DamagedError
 from dormouse.snapshot import criu_images, memory_map
 from dormouse.snapshot.criu_images import PAGE, Mapping, PagemapParser, Run, Task, encode_pagemap, parse_pagemap
-from dormouse.snapshot.memory_capture import address_space, process_of, store_span, store_window
+from dormouse.snapshot.memory_capture import address_space, process_of
 from dormouse.snapshot.memory_map import PAGES, WIDE, WINDOW, AddressSpace, Piece, Span, Spans, Window, mask_bytes
 from dormouse.snapshot.memory_restore import fill_plan
+from dormouse.snapshot.window_store import store_span, store_window
 from dormouse.store.chunk import Buffer, Digest, digest_of
 
 masks = st.one_of(

@@ -20,6 +20,7 @@ from dormouse.snapshot.capture import CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.hands import NO_HANDS, Hands
 from dormouse.snapshot.images import SnapshotBody, decode_body
 from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.memory_capture import ParentMemory
@@ -93,16 +94,17 @@ def start(folder: Path, how: str) -> ProcessTree:
     return ProcessTree(cell, spawned.pid)
 
 
-def captured(tree: ProcessTree, store: Store, criu: Criu) -> CaptureResult:
+def captured(tree: ProcessTree, store: Store, criu: Criu, hands: Hands = NO_HANDS) -> CaptureResult:
     return capture(
         *(tree, store, criu),
         **{"kind": "process", "name": "p", "key": {}, "now": time.time, "timeout": 60, "still_wanted": lambda: True},
         digests=DigestCache(Path("/nowhere/digests")),
         folders=store._layout.root.parent / "run" / "criu",
+        hands=hands,
     )
 
 
-def restored(snapshot_id: str, store: Store, criu: Criu, *, fill: bool) -> Restored:
+def restored(snapshot_id: str, store: Store, criu: Criu, *, fill: bool, hands: Hands = NO_HANDS) -> Restored:
     """Restored, and stopped before it can do much."""
     made = restore(
         snapshot_id,
@@ -113,6 +115,7 @@ def restored(snapshot_id: str, store: Store, criu: Criu, *, fill: bool) -> Resto
         timeout=60,
         inherit=(),
         fill=fill,
+        hands=hands,
         digests=DigestCache(Path("/nowhere/digests")),
         folders=store._layout.root.parent / "run" / "criu",
     )
@@ -339,7 +342,7 @@ def test_a_parent_whose_chunks_have_another_length_is_not_used(store: Store) -> 
 
 
 LARGE_PROGRAM = """
-import ctypes, os, random, sys, time
+import ctypes, os, sys, time
 MIB = 1 << 20
 libc = ctypes.CDLL(None)
 libc.mmap.restype = ctypes.c_void_p
@@ -348,7 +351,10 @@ at = libc.mmap(None, 72 * MIB, 3, 0x22, -1, 0)
 def put(offset, content): ctypes.memmove(at + offset, content, len(content))
 put(0, os.urandom(30 * MIB))
 put(30 * MIB, b"the dormouse sleeps " * (10 * MIB // 20))
-put(40 * MIB, b"".join(os.urandom(1) + random.choice([b"\\x3c", b"\\xbc", b"\\x3d", b"\\x3b"]) for _ in range(8 * MIB)))
+numbers = bytearray(16 * MIB)
+numbers[::2] = os.urandom(8 * MIB)
+numbers[1::2] = os.urandom(8 * MIB).translate(b"\\x3c\\xbc\\x3d\\x3b" * 64)
+put(40 * MIB, bytes(numbers))
 put(56 * MIB, b"\\1" + bytes(16 * MIB - 1))
 for i in range(0, 30 * MIB, 3 * MIB): ctypes.memset(at + i, 0, 5000)
 open(sys.argv[1], "w").write(str(at))

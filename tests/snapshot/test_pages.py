@@ -21,9 +21,10 @@ from dormouse.snapshot import pages as pages_module
 from dormouse.snapshot.criu_images import PAGE, Mapping
 from dormouse.snapshot.images import decode_body
 from dormouse.snapshot.import_images import import_images
-from dormouse.snapshot.memory_capture import address_space, store_window
+from dormouse.snapshot.memory_capture import address_space
 from dormouse.snapshot.memory_map import WINDOW, squeeze
 from dormouse.snapshot.pages import ProcessMap, extents, hex_lines, read, usage
+from dormouse.snapshot.window_store import store_window
 from dormouse.store.chunk import Buffer, Digest, digest_of
 from dormouse.store.reader import Reader
 from dormouse.store.store import Store

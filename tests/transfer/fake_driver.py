@@ -21,10 +21,12 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class FakeDriver:
-    """`limit`: bytes that this process may create; `calls` names all that was asked for, in order."""
+    """`limit`: bytes that this process may create; `protects`: whether it maps for reading alone; `calls` names all
+    that was asked for, in order."""
 
     def __init__(self, *, limit: int = 1 << 40) -> None:
         self.limit = limit
+        self.protects = True
         self.calls: list[str] = []
         self.reserved: dict[int, int] = {}
         self.mapped: dict[int, tuple[int, int]] = {}  # address -> size, memory
@@ -100,15 +102,17 @@ class FakeDriver:
             assert address not in self.mapped and self.reserved.pop(address) == size
             _libc.munmap(address, size)
 
-    def map(self, address: int, size: int, memory: int, ordinal: int) -> None:
+    def map(self, address: int, size: int, memory: int, ordinal: int, *, read_only: bool = False) -> bool:
         self.calls.append("map")
         with self._lock:
             assert size == self.reserved[address] <= os.fstat(self._memory[memory]).st_size
             if address in self.mapped:
                 raise HostError("it is mapped: the GPU driver answers CUDA_ERROR_INVALID_VALUE")
-            _mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _FIXED, self._memory[memory])
+            writing = 0 if read_only and self.protects else mmap.PROT_WRITE
+            _mmap(address, size, mmap.PROT_READ | writing, mmap.MAP_SHARED | _FIXED, self._memory[memory])
             self.mapped[address] = size, memory
             self._held[memory] += 1
+            return self.protects or not read_only
 
     def unmap(self, address: int, size: int) -> None:
         self.calls.append("unmap")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -21,14 +21,15 @@ import torch
 from dormouse.checkpoint.loader_messages import GpuMemory
 from dormouse.checkpoint.pool import SegmentPool
 from dormouse.checkpoint.tensors import decode_body
-from dormouse.errors import DormouseError, StoreError
+from dormouse.errors import DormouseError, HostError, StoreError
+from dormouse.store.codec import FLOATS
 from dormouse.store.key import Key
 from dormouse.store.store import Manifest, Store
 from dormouse.transfer import load_device as load_device_module
 from dormouse.transfer.cuda_driver import Cuda, Driver, ordinal_of
 from dormouse.transfer.device_segment import DeviceSegment
 from dormouse.transfer.dram import DramTier, HoldReport
-from dormouse.transfer.gpus import have_kernels
+from dormouse.transfer.gpus import have_kernels, translated
 from dormouse.transfer.handles import SegmentHandle
 from dormouse.transfer.plan import LoadPlan
 from dormouse.transfer.prepared import Prepared, prepare
@@ -70,10 +71,13 @@ class Gpus(Protocol):
 
 
 class CudaGpus:
-    """Those of NVIDIA, through torch."""
+    """Those of NVIDIA, through torch. `broken` is called when a GPU has failed in a way that this process can't go on
+    from: all further calls of CUDA would fail, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, broken: Callable[[], None] = lambda: None) -> None:
         self.driver: Driver = Cuda()
+        self._broken = broken
+        self._warmed: set[int] = set()
 
     @property
     def have_kernels(self) -> bool:
@@ -81,7 +85,11 @@ class CudaGpus:
 
     def warm(self, ordinal: int) -> None:
         self.driver.device(ordinal)
-        torch.zeros(1, device=torch.device("cuda", ordinal))
+        device = torch.device("cuda", ordinal)
+        torch.zeros(1, device=device)
+        if ordinal not in self._warmed and have_kernels():
+            self._warmed.add(ordinal)
+            threading.Thread(target=_warm_kernels, args=(device,), name="warm kernels", daemon=True).start()
 
     def tensor(self, segment: DeviceSegment) -> torch.Tensor:
         return segment.tensor()
@@ -101,7 +109,30 @@ class CudaGpus:
                 plan, [target], key=key, cancelled=cancelled, tier=tier, prepared=prepared
             )
         finally:  # zeros that were asked for before, when nothing was loaded after them
-            torch.cuda.current_stream(target.device).synchronize()
+            self._settle(target.device)
+
+    def _settle(self, device: torch.device) -> None:
+        try:
+            with translated():
+                torch.cuda.current_stream(device).synchronize()
+        except HostError:
+            self._broken()
+            raise
+
+
+def _warm_kernels(device: torch.device) -> None:
+    """Compile, or load, what checks and decodes, which else the first load would wait for. Beside all else: nobody
+    waits for this, and a load that comes earlier does it itself."""
+    try:
+        from dormouse.transfer.blake3_kernel import SignatureCheck
+        from dormouse.transfer.float_kernels import FloatDecoder
+
+        with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+            FloatDecoder(device).warm(FLOATS)
+            SignatureCheck(device, bytes(32)).warm()
+            torch.cuda.current_stream(device).synchronize()
+    except Exception:
+        log.exception("the kernels for %s could not be made ready; the first load will tell", device)
 
 
 class DeviceBlocks:
@@ -234,10 +265,11 @@ def _size(manifest: Manifest) -> int:
 
 def _line(name: str, report: LoadReport) -> str:
     rate = report.plain_bytes / max(report.seconds, 1e-9) / 1e9
+    reached = ", ".join(f"{step} at {seconds * 1e3:.1f} ms" for step, seconds in report.reached.items())
     return (
         f"{name}: {report.plain_bytes} bytes on the GPU in {report.seconds:.3f} s ({rate:.1f} GB/s),"
         f" {report.tier_bytes} stored bytes from the DRAM tier, {report.direct_bytes} from the disk,"
-        f" {report.cached_bytes} through the page cache, decoded on the {report.decoded_on}"
+        f" {report.cached_bytes} through the page cache, decoded on the {report.decoded_on} ({reached})"
     )
 
 

@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from typing import Self
 from dormouse import errors
 from dormouse.checkpoint import loader_messages as messages
 from dormouse.errors import DormouseError, HostError
+from dormouse.transfer.cuda_driver import ordinal_of
 from dormouse.transfer.handles import SegmentHandle, adopt
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,11 @@ START_SECONDS = 120.0
 CALL_SECONDS = 60.0
 HOLD_SECONDS = 600.0
 _END_SECONDS = 10.0
+_SEND_SECONDS = 30
+"""A loader that reads no requests for so long has stopped."""
+
+_KILLED = "does not end; it is killed"
+_STUCK = "does not even end when it is killed; see the kernel's log (NVRM)"
 
 _Answer = tuple[messages.Reply, list[int]]
 
@@ -105,12 +112,20 @@ class Loader:
 
     def memory_of(self, device: str) -> int:
         """The bytes that a GPU has in all. Raises HostError."""
+        return self._gpu(device).total
+
+    def uuid_of(self, device: str) -> str:
+        """What a GPU is called in every process. Raises HostError."""
+        return self._gpu(device).uuid
+
+    def _gpu(self, device: str) -> messages.GpuMemory:
         self.warm(device)
         told = self.describe()
-        found = {gpu.device: gpu.total for gpu in told.gpus} if told is not None else {}
-        if device not in found:
-            raise HostError(f"the loader knows nothing of {device}", remedy="Try again; see the node's log")
-        return found[device]
+        name = f"cuda:{ordinal_of(device)}"
+        found = {gpu.device: gpu for gpu in told.gpus} if told is not None else {}
+        if name not in found:
+            raise HostError(f"the loader knows nothing of {name}", remedy="Try again; see the node's log")
+        return found[name]
 
     def describe(self) -> messages.Statistics | None:
         """Figures of a loader that runs. Raises HostError."""
@@ -165,6 +180,7 @@ class _Process:
     @classmethod
     def start(cls, command: Sequence[str]) -> Self:
         own, childs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _SEND_SECONDS, 0))
         try:
             with childs:
                 child = subprocess.Popen(
@@ -209,12 +225,7 @@ class _Process:
         """End the process and wait for it."""
         self._expected = True
         self._end(why)
-        try:
-            self._child.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            log.error("the loader does not end; it is killed")
-            self._child.kill()
-            self._child.wait(_END_SECONDS)
+        self._reap()
 
     def _answered(self, answer: Future[_Answer], seconds: float) -> _Answer:
         try:
@@ -222,6 +233,8 @@ class _Process:
         except TimeoutError as error:
             self._child.kill()
             self._end(f"it did not answer within {seconds:.0f} s and was killed")
+            if answer.done() and answer.exception() is None:  # it came at the last moment
+                _close(answer.result()[1])
             raise _has_ended(self.ended) from error
         if isinstance(reply, messages.Refused):
             raise errors.of_kind(reply.kind, reply.message, reply.remedy)
@@ -251,22 +264,33 @@ class _Process:
 
     def _bury(self) -> None:
         """Tell how it ended."""
-        try:
-            log.error("the loader has died, status %d", self._child.wait(_END_SECONDS))
-        except subprocess.TimeoutExpired:
-            log.error("the loader has closed its socket and does not end; it is killed")
-            self._child.kill()
-            self._child.wait()
+        status = self._reap()
+        if status is not None:
+            log.error("the loader has died, status %d", status)
+
+    def _reap(self) -> int | None:
+        """Its exit status, once it has ended, by itself or killed; None when not even that ends it: the driver holds
+        it, and with it the memory of the GPUs."""
+        for last in (False, True):
+            try:
+                return self._child.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                log.error("the loader (process %d) %s", self._child.pid, _STUCK if last else _KILLED)
+                self._child.kill()
+        return None
 
     def _hand_out(self, packet: bytes, descriptors: list[int], _flags: int, _address: object) -> bool:
         if not packet:
             return False
-        reply = messages.decode_reply(packet)
+        try:
+            reply = messages.decode_reply(packet)
+        except BaseException:
+            _close(descriptors)
+            raise
         with self._lock:
             answer = self._pending.pop(reply.call, None)
         if answer is None:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            _close(descriptors)
         else:
             answer.set_result((reply, descriptors))
         return True
@@ -282,6 +306,11 @@ class _Process:
         self._sock.close()
         for answer in pending:
             answer.set_exception(_has_ended(why))
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _has_ended(why: str | None) -> HostError:

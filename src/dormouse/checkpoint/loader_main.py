@@ -101,9 +101,16 @@ def make_blocks(data_dir: Path, tier_bytes: int) -> DeviceBlocks:
         ) from error
     from dormouse.store.store import Store
 
-    gpus = CudaGpus()
+    gpus = CudaGpus(broken=_give_up)
     tier = DramTier(tier_bytes, pin=True) if tier_bytes else None
     return DeviceBlocks(Store.open(data_dir / "store"), gpus, tier)
+
+
+def _give_up() -> None:
+    """End at once: a CUDA context that has failed stays so, and the next need starts a new loader. What workers have
+    mapped stays theirs; who waits for weights sees its pipe end."""
+    log.critical("a GPU has failed in this process; the loader ends, the next need starts a new one")
+    os._exit(1)
 
 
 def run(sock: socket.socket, data_dir: Path, tier_bytes: int) -> None:

@@ -69,6 +69,10 @@ class SegmentArena(Protocol):
     def device_bytes(self) -> int:
         """What is taken of a GPU while all is mapped."""
 
+    @property
+    def writable(self) -> bool:
+        """Whether a stray write could reach the weights, which others share."""
+
     def map(self, handles: Sequence[SegmentHandle]) -> None:
         """Put segments behind the addresses, which are taken the first time, and close the handles."""
 
@@ -122,6 +126,11 @@ class Arena:
     def device_bytes(self) -> int:
         """Nothing: it is the machine's memory."""
         return 0
+
+    @property
+    def writable(self) -> bool:
+        """Never: mappings of this machine's memory are for reading."""
+        return False
 
     def map(self, handles: Sequence[SegmentHandle]) -> None:
         """Put segments behind the slots, reserving these the first time, and close the handles.

@@ -17,7 +17,9 @@ How a computation is captured is the caller's (`Capture`), so that padding and b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -222,11 +224,28 @@ def cuda_capture(stream: torch.cuda.Stream, pool: torch.cuda.MemPool) -> Capture
             stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         # "relaxed": what the pool asks of the driver meanwhile is none of the capture's business.
-        with torch.cuda.graph(graph, pool=pool.id, stream=stream, capture_error_mode="relaxed"):  # type: ignore[arg-type]
+        with (
+            nothing_collected(),
+            torch.cuda.graph(graph, pool=pool.id, stream=stream, capture_error_mode="relaxed"),  # type: ignore[arg-type]
+        ):
             result = compute()
         return _Replay(graph, pool), result
 
     return capture
+
+
+@contextlib.contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Within, no garbage is collected: a pool of memory among it would go, and torch ends the process when one goes
+    during a capture. What is garbage already waits, too: to collect it first would cost a worker, which has imported a
+    million objects, half a second per graph."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Replay:

@@ -6,8 +6,9 @@
 
 So pointers stay valid from one sleep to the next, captured CUDA graphs with them, and while nothing is mapped the
 process holds no memory of the GPU but its context's. After map() scratch has any content: whoever keeps something in it
-(KV cache, graph pools, activations) writes before it reads. Weights are shared with other workers and must not be
-written to; the driver does not keep anybody from it.
+(KV cache, graph pools, activations) writes before it reads. Weights are shared with other workers and mapped for
+reading alone: a stray write ends this process's CUDA context. Where a driver can't do that they can be written to,
+which is logged and told to the node (`writable`).
 
 `scratch_pool` makes torch put tensors there. Torch calls back for whole blocks (2 MiB and more) and keeps them cached;
 it holds a lock of its own meanwhile, and the callback needs the interpreter's: so only one thread may use CUDA tensors
@@ -62,6 +63,7 @@ class DeviceArena:
         self._slots: list[DeviceWeights] = []
         self._scratch: dict[int, int] = {}  # address -> size, in the order in which it was asked for
         self._mapped = True
+        self._writable = False
         self._reports: list[int] = []
         self._lock = threading.RLock()
         self._pool: torch.cuda.MemPool | None = None
@@ -75,6 +77,11 @@ class DeviceArena:
     def mapped(self) -> bool:
         """Whether something is behind the addresses. With no weights, scratch is there from the beginning."""
         return self._mapped
+
+    @property
+    def writable(self) -> bool:
+        """Whether this worker could write to the weights, because the driver does not map for reading alone."""
+        return self._writable
 
     @property
     def device_bytes(self) -> int:
@@ -97,8 +104,11 @@ class DeviceArena:
         try:
             with self._lock, contextlib.ExitStack() as undo:
                 self._reserve_slots(handles)
+                self._writable = False
                 for slot, handle in zip(self._slots, handles, strict=True):
-                    self._put(slot.address, self._rounded(slot.size), self._driver.adopt(handle.memory, self._ordinal))
+                    memory = self._driver.adopt(handle.memory, self._ordinal)
+                    if not self._put(slot.address, self._rounded(slot.size), memory, read_only=True):
+                        self._writable = True
                     undo.callback(self._driver.unmap, slot.address, self._rounded(slot.size))
                 if not self._mapped:
                     for address, size in self._scratch.items():
@@ -222,10 +232,10 @@ class DeviceArena:
     def _new(self, size: int) -> int:
         return self._driver.create(size, self._ordinal, shared=False)
 
-    def _put(self, address: int, size: int, memory: int) -> None:
-        """Map memory that only the mapping keeps from now on."""
+    def _put(self, address: int, size: int, memory: int, *, read_only: bool = False) -> bool:
+        """Map memory that only the mapping keeps from now on; whether it is as asked for."""
         try:
-            self._driver.map(address, size, memory, self._ordinal)
+            return self._driver.map(address, size, memory, self._ordinal, read_only=read_only)
         finally:
             self._driver.release(memory)
 

@@ -177,12 +177,13 @@ class Prepared(_Message, frozen=True, tag="prepared"):
 
 class Loaded(_Message, frozen=True, tag="loaded"):
     """The model is ready. `context` is the longest prompt + answer in tokens; `phases` are its steps; `device_bytes` is
-    what it takes of a GPU while it is awake, weights included."""
+    what it takes of a GPU while it is awake, weights included; `writable`: the driver does not protect the weights."""
 
     context: int
     kv_tokens: int
     phases: Phases
     device_bytes: int = 0
+    writable: bool = False
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -234,10 +235,11 @@ class Quiesced(_Message, frozen=True, tag="quiesced"):
 
 
 class Resumed(_Message, frozen=True, tag="resumed"):
-    """Running again. `phases` are its steps, `device_bytes` as in `Loaded`."""
+    """Running again. `phases` are its steps, `device_bytes` and `writable` as in `Loaded`."""
 
     phases: Phases
     device_bytes: int = 0
+    writable: bool = False
 
 
 class WorkerError(_Message, frozen=True, tag="worker_error"):

@@ -252,7 +252,7 @@ class Worker:
             loaded = engine.load(spec, arena, self._emit)
         _await_weights(arena, loaded.phases)
         self._engine = engine
-        self._send(msgspec.structs.replace(loaded, device_bytes=arena.device_bytes))
+        self._send(msgspec.structs.replace(loaded, device_bytes=arena.device_bytes, writable=arena.writable))
 
     def _fitting_engine(self, spec: Load) -> Engine:
         if self._prepared is None:
@@ -311,7 +311,10 @@ class Worker:
             with phases.time("engine"):
                 self._engine.resume()
         self._parked = False
-        self._send(Resumed(phases=phases, device_bytes=self._arena.device_bytes if self._arena is not None else 0))
+        if self._arena is None:
+            self._send(Resumed(phases=phases))
+            return
+        self._send(Resumed(phases=phases, device_bytes=self._arena.device_bytes, writable=self._arena.writable))
 
     def _wake_arena(self, phases: Phases) -> None:
         assert self._arena is not None

@@ -73,6 +73,12 @@ class Metrics:
             ("model", "reason"),
             registry=registry,
         )
+        self._unprotected = Counter(
+            "dormouse_unprotected_weights",
+            "Starts of workers that could write to shared weights, because the GPU's driver does not protect them.",
+            ("model",),
+            registry=registry,
+        )
         self._evictions = Counter(
             "dormouse_evictions",
             "What was let go of to make room: weights, process (it dozed) or model (it was ready).",
@@ -129,6 +135,9 @@ class Metrics:
 
     def capture_failed(self, model: str, error: DormouseError) -> None:
         self._captures.labels(model, error.code).inc()
+
+    def unprotected(self, model: str) -> None:
+        self._unprotected.labels(model).inc()
 
     def evicted(self, model: str, what: Evicted) -> None:
         self._evictions.labels(model, what).inc()

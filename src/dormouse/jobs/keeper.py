@@ -139,7 +139,7 @@ class Keeper:
     ) -> None:
         """Bring `count` replicas back, or none: raises the first error, or GivenUp when a signal ends it before."""
         self._catch_signals()
-        tools, cells = Tools.find(self._data_dir, timeout), Cells()
+        cells = Cells()
         ended_by: list[signal.Signals] = []
 
         def give_up(number: signal.Signals) -> None:
@@ -147,7 +147,11 @@ class Keeper:
                 ended_by.append(number)
                 cells.give_up()
 
-        with Store.open(self._data_dir.store) as store, ThreadPoolExecutor(_RESTORES_AT_ONCE) as pool:
+        with (
+            Tools.find(self._data_dir, timeout) as tools,
+            Store.open(self._data_dir.store) as store,
+            ThreadPoolExecutor(_RESTORES_AT_ONCE) as pool,
+        ):
             calls = [
                 pool.submit(stored.restore, number, self.record, store, tools, cells, gpus)
                 for number in range(1, count + 1)
@@ -327,14 +331,13 @@ class Keeper:
         try:
             if replica.number in self._codes:
                 raise SnapshotError(f"job {self.record.name} has just ended")
-            tools = Tools.find(self._data_dir, request.timeout)
             options = CaptureOptions(
                 leave_running=request.leave_running,
                 close_connections=request.close_connections,
                 hook_timeout=request.hook_timeout,
                 still_wanted=still_there,
             )
-            with Store.open(self._data_dir.store) as store:
+            with Tools.find(self._data_dir, request.timeout) as tools, Store.open(self._data_dir.store) as store:
                 result = capture_replica(replica, store, tools, options)
             self._operations.append(
                 Operation("capture", self.record.name, result.snapshot_id, time.time(), result.phases)

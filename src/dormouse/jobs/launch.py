@@ -117,14 +117,18 @@ def checkpoint(data_dir: DataDir, target: str, request: Request) -> dict[str, An
         return ask(data_dir, check_name(target), request, timeout=None)
     if len(target) > _LONGEST_PID:
         raise SnapshotError(f"there is no process {target[:20]}…", remedy="`ps` shows what runs")
-    tools = Tools.find(data_dir.create(), request.timeout)
+    data_dir.create()
     tree = find_tree(int(target), None)
     options = CaptureOptions(
         leave_running=request.leave_running,
         close_connections=request.close_connections,
         hook_timeout=request.hook_timeout,
     )
-    with Store.open(data_dir.store) as store, Guard(tree.pid, stopped_processes(tree.home)):
+    with (
+        Tools.find(data_dir, request.timeout) as tools,
+        Store.open(data_dir.store) as store,
+        Guard(tree.pid, stopped_processes(tree.home)),
+    ):
         result = capture_replica(tree, store, tools, options)
     return {
         "id": result.snapshot_id,

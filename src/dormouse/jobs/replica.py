@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import msgspec
 
@@ -36,6 +36,7 @@ from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.compatibility import system_key
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.snapshot.cuda_checkpoint import CUDA, Cuda
+from dormouse.snapshot.hands import NO_HANDS, Hands
 from dormouse.snapshot.images import ImageFile, SnapshotBody, decode_body
 from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import restore
@@ -125,19 +126,30 @@ def start(record: JobRecord, argv: Sequence[str], environment: dict[str, str], c
 
 @dataclass(frozen=True)
 class Tools:
-    """What captures and restores work with. `folders` is where CRIU's working folders are made, `timeout` is CRIU's."""
+    """What captures and restores work with. `folders` is where CRIU's working folders are made, `timeout` is CRIU's. A
+    context manager: at its end the hands end."""
 
     criu: Criu
     digests: DigestCache
     folders: Path
     timeout: float
     cuda: Cuda = CUDA
+    hands: Hands = NO_HANDS
+
+    def __enter__(self) -> Self:
+        """Hands begin to start beside all that comes before they are needed."""
+        self.hands.warm()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.hands.close()
 
     @classmethod
     def find(cls, data_dir: DataDir, timeout: float) -> Tools:
         """Those of a data folder. Raises HostError."""
         return cls(
-            find_criu(data_dir.root), DigestCache(data_dir.root / CACHE_NAME), criu_folders(data_dir.run), timeout
+            *(find_criu(data_dir.root), DigestCache(data_dir.root / CACHE_NAME), criu_folders(data_dir.run), timeout),
+            hands=Hands.of_this_machine(),
         )
 
 
@@ -210,6 +222,7 @@ class StoredJob:
                 criu_options=options,
                 gpus=gpus,
                 cuda=tools.cuda,
+                hands=tools.hands,
             )
         except IncompatibleError as error:
             pipes.close()
@@ -281,6 +294,7 @@ def capture_replica(replica: Replica, store: Store, tools: Tools, options: Captu
                 criu_options=[*_ALWAYS, *restore_options(record)],
                 attach=lambda ingest: attachments(replica, record, ingest),
                 cuda=tools.cuda,
+                hands=tools.hands,
             )
             if options.leave_running:
                 run_on(replica.tree, result, but=stopped_before)

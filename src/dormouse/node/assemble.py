@@ -61,7 +61,7 @@ def _key(model: Model, settings: ModelConfig) -> dict[str, str]:
         model_digest=model.digest,
         options={
             "context": settings.context,
-            "device": settings.device,
+            "device": _kind(settings.device),
             "kv_share": settings.kv_share,
             "kv_tokens": settings.kv_tokens,
             "path": model.path,
@@ -69,6 +69,11 @@ def _key(model: Model, settings: ModelConfig) -> dict[str, str]:
         },
         device=settings.device,
     )
+
+
+def _kind(device: str) -> str:
+    """On which GPU it is does not matter: a snapshot wakes on another one of the same model."""
+    return device.partition(":")[0]
 
 
 def _template_key(spec: TemplateSpec) -> dict[str, str]:

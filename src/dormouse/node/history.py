@@ -48,6 +48,9 @@ class History:
     def capture_failed(self, model: str, error: DormouseError) -> None:
         pass
 
+    def unprotected(self, model: str) -> None:
+        pass
+
     def evicted(self, model: str, what: Evicted) -> None:
         pass
 

@@ -42,11 +42,18 @@ def dram_tier(config: ServeConfig) -> int:
     return int(host_memory.total() * 0.15) if gpus_of(config) else 0
 
 
-CONTEXT_BYTES = 1 << 30
-"""What a process takes of a GPU before it has anything there: CUDA's context, code, libraries' workspaces."""
+_CONTEXT = {"null": 64 << 20}
+"""What a process takes of a GPU beside weights and scratch, and keeps while it dozes: CUDA's context, the code of
+kernels and graphs. No one process can measure it (the driver tells the GPU's free memory, which others change, too);
+five processes with graphs had 0.8 GB each on an H200, so a GiB is counted."""
 
 _ON_GPU = {"null": 64 << 20}
 """Beside the weights: CUDA's context, cache and scratch of a model that has not been loaded yet."""
+
+
+def context_bytes(engine: str) -> int:
+    """Bytes of a GPU that a process of this engine takes as long as it lives."""
+    return _CONTEXT.get(engine, 1 << 30)
 
 
 def gpu_estimate(model: Model, engine: str) -> int:

@@ -21,7 +21,7 @@ from dormouse.config import DataDir, ModelConfig, ServeConfig
 from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError, RequestError, SnapshotError
 from dormouse.node.adapters import OpenAdapter, Served, Shelf
 from dormouse.node.history import History
-from dormouse.node.memory import allotted, budget, engine_bytes, gpu_budget
+from dormouse.node.memory import allotted, budget, context_bytes, engine_bytes, gpu_budget
 from dormouse.node.parts import Catalog, Evicted, Host, Model, Observer
 from dormouse.node.presence import NodeState, hold_lock, publish, withdraw
 from dormouse.node.replica import Offer, OfferTemplate, Start, State, Withdraw
@@ -442,7 +442,8 @@ class Node:
             )
 
     def _plan_on_gpu(self, runner: Runner) -> Plan:
-        """Which models on its GPU must sleep for it. What dozes holds nothing there.
+        """Which processes that doze on its GPU must go for it, and which models must sleep: a process that dozes holds
+        its CUDA context there.
 
         Raises HostError when models that are kept forever leave it no room."""
         if runner.gpu is None:
@@ -461,15 +462,36 @@ class Node:
                 remedy="Raise `gpu_memory`, or give one of them a keep_alive or another GPU",
             )
         residents = [replace(self._resident(name, other), bytes=other.gpu_bytes) for name, other in there]
-        return plan_eviction(residents, needed=runner.gpu_bytes, budget=most)
+        parked = [
+            (name, other, size)
+            for name, other in self._runners.items()
+            if other is not runner and other.gpu == runner.gpu and (size := other.dozing_gpu_bytes)
+        ]
+        return plan_eviction(
+            residents
+            + [
+                Resident(name, size, leaving=other.replica.leaving)
+                for name, other, size in parked
+                if other.replica.state is not State.DOZING
+            ],
+            needed=runner.gpu_bytes,
+            budget=most,
+            dozers=[
+                Dozer(name, size, other.replica.since, other.replica.cost_of_return)
+                for name, other, size in parked
+                if other.replica.state is State.DOZING
+            ],
+            now=asyncio.get_running_loop().time(),
+        )
 
     def _make_way_on_gpu(self, plan: Plan, runner: Runner, *, besides: Sequence[str]) -> None:
-        """Put models to sleep for their GPU; their processes may stay."""
+        """End processes that doze and put models to sleep for their GPU; the processes of these may stay."""
         for name in plan.evict:
             if name not in besides:
+                dozing = self._runners[name].replica.state is State.DOZING
                 log.info("model %s must sleep to make room on %s for %s", name, runner.gpu, runner.model.name)
-                self._runners[name].press(keep=True)
-                self._tell_evicted(name, "model")
+                self._runners[name].press(keep=not dozing)
+                self._tell_evicted(name, "process" if dozing else "model")
 
     def _plan_for(self, runner: Runner, needed: int) -> Plan:
         """Who goes for it. Its own weights, if they are kept, are part of what it needs."""
@@ -504,7 +526,18 @@ class Node:
     def _may_doze(self, runner: Runner, own: int) -> bool:
         """Whether a process that was parked may stay, with so many bytes of its own."""
         wanted = sum(self._in_need.values())
-        return may_stay(own, limit=self._sleep_limit, free=self._free(but=runner) - wanted)
+        stays = may_stay(own, limit=self._sleep_limit, free=self._free(but=runner) - wanted)
+        return stays and self._context_fits(runner)
+
+    def _context_fits(self, runner: Runner) -> bool:
+        """Whether what a process that dozes keeps of its GPU has room there, beside all others and those that wait."""
+        if runner.gpu is None or runner.gpu not in self._gpu_budgets:
+            return True
+        others = [other for other in self._runners.values() if other is not runner and other.gpu == runner.gpu]
+        held = sum(
+            other.gpu_bytes if other.admitted or other in self._in_need else other.dozing_gpu_bytes for other in others
+        )
+        return held + context_bytes(runner.engine) <= self._gpu_budgets[runner.gpu]
 
     def _displace(self) -> None:
         """One more process dozes: others go for it if they are too many."""

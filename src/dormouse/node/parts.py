@@ -123,6 +123,9 @@ class Observer(Protocol):
 
     def capture_failed(self, model: str, error: DormouseError) -> None: ...
 
+    def unprotected(self, model: str) -> None:
+        """Its worker could write to weights that others share: the GPU's driver does not keep it from that."""
+
     def evicted(self, model: str, what: Evicted) -> None: ...
 
     def adapter_loaded(self, model: str, adapter: str, seconds: float) -> None: ...

@@ -24,7 +24,7 @@ from dormouse.node import canary
 from dormouse.node import replica as machine
 from dormouse.node.adapters import Fitting, Served
 from dormouse.node.link import WorkerLink
-from dormouse.node.memory import CONTEXT_BYTES, estimate, gpu_estimate, oom_kills, own_bytes, resident_bytes
+from dormouse.node.memory import context_bytes, estimate, gpu_estimate, oom_kills, own_bytes, resident_bytes
 from dormouse.node.parts import Host, Model, Observer
 from dormouse.node.replica import Replica, Start, State
 from dormouse.phases import Phases
@@ -171,6 +171,17 @@ class Runner:
     def dozing_bytes(self) -> int:
         """What its parked process takes, as long as no room has been made for more."""
         return own_bytes(self._handle.pid) if self._handle is not None and not self.admitted else 0
+
+    @property
+    def engine(self) -> str:
+        """The name of what runs it."""
+        return self._load.engine
+
+    @property
+    def dozing_gpu_bytes(self) -> int:
+        """What its parked process takes of its GPU, as long as no room has been made for more."""
+        parked = self.gpu is not None and self._handle is not None and not self.admitted
+        return context_bytes(self._load.engine) if parked else 0
 
     @property
     def peak(self) -> int:
@@ -411,7 +422,7 @@ class Runner:
             await self._have_segments(link)
         with phases.time("resume"), self._judging_ends():
             resumed = await link.resume(str(self._log_path))
-        self._note_gpu(resumed.device_bytes)
+        self._note_gpu(resumed)
         phases.nest("resume", resumed.phases, track="worker")
 
     async def _have_segments(self, link: WorkerLink) -> None:
@@ -460,13 +471,17 @@ class Runner:
 
     async def _loaded(self, link: WorkerLink) -> Loaded:
         loaded = await link.load(self._load)
-        self._note_gpu(loaded.device_bytes)
+        self._note_gpu(loaded)
         return loaded
 
-    def _note_gpu(self, device_bytes: int) -> None:
-        """The worker has told what it takes of its GPU while it is awake."""
-        if device_bytes:
-            self.gpu_bytes = device_bytes + CONTEXT_BYTES
+    def _note_gpu(self, told: Loaded | Resumed) -> None:
+        """The worker has told what it takes of its GPU while it is awake, and whether its weights are protected."""
+        if told.device_bytes:
+            self.gpu_bytes = told.device_bytes + context_bytes(self._load.engine)
+        if told.writable:
+            log.warning("the worker of model %s could write to weights that others share", self.model.name)
+            for observer in self._around.observers:
+                observer.unprotected(self.model.name)
 
     async def _restore(self, snapshot_id: str, phases: Phases) -> None:
         expected = asyncio.create_task(self._answer_of(snapshot_id))
@@ -485,10 +500,11 @@ class Runner:
         link = await self._connect(self._handle, fresh=False)
         with phases.time("resume"):
             resumed = await self._resume_restored(link)
-        self._note_gpu(resumed.device_bytes)
+        self._note_gpu(resumed)
         with phases.time("canary", track="canary"):
             if (answer := await expected) is not None:
-                await canary.judge(link, answer, f"snapshot {snapshot_id} of {self.model.name}")
+                what = f"snapshot {snapshot_id} of {self.model.name}"
+                await canary.judge(link, answer, what, tokens=canary.tokens_on(self._load.device))
                 self._judged = True
         phases.nest("host", self._handle.phases, track="host")
         phases.nest("resume", resumed.phases, track="worker")
@@ -560,7 +576,7 @@ class Runner:
             await self._fitting.settle()
             if self.replica.wants_capture or self._canary is None:
                 with phases.time("canary", track="canary"):
-                    self._canary = await canary.ask(self._link)
+                    self._canary = await canary.ask(self._link, tokens=canary.tokens_on(self._load.device))
             with phases.time("quiesce"):
                 quiesced = await self._link.quiesce()
             self._fitting.taken_away()

@@ -1,11 +1,22 @@
 """How many replicas a model should have, from how many requests it has at once.
 
-(now, requests running + waiting) -> stable and panic windows -> Wanted replicas
+    (now, requests running + waiting) -> stable and panic windows -> Wanted replicas
+
+The rules are those of Knative's autoscaler (knative.dev, "Autoscaling concepts" and the KPA's configuration): the mean
+concurrency over a stable window decides; when that over a much shorter panic window asks for `panic_threshold` times
+the replicas that are ready, the larger of both counts, and nothing goes down until the panic has been over for a
+stable window. To zero goes only what had no request for a stable window, and the last replica stays for a grace period
+more. Unlike there, means are over time, exactly, not over samples each second; and a burst is followed at once
+(`burst`: a snapshot restores N replicas as fast as one).
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from dataclasses import dataclass
+
+from dormouse.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +24,7 @@ class Scaling:
     """Knative's words and defaults; `target` is the requests that a replica should have at once."""
 
     target: float = 1.0
+    utilization: float = 0.7  # of the target that is aimed at, so that there is room for the next
     stable_window: float = 60.0
     panic_window: float = 6.0
     panic_threshold: float = 2.0
@@ -21,23 +33,123 @@ class Scaling:
     scale_to_zero_grace: float = 30.0
     min_replicas: int = 0
     max_replicas: int = 0  # 0: no limit
+    burst: bool = True  # what is waiting now counts at once, not when the windows have seen it
+
+    def __post_init__(self) -> None:
+        if self.max_replicas and self.max_replicas < self.min_replicas:
+            raise ConfigError(
+                f"max_replicas ({self.max_replicas}) is less than min_replicas ({self.min_replicas})",
+                remedy="Raise max_replicas, or set it to 0 for no limit",
+            )
+        if not (0 < self.panic_window <= self.stable_window and self.target > 0 and 0 < self.utilization <= 1):
+            raise ConfigError(
+                "the autoscaler's windows or target contradict each other",
+                remedy="Have 0 < panic_window <= stable_window, target > 0 and 0 < utilization <= 1",
+            )
+        if self.panic_threshold <= 1.0 or self.max_up_rate <= 1.0 or self.max_down_rate <= 1.0:
+            raise ConfigError("panic_threshold, max_up_rate and max_down_rate must be more than 1")
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
+    """So many replicas should there be."""
+
     replicas: int
     panic: bool
+    stable: float  # mean requests at once, over each window
+    recent: float
+
+
+class _Level:
+    """A number that changes at times, and its mean over the last seconds."""
+
+    def __init__(self, window: float) -> None:
+        self._window = window
+        self._changes: deque[tuple[float, float]] = deque()  # (since, level)
+        self._base = 0.0  # the level before the first of them
+
+    def set(self, now: float, level: float) -> None:
+        if self._changes and self._changes[-1][0] == now:
+            self._changes.pop()
+        self._changes.append((now, level))
+        self._forget(now)
+
+    @property
+    def now(self) -> float:
+        return self._changes[-1][1] if self._changes else self._base
+
+    def mean(self, now: float, window: float) -> float:
+        """Over the last `window` seconds, which is at most the one kept."""
+        since, total, end = now - window, 0.0, now
+        for began, level in reversed(self._changes):
+            begin = max(began, since)
+            total += level * max(end - begin, 0.0)
+            end = begin
+            if began <= since:
+                return total / window
+        return (total + self._base * (end - since)) / window
+
+    def _forget(self, now: float) -> None:
+        while len(self._changes) > 1 and self._changes[1][0] <= now - self._window:
+            self._base = self._changes.popleft()[1]
 
 
 class Autoscaler:
-    """One for each model."""
+    """One for each model. Pure but for what it was told: `record` on every change of the requests running or waiting,
+    `wanted` whenever an answer is needed, with times that do not go back."""
 
     def __init__(self, scaling: Scaling) -> None:
-        raise NotImplementedError
+        self._rules = scaling
+        self._level = _Level(scaling.stable_window)
+        self._panic_until: float | None = None
+        self._panic_most = 0
+        self._quiet_since: float | None = None
 
     def record(self, now: float, concurrency: float) -> None:
-        """Requests running and waiting, whenever that changes (or each second)."""
-        raise NotImplementedError
+        """So many requests run or wait from now on."""
+        self._level.set(now, concurrency)
+        if concurrency > 0:
+            self._quiet_since = None
+        elif self._quiet_since is None:
+            self._quiet_since = now
 
     def wanted(self, now: float, ready: int) -> Wanted:
-        raise NotImplementedError
+        """`ready` are the replicas that there are, starting ones too."""
+        rules = self._rules
+        stable = self._level.mean(now, rules.stable_window)
+        recent = self._level.mean(now, rules.panic_window)
+        if rules.burst:
+            recent = max(recent, self._level.now)
+        by_stable, by_recent = self._replicas(stable), self._replicas(recent)
+        panic = self._panics(now, by_recent, ready)
+        replicas = by_stable
+        if panic:
+            self._panic_most = max(self._panic_most, by_stable, by_recent, ready)
+            replicas = self._panic_most
+        else:
+            self._panic_most = 0
+            replicas = max(replicas, self._replicas(self._level.now) if rules.burst else 0)
+        return Wanted(self._bounded(replicas, now, ready), panic, stable, recent)
+
+    def _replicas(self, concurrency: float) -> int:
+        return math.ceil(concurrency / (self._rules.target * self._rules.utilization) - 1e-9)
+
+    def _panics(self, now: float, by_recent: int, ready: int) -> bool:
+        if by_recent >= self._rules.panic_threshold * max(ready, 1):
+            self._panic_until = now + self._rules.stable_window
+        return self._panic_until is not None and now < self._panic_until
+
+    def _bounded(self, replicas: int, now: float, ready: int) -> int:
+        rules = self._rules
+        most = math.ceil(max(ready, 1) * rules.max_up_rate)
+        least = math.floor(ready / rules.max_down_rate) if ready > 1 else 0
+        replicas = min(max(replicas, least), most)
+        if replicas == 0 and ready > 0 and not self._may_end_last(now):
+            replicas = 1
+        replicas = max(replicas, rules.min_replicas)
+        return min(replicas, rules.max_replicas) if rules.max_replicas else replicas
+
+    def _may_end_last(self, now: float) -> bool:
+        """Quiet for a stable window, and the grace period."""
+        quiet = 0.0 if self._quiet_since is None else now - self._quiet_since
+        return quiet >= self._rules.stable_window + self._rules.scale_to_zero_grace

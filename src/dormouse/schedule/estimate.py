@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from dormouse.schedule.cluster import Cluster, ModelCost, Move, PhaseName, StartPath, StartPlan, share
 
@@ -79,19 +81,20 @@ class Median:
 
     __slots__ = ("_samples", "value")
 
-    def __init__(self) -> None:
-        self._samples: deque[float] = deque(maxlen=_WINDOW)
-        self.value = 0.0
+    def __init__(self, samples: Iterable[float] = ()) -> None:
+        self._samples: deque[float] = deque(samples, maxlen=_WINDOW)
+        self.value = median(self._samples) if self._samples else 0.0
 
-    def add(self, sample: float, guess: float | None = None) -> None:
-        """`guess` is what was believed before anything was measured: of the first two samples it picks the likelier."""
+    @property
+    def samples(self) -> list[float]:
+        """Those that it is the median of, the oldest first."""
+        return list(self._samples)
+
+    def add(self, sample: float) -> None:
         self._samples.append(sample)
         if len(self._samples) > _RUN and self._changed():
             self._samples = deque(list(self._samples)[-_RUN:], maxlen=_WINDOW)
-        if len(self._samples) == 2 and guess is not None:
-            self.value = min(self._samples, key=lambda one: abs(one - guess))
-        else:
-            self.value = median(self._samples)
+        self.value = median(self._samples)
 
     def _changed(self) -> bool:
         older = list(self._samples)[:-_RUN]
@@ -198,6 +201,23 @@ class Estimator:
         if started.predicted is not None:
             for key in ("", started.path):
                 self._errors.setdefault(key, _Errors()).add(started.predicted, started.seconds)
+
+    def saved(self) -> dict[str, list[list[Any]]]:
+        """What it has learned (not its errors), for JSON."""
+        return {
+            "rates": [[*key, one.samples] for key, one in self._per_byte.items()],
+            "phases": [[*key, one.samples] for key, one in self._phases.items()],
+            "returns": [[model, one.samples] for model, one in self._returns.items()],
+        }
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, list[list[Any]]]) -> Estimator:
+        """One that knows what another had `saved`."""
+        found = cls()
+        found._per_byte = {(node, link): Median(samples) for node, link, samples in saved["rates"]}
+        found._phases = {(who, path, name, kind): Median(samples) for who, path, name, kind, samples in saved["phases"]}
+        found._returns = {model: Median(samples) for model, samples in saved["returns"]}
+        return found
 
     def errors(self, path: StartPath | None = None) -> Errors:
         """Of one path, or of all."""

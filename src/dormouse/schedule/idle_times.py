@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+_LARGE = 1e9
+
 
 def log_edges(first: float, last: float, per_doubling: int) -> tuple[float, ...]:
     """Borders of bins that grow with time: 0, `first`, and on to `last`."""
@@ -21,22 +23,30 @@ def log_edges(first: float, last: float, per_doubling: int) -> tuple[float, ...]
 
 @dataclass(slots=True)
 class Bins:
-    """Counts of idle times between `edges`; the last count is of those beyond. Older ones fade when `fade` < 1."""
+    """Counts of idle times between `edges`; the last count is of those beyond. With `fade` < 1 older ones count less
+    (each new one counts more, rather, so that adding one is cheap)."""
 
     edges: tuple[float, ...]
     fade: float = 1.0
     counts: list[float] = field(default_factory=list)
     total: float = 0.0
+    unit: float = 1.0
 
     def __post_init__(self) -> None:
         self.counts = self.counts or [0.0] * len(self.edges)
 
     def add(self, idle: float) -> None:
-        if self.fade < 1.0:
-            self.counts = [count * self.fade for count in self.counts]
-            self.total *= self.fade
-        self.counts[bisect_right(self.edges, idle) - 1] += 1.0
-        self.total += 1.0
+        self.unit /= self.fade
+        self.counts[bisect_right(self.edges, idle) - 1] += self.unit
+        self.total += self.unit
+        if self.unit > _LARGE:
+            self.counts = [count / self.unit for count in self.counts]
+            self.total, self.unit = self.total / self.unit, 1.0
+
+    @property
+    def weight(self) -> float:
+        """How many recent idle times it stands for."""
+        return self.total / self.unit
 
     @property
     def beyond(self) -> float:
@@ -86,8 +96,8 @@ class Outlook:
 
 def outlook(own: Bins, others: Bins, prior: float) -> Outlook:
     """From a model's own idle times, and as many as `prior` of those that all models have."""
-    weight = prior / others.total if others.total else 0.0
-    counts = [mine + weight * all_ for mine, all_ in zip(own.counts, others.counts, strict=True)]
+    share = min(prior, others.weight) / others.total if others.total else 0.0
+    counts = [mine / own.unit + share * one for mine, one in zip(own.counts, others.counts, strict=True)]
     total = sum(counts)
     if total <= 0.0:
         counts, total = [1.0] * len(counts), float(len(counts))

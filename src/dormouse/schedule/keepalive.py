@@ -27,6 +27,9 @@ Layer = Literal["hot", "sleep", "snapshot", "nothing"]
 LAYERS: tuple[Layer, ...] = ("hot", "sleep", "snapshot")
 
 _GB = 1e9
+_LAST = 32  # idle times from which a return is planned
+_ENOUGH = 5
+_EARLY, _LATE = 0.98, 1.02
 _TIE = 1e-3  # seconds; the worth of what is idle to policies that only know an order
 
 
@@ -394,9 +397,9 @@ class Expected(Planned):
     The idle times of a model (and as many as `prior` of everybody's, so that a new model is like the others) say how
     likely the next request comes in each stretch of time. A stretch is worth having a layer in when
     chance that the request comes then * seconds saved > price * bytes * seconds that it would be held there. So a layer
-    goes where the sum of what follows is a loss (the best end is looked for, not the first dip), and comes back before
-    a later stretch that is worth the start. Unlike with RainbowCake's quantile of a Poisson process, bursts and periods
-    are seen."""
+    goes where the sum of what follows is a loss (the best end is looked for, not the first dip). If the last idle times
+    that were longer than that lie close together, it comes back before the next one. Unlike with RainbowCake's quantile
+    of a Poisson process, bursts and periods are seen."""
 
     def __init__(
         self, estimator: Estimator, prices: Prices | None = None, *, prior: float = 4.0, fade: float = 0.98
@@ -410,10 +413,12 @@ class Expected(Planned):
         self._everybody = Bins(self._edges, 0.999)
         self._bins: dict[str, Bins] = {}
         self._outlooks: dict[str, Outlook] = {}
+        self._last: dict[str, deque[float]] = {}
 
     def learn(self, model: str, idle: float, now: float) -> None:
         self._bins.setdefault(model, Bins(self._edges, self._fade)).add(idle)
         self._everybody.add(idle)
+        self._last.setdefault(model, deque(maxlen=_LAST)).append(idle)
         self._outlooks.pop(model, None)
 
     def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps:
@@ -431,17 +436,20 @@ class Expected(Planned):
             hot = max(until, now)  # it was made ready ahead
             sleep, snapshot = max(sleep, hot), max(snapshot, hot)
         else:
-            self._plan_return(model, costs, ahead, began, ends[1])
+            self._plan_return(model, costs, began, ends[0], ends[1])
         return tuple(Step(*step) for step in (("sleep", hot), ("snapshot", sleep), ("nothing", snapshot)))
 
     def _plan_return(
-        self, model: ModelCost, costs: tuple[LayerCost, ...], ahead: Outlook, began: float, gone: float
+        self, model: ModelCost, costs: tuple[LayerCost, ...], began: float, asleep: float, gone: float
     ) -> None:
-        """Make it ready again before a later stretch of time that is worth it."""
-        saves = sum(cost.saves for cost in costs[:2])
-        window = _best_window(ahead, gone, saves, sum(self._prices.of(cost) for cost in costs[:2]), saves)
+        """Make it ready again before a time at which it is often asked for."""
+        times = sorted(self._last.get(model.name, ()))
+        after = bisect_right(times, asleep)
+        layers = costs[:2] if after < len(times) and times[after] > gone else costs[:1]
+        saves = sum(cost.saves for cost in layers)
+        window = _return_window(times[after:], saves, sum(self._prices.of(cost) for cost in layers))
         if window:
-            self.plan_warm(model.name, began + max(window[0] - saves, gone), began + window[1])
+            self.plan_warm(model.name, began + max(window[0] - saves, asleep), began + window[1])
 
     def worth(self, replica: Replica, view: Cluster, now: float) -> float:
         """What its return takes, by the chance that it is asked for before holding it has cost as much."""
@@ -469,19 +477,19 @@ def _best_end(ahead: Outlook, cost: LayerCost, price: float) -> float:
     return end
 
 
-def _best_window(
-    ahead: Outlook, after: float, saves: float, price: float, start_seconds: float
-) -> tuple[float, float] | None:
-    """The stretch of time after `after` in which it gains most to have it ready, if that is worth another start (whose
-    seconds hold the memory too)."""
-    first = bisect_right(ahead.edges, after)
-    best, gain, begin, found = 0.0, 0.0, first, None
-    for number in range(first, len(ahead.chance)):
-        if gain <= 0.0:
-            gain, begin = -price * start_seconds * ahead.reached[number], number
-        gain += ahead.chance[number] * saves - price * ahead.lasts[number]
+def _return_window(late: list[float], saves: float, price: float) -> tuple[float, float] | None:
+    """A stretch of time in which so many of the `late` idle times (ascending) ended, close together, that having it
+    ready then is worth its memory and that of the start. Of few the chance is thought less than it was."""
+    best, found = 0.0, None
+    for trimmed in {0, len(late) // 20, len(late) // 8}:
+        inside = late[trimmed : len(late) - trimmed]
+        if len(inside) < _ENOUGH:
+            continue
+        begin, end = _EARLY * inside[0], _LATE * inside[-1]
+        held = sum(one - begin for one in inside) + trimmed * (end - begin) + saves * (len(inside) + trimmed)
+        gain = saves * (len(inside) - len(inside) ** 0.5) - price * held
         if gain > best:
-            best, found = gain, (ahead.edges[begin], ahead.edges[number + 1])
+            best, found = gain, (begin, end)
     return found
 
 

@@ -27,6 +27,7 @@ _NEAR = (Tier.GPU, Tier.DRAM, Tier.DISK)
 _SCAN = 25  # for each candidate wanted, so many nodes are looked at to find it
 _USUAL = 16  # more candidates than that are wanted for one that is out of patience
 _WORTH_LOOKING = 1.02  # a node that could be better by less than this is not looked at
+_ENOUGH_GPUS = 20  # once there is a place for a start, no more are looked at for a better one
 _MIGRATION_NODES = 3
 _MIGRATIONS = 3
 
@@ -161,6 +162,8 @@ class _Search:
         self._phases: dict[tuple[str, StartPath, str], tuple[float, float]] = {}
         self._best = float("inf")
         self._found: list[Option] = []
+        self._may_start = False
+        self._looked = 0  # GPUs for which room was looked for
 
     def options(self) -> list[Option]:
         """All that is worth comparing. When a replica is ready at once, nothing else is looked at."""
@@ -178,6 +181,7 @@ class _Search:
     def _add(self, option: Option | None) -> None:
         if option is not None:
             self._found.append(option)
+            self._may_start = self._may_start or option.action == "start"
             self._best = min(self._best, option.score)
 
     def blocked(self) -> str:
@@ -249,8 +253,9 @@ class _Search:
         found.sort(key=lambda one: (one.bound, one.node))
         seen.update(nodes)
         for candidate in found:
-            if candidate.bound * _WORTH_LOOKING >= self._best:
+            if candidate.bound * _WORTH_LOOKING >= self._best or (self._looked > _ENOUGH_GPUS and self._may_start):
                 break
+            self._looked += max(self.model.gpus, 1)
             self._add(self._start(candidate))
         return found
 

@@ -27,7 +27,9 @@ from dormouse.snapshot.compatibility import gpu_key
 from dormouse.snapshot.criu import dump_command, failure_reason
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.criu_setup import Criu
-from dormouse.snapshot.cuda_checkpoint import CUDA, Cuda, CudaTree, cuda_state
+from dormouse.snapshot.cuda_checkpoint import CUDA, Cuda, CudaTree, cuda_state, require_closed
+from dormouse.snapshot.hand_capture import HandCapture
+from dormouse.snapshot.hands import NO_HANDS, Hands
 from dormouse.snapshot.images import (
     BODY_VERSION,
     ImageFile,
@@ -38,14 +40,14 @@ from dormouse.snapshot.images import (
     raw_bytes,
 )
 from dormouse.snapshot.mapped_files import DigestCache, fingerprint
-from dormouse.snapshot.memory_capture import ParentMemory, capture_memory
+from dormouse.snapshot.memory_capture import ParentMemory, StoreSpan, capture_memory
 from dormouse.snapshot.memory_map import AddressSpace
 from dormouse.snapshot.prefetch import MappedRanges, mapped_ranges, merge
 from dormouse.snapshot.streamer import CaptureStream
 from dormouse.snapshot.tree import ProcessTree, continue_tree, stopped_processes
 from dormouse.snapshot.work_folder import work_folder
 from dormouse.store.codec import Codec
-from dormouse.store.store import Manifest, Store
+from dormouse.store.store import Manifest, Store, Transaction
 from dormouse.transfer.ingest import Ingest
 
 SNAPSHOT_KIND = "snapshot"
@@ -94,6 +96,7 @@ def capture(
     criu_options: Sequence[str] = (),
     attach: Callable[[Ingest], Sequence[ImageFile]] = lambda _ingest: (),
     cuda: Cuda = CUDA,
+    hands: Hands = NO_HANDS,
 ) -> CaptureResult:
     """Dump and commit a tree as a manifest of `kind` and `name`; it is then stopped and the caller's to kill or to
     continue (`run_on`). `timeout` is CRIU's, in seconds; `still_wanted` is asked last before the commit;
@@ -101,7 +104,7 @@ def capture(
     home must see. A tree that was restored from a snapshot shares with it all pages that
     have not changed; another tree shares those that are the same at the same addresses in the snapshot `like`.
     `attach` is called while the tree is stopped and makes further images, which are stored with CRIU's. What was
-    stopped before stays so.
+    stopped before stays so. `hands` read and store the memory, without any threads do.
 
     Raises SnapshotError, DiskFullError or StoreError; HostError when CUDA can't be reached. Nothing was stored then,
     and the tree runs on, unless CRIU or the CUDA driver was killed or hung within it: then its home is closed, for what
@@ -111,22 +114,24 @@ def capture(
     snapshot_id = new_snapshot_id()
     stopped_before = stopped_processes(tree.home)
     using = cuda.find(tree.home.processes())
-    state = cuda_state(using) if using else None
+    state = cuda_state(using, computes_on=tree.gpu) if using else None
     suspended = CudaTree(using, cuda.driver(), tree.home.close, cuda.limits) if using else None
     if suspended is not None:
         key = key | gpu_key()
         suspended.suspend(phases)
     try:
+        require_closed(using)
         with store.begin() as transaction:
             files = mapped_ranges(tree.home.processes())
             with (
                 ThreadPoolExecutor(1, thread_name_prefix="mapped") as beside,
                 phases.time("dump", track="criu") as dumped,
-                Ingest(transaction, choose=_codec_of_bulk(store)) as ingest,
                 _parent(store, tree.snapshot_id or like) as parent,
+                _elsewhere(hands, transaction, parent, store) as elsewhere,
+                Ingest(transaction, threads=hands.count or None, choose=BulkChoice(store.root)) as ingest,
             ):
                 noted = beside.submit(note_mapped, files, digests)
-                images, memory = _dump(tree, ingest, parent, criu, timeout, criu_options, folders, phases)
+                images, memory = _dump(tree, ingest, parent, elsewhere, criu, timeout, criu_options, folders, phases)
                 images += attach(ingest)
                 dumped.bytes, dumped.stored = raw_bytes(images, memory), transaction.stored_bytes
             with phases.time("mapped files"):
@@ -157,8 +162,11 @@ def capture(
                     )
                 )
     except BaseException as error:
-        continue_tree(tree.home, but=stopped_before)
-        if suspended is not None and (lost := suspended.bring_back(phases)) is not None:
+        try:
+            continue_tree(tree.home, but=stopped_before)
+        finally:  # no lock of the driver's may stay
+            lost = suspended.bring_back(phases) if suspended is not None else None
+        if lost is not None:
             raise SnapshotError(f"{error}; {lost}", remedy="Start it afresh") from error
         raise
     return CaptureResult(snapshot_id, body.raw_bytes(), transaction.stored_bytes, phases, suspended)
@@ -191,21 +199,42 @@ def _parent(store: Store, snapshot_id: str | None) -> Iterator[ParentMemory | No
         yield parent
 
 
-def _codec_of_bulk(store: Store) -> Callable[[memoryview], Codec]:
+@contextlib.contextmanager
+def _elsewhere(
+    hands: Hands, transaction: Transaction, parent: ParentMemory | None, store: Store
+) -> Iterator[StoreSpan | None]:
+    """What has hands store memory, if there are any."""
+    if not hands.count:
+        yield None
+        return
+    pays = BulkChoice(store.root).pays
+    with HandCapture(hands, transaction, parent, key=store.key, packs=store.packs, pays=pays) as crew:
+        yield crew.store
+
+
+@dataclass(frozen=True)
+class BulkChoice:
     """Chooses the codec of large pieces; nothing is imported for it before there is one."""
 
-    def choose(plain: memoryview) -> Codec:
+    folder: Path
+
+    def __call__(self, plain: memoryview) -> Codec:
         from dormouse.transfer.bulk_codec import BulkCodec
 
-        return BulkCodec(store.root)(plain)
+        return BulkCodec(self.folder)(plain)
 
-    return choose
+    def pays(self, stored: float) -> bool:
+        """See `BulkCodec.pays`."""
+        from dormouse.transfer.bulk_codec import BulkCodec
+
+        return BulkCodec(self.folder).pays(stored)
 
 
 def _dump(
     tree: ProcessTree,
     ingest: Ingest,
     parent: ParentMemory | None,
+    elsewhere: StoreSpan | None,
     criu: Criu,
     timeout: float,
     options: Sequence[str],
@@ -214,7 +243,7 @@ def _dump(
 ) -> tuple[list[ImageFile], list[AddressSpace]]:
     def take_memory(pid: int, pagemap: int) -> AddressSpace:
         with phases.time("dump.memory", track="memory") as moved:
-            space = capture_memory(pid, tree.home.outer_pid(pid), pagemap, ingest, parent)
+            space = capture_memory(pid, tree.home.outer_pid(pid), pagemap, ingest, parent, elsewhere)
             moved.bytes = PAGE * space.pages
         return space
 

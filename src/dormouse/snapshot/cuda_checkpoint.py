@@ -10,7 +10,8 @@ is given up, which frees the call. Whatever fails, what was locked or checkpoint
 can't do that the tree is given up: no lock outlives us.
 
 Which processes have CUDA state: those with a device file of NVIDIA's open (a look into /proc), of which the driver
-knows a restore thread. So machines and trees without a GPU never load the driver.
+knows a restore thread. So machines and trees without a GPU never load the driver. NVML takes part in this, too: a
+driver of r580 has a restore thread for a process that has only called nvmlInit, so it is treated like the others.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Driver(Protocol):
 
 class CudaProcess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A process with CUDA state as a snapshot remembers it: pid and restore thread as it knows them itself, and the
-    UUIDs of the GPUs it used."""
+    UUIDs of the GPUs it used, the one it computes on first if that was known."""
 
     pid: int
     thread: int
@@ -347,6 +348,18 @@ def devices(pid: int) -> set[str]:
     return found
 
 
+def require_closed(pids: Iterable[int]) -> None:
+    """That processes whose CUDA state is checkpointed have no device file left, which CRIU could not dump. Raises
+    SnapshotError."""
+    for pid in pids:
+        left = devices(pid)
+        if left:
+            raise SnapshotError(
+                f"process {pid} still has {', '.join(sorted(left))} open after its CUDA state was checkpointed",
+                remedy="Have the program close it (nvmlShutdown), or not share it with a process without CUDA",
+            )
+
+
 def knows_cuda(pid: int) -> bool:
     """Whether the driver's library is in a process: so it is also when its state is checkpointed."""
     try:
@@ -390,8 +403,11 @@ def gpu_pairs(state: CudaState, here: Sequence[str], wanted: Sequence[str] = ())
     """On which GPU each goes: old UUID -> new one, empty when each goes where it was.
 
     The used ones go to those `wanted`, in order, else stay, else take the first that is free; the others take what is
-    left, as the driver wants to be told about all. Raises IncompatibleError when there are too few.
+    left, as the driver wants to be told about all. Raises IncompatibleError when there are too few, or not the wanted.
     """
+    strange = [uuid for uuid in wanted if uuid not in here]
+    if strange and here:  # a container may hide the list: then the driver has the last word
+        raise IncompatibleError(f"there is no GPU {strange[0]}", remedy="See `nvidia-smi -L`")
     used = list(dict.fromkeys(uuid for process in state.processes for uuid in process.gpus)) or state.gpus
     missing = [uuid for uuid in used if uuid not in here]
     if not missing and not wanted:
@@ -489,7 +505,7 @@ class CudaTree:
                     return "its processes were ended"
                 try:
                     self._undo(pid)
-                except (DormouseError, CudaError) as error:
+                except (DormouseError, CudaError, RuntimeError) as error:  # the last: no thread for a call
                     log.error("the CUDA state of process %d can't be brought back: %s", pid, error)
                     self._end()
                     return f"its processes were ended, for its CUDA state could not be brought back ({error})"
@@ -564,15 +580,18 @@ class _GivenUp(SnapshotError):
     """The tree was killed."""
 
 
-def cuda_state(found: Mapping[int, int], driver: Path = _PROC) -> CudaState:
-    """What a snapshot shall remember; to be asked before the processes are checkpointed."""
+def cuda_state(found: Mapping[int, int], driver: Path = _PROC, *, computes_on: str | None = None) -> CudaState:
+    """What a snapshot shall remember; to be asked before the processes are checkpointed. `computes_on`: the GPU that
+    comes first, for CUDA may have others open."""
     here = gpus(driver)
     processes = []
     for pid, thread in found.items():
         inside, inside_thread = inner_id(pid, pid), inner_id(pid, thread)
         if inside is None or inside_thread is None:
             raise SnapshotError(f"process {pid} has ended")
-        processes.append(CudaProcess(inside, inside_thread, used_gpus(pid, here)))
+        used = used_gpus(pid, here)
+        first = [gpu.uuid for gpu in here if gpu.uuid == computes_on]
+        processes.append(CudaProcess(inside, inside_thread, list(dict.fromkeys([*first, *used]))))
     return CudaState(processes, [gpu.uuid for gpu in here], gpu_key(driver).get("gpu_driver", ""))
 
 

@@ -143,6 +143,8 @@ class _Tracer(threading.Thread):
             self._error = error
         except OSError as error:
             self._error = _failed("hold", error)
+        except Exception as error:  # noqa: BLE001 - whoever waits must not take the threads for held
+            self._error = SnapshotError(f"could not hold the threads of a process: {error!r}")
         finally:
             self._detach()
             self._held.set()

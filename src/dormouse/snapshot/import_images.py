@@ -35,10 +35,11 @@ from dormouse.snapshot.criu_images import (
 )
 from dormouse.snapshot.export import INVENTORY
 from dormouse.snapshot.images import BODY_VERSION, ImageFile, SnapshotBody, encode_body, is_image_name
-from dormouse.snapshot.memory_capture import Stored, address_space, process_of, store_span
+from dormouse.snapshot.memory_capture import address_space, process_of
 from dormouse.snapshot.memory_map import WINDOW, AddressSpace, Places, Span, Spans
 from dormouse.snapshot.streamer import read_image
 from dormouse.snapshot.tree import External
+from dormouse.snapshot.window_store import Stored, store_span
 from dormouse.store.files import system_errors
 from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest, Putter

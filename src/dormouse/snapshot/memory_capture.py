@@ -15,15 +15,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from typing import NamedTuple
 
 from dormouse.errors import StoreError
-from dormouse.snapshot.criu_images import PAGE, PagemapParser
+from dormouse.snapshot.criu_images import PagemapParser
 from dormouse.snapshot.images import SnapshotBody
 from dormouse.snapshot.memory_map import (
-    FULL,
-    MASK_SIZE,
-    PAGES,
     WINDOW,
     AddressSpace,
     Piece,
@@ -32,42 +28,22 @@ from dormouse.snapshot.memory_map import (
     Spans,
     Window,
     assemble,
-    changed_pages,
     check_length,
     held_mask,
-    inherit,
-    is_dense,
-    kept_pages,
     mask_bytes,
-    pick,
-    squeeze,
-    used_mask,
-    window_mask,
 )
 from dormouse.snapshot.process_memory import ProcessMemory
+from dormouse.snapshot.window_fill import WindowTask
+from dormouse.snapshot.window_store import Stored, StoredPages, store_span
 from dormouse.store.chunk import Buffer, Digest
-from dormouse.store.codec import packs_well
 from dormouse.store.store import Reader
-from dormouse.transfer.ingest import Ingest, Put, Putter
+from dormouse.transfer.ingest import Ingest, Putter
 
 _PIPE_READ = 1 << 16
 _DRAIN = 1 << 30
 _READ_AT_ONCE = 4
 
 log = logging.getLogger(__name__)
-
-
-class StoredPages(NamedTuple):
-    """Pages of a window, so many times WINDOW wide, in one chunk; masks as in memory_map."""
-
-    digest: Digest
-    held: int
-    used: int
-    width: int = 1
-
-
-Stored = dict[int, list[StoredPages]]
-"""What was stored of some windows, by number."""
 
 
 class ParentMemory:
@@ -87,6 +63,30 @@ class ParentMemory:
     def cuts_narrow(self, pid: int, span: Span) -> bool:
         """Whether it has windows of one WINDOW each within a wide one."""
         return any(self.has(pid, Span(span.number + at, 0)) for at in range(span.width))
+
+    def widths(self, pid: int, span: Span) -> dict[int, int]:
+        """The windows that it has within a span, and how wide they are."""
+        _digests, windows = self._spaces.get(pid, ([], {}))
+        numbers = range(span.number, span.number + span.width)
+        return {number: windows[number].width for number in numbers if number in windows}
+
+    def task(self, pid: int, number: int) -> WindowTask | None:
+        """A window, for another process to read. None as with `window`."""
+        digests, windows = self._spaces.get(pid, ([], {}))
+        window = windows.get(number)
+        if window is None:
+            return None
+        try:
+            chunks = self._reader.locate([digests[piece.chunk] for piece in window.pieces])
+        except StoreError as error:
+            log.warning("a window of the parent snapshot can't be read, it is stored anew: %s", error)
+            return None
+        pieces = [Piece(at, piece.held, piece.used) for at, piece in enumerate(window.pieces)]
+        return WindowTask(pid, Window(number, pieces), chunks)
+
+    def note_damage(self, digest: Digest) -> None:
+        """What another process has found when it read a window."""
+        self._reader.note_damage(digest)
 
     def window(self, pid: int, number: int) -> tuple[Window, list[Digest], memoryview] | None:
         """A window of process `pid`, its address space's chunks, and its pages (packed). None when there is none, or
@@ -108,9 +108,21 @@ class ParentMemory:
         return self._reader.plain(chunk)
 
 
-def capture_memory(pid: int, host_pid: int, pagemap: int, ingest: Ingest, parent: ParentMemory | None) -> AddressSpace:
+StoreSpan = Callable[[int, int, Span, int], Stored]
+"""Has another process store the pages of a span: pid in the images, pid here, span, which of it is sparse."""
+
+
+def capture_memory(
+    pid: int,
+    host_pid: int,
+    pagemap: int,
+    ingest: Ingest,
+    parent: ParentMemory | None,
+    elsewhere: StoreSpan | None = None,
+) -> AddressSpace:
     """The memory of a process, `pid` in its images and `host_pid` here, whose page map comes through the pipe
-    `pagemap`. Returns when all is stored; the process must stay stopped until then.
+    `pagemap`. Returns when all is stored; the process must stay stopped until then. Threads of the ingest do it, or
+    wait for who does it `elsewhere`.
 
     Raises SnapshotError, StoreError.
     """
@@ -122,8 +134,11 @@ def capture_memory(pid: int, host_pid: int, pagemap: int, ingest: Ingest, parent
         try:
             for span in _spans(pagemap, parser):
                 pages += span.mask.bit_count()
-                job = _window_job(memory, pid, span, sparse.mask(span.number, span.width), parent)
-                windows.append(ingest.run(job, span.width * WINDOW))
+                thin = sparse.mask(span.number, span.width)
+                if elsewhere is not None:
+                    windows.append(ingest.run(_lent_job(elsewhere, pid, host_pid, span, thin)))
+                else:
+                    windows.append(ingest.run(_window_job(memory, pid, span, thin, parent), span.width * WINDOW))
         finally:
             wait(windows)  # all of them: they use `memory`
     stored = {number: pages for future in windows for number, pages in future.result().items()}
@@ -158,67 +173,10 @@ def _window_job(
     return job
 
 
-def store_span(
-    buffer: memoryview, pid: int, span: Span, sparse: int, parent: ParentMemory | None, put: Putter
-) -> Stored:
-    """Store the pages of a span, packed in `buffer`, but not those that the parent has already. A wide one that is
-    mostly zeros, packs well, or is cut narrowly in the parent is cut narrowly."""
-    if span.width == 1 or not _cuts_narrow(buffer, pid, span, sparse, parent):
-        return {span.number: _store_pages(buffer, pid, span, sparse, parent, put)}
-    stored, at = {}, 0
-    for part in span.narrow():
-        part_sparse = sparse >> (part.number - span.number) * PAGES & FULL
-        stored[part.number] = _store_pages(buffer[at:], pid, part, part_sparse, parent, put)
-        at += part.mask.bit_count() * PAGE
-    return stored
-
-
-def _cuts_narrow(buffer: memoryview, pid: int, span: Span, sparse: int, parent: ParentMemory | None) -> bool:
-    """Decided by what is kept, not by what the page map names: dropped pages are missing there the next time. What LZ4
-    packs is best cut narrowly: its library wants new memory for what it decodes, which is dear in large pieces."""
-    if parent is not None and parent.cuts_narrow(pid, span):
-        return True
-    if not is_dense(kept_pages(buffer, span.mask, sparse), span.width):
-        return True
-    known = parent is not None and parent.has(pid, span)
-    return not known and packs_well(buffer[: span.mask.bit_count() * PAGE])
-
-
-def _store_pages(
-    buffer: memoryview, pid: int, span: Span, sparse: int, parent: ParentMemory | None, put: Putter
-) -> list[StoredPages]:
-    kept = squeeze(buffer, span.mask, sparse)
-    if not kept or parent is None or not parent.has(pid, span):
-        return store_window(buffer, kept, None, put, span.width)
-    digest = put.known(buffer[: kept.bit_count() * PAGE])  # most often nothing has changed: then nothing is read
-    if digest is not None:
-        return [StoredPages(digest, kept, kept, span.width)]
-    with parent.turn:
-        return store_window(buffer, kept, parent.window(pid, span.number), put, span.width)
-
-
-def store_window(
-    buffer: memoryview, kept: int, old: tuple[Window, list[Digest], memoryview] | None, put: Put, width: int = 1
-) -> list[StoredPages]:
-    """Store the pages `kept` of a window, packed in `buffer`, but not those that `old` has already."""
-    if not kept:
-        return []
-    if old is not None:
-        window, digests, old_pages = old
-        changed = changed_pages(buffer, kept, old_pages, window_mask(window))
-        pieces = inherit(window.pieces, kept & ~changed)
-        if pieces is not None and changed.bit_count() * 2 <= kept.bit_count():
-            stored = [_as_stored(piece, digests) for piece in pieces]
-            if changed:
-                length = pick(buffer, kept, changed, buffer)
-                stored.append(StoredPages(put(buffer[:length]), changed, changed, width))
-            return stored
-    return [StoredPages(put(buffer[: kept.bit_count() * PAGE]), kept, kept, width)]
-
-
-def _as_stored(piece: Piece, digests: list[Digest]) -> StoredPages:
-    width = len(piece.held) // MASK_SIZE
-    return StoredPages(digests[piece.chunk], held_mask(piece), used_mask(piece), width)
+def _lent_job(
+    elsewhere: StoreSpan, pid: int, host_pid: int, span: Span, sparse: int
+) -> Callable[[memoryview, Putter], Stored]:
+    return lambda _buffer, _put: elsewhere(pid, host_pid, span, sparse)
 
 
 def address_space(pid: int, pages_id: int, pages: int, windows: Mapping[int, list[StoredPages]]) -> AddressSpace:

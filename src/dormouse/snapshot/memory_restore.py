@@ -2,28 +2,28 @@
 
     plan:   which windows go through the pipe, which are filled afterwards        (fill_plan, pure)
     pipe:   page map and pages, written anew from the windows that CRIU shall see (pagemap_parts, page_parts)
-    fill:   pool: read, check, decode, assemble -> process_vm_writev              (Fill)
+    fill:   read, check, decode, assemble -> process_vm_writev                    (ThreadFill; HandFill in hand_fill)
 
 CRIU puts pages into place with one thread, and each byte goes through a pipe before. What is withheld from it is not
-in the page map it sees, so it makes the mapping and leaves it empty; then many threads write the pages there.
+in the page map it sees, so it makes the mapping and leaves it empty; then many threads or processes write the
+pages there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
-from dormouse.errors import DamagedError
 from dormouse.phases import host_clock
 from dormouse.snapshot.criu_images import PAGE, Task, encode_pagemap
 from dormouse.snapshot.criu_images import Mapping as ProcessMapping
 from dormouse.snapshot.memory_map import (
-    WIDE,
     WINDOW,
     AddressSpace,
     Window,
@@ -35,30 +35,19 @@ from dormouse.snapshot.memory_map import (
     window_mask,
 )
 from dormouse.snapshot.process_memory import ProcessMemory
+from dormouse.snapshot.window_fill import WindowReader, WindowTask, fresh, window_tasks
 from dormouse.store.chunk import Buffer, Digest
-from dormouse.store.codec import FLOATS, Codec
-from dormouse.store.pack import aligned
-from dormouse.store.store import Reader, StoredChunk
+from dormouse.store.store import Reader
 from dormouse.transfer.budget import default_threads
-from dormouse.transfer.memory import anonymous
 from dormouse.transfer.readahead import ReadAhead
-from dormouse.transfer.source_files import SourceFile
 
 AHEAD_BYTES, AHEAD_BYTES_OF_LARGE = 96 << 20, 16 << 20
 """What is decoded before the processes are there to take it; less where each thread needs more for itself."""
-
-_MERGED_AT_ONCE = 4
-"""Wide windows of several pieces that are put together at a time: each needs several times its size."""
 
 _HUGE_FROM = 16 << 20
 """Bytes to be filled in a mapping from which on it gets huge pages, if they are at least half of it."""
 
 _ADVISE_STEP = 4 << 20
-_DIRECT_FROM = 2 << 20
-
-_COPIED_AT_ONCE, _CODED_AT_ONCE = 6, 10
-"""Large chunks that are decoded at a time: with LZ4 and zstd, which want memory of their own for the plain bytes, and
-floats. So 16 threads stay within 256 MiB."""
 
 
 @dataclass(frozen=True)
@@ -135,107 +124,27 @@ def page_parts(plan: MemoryPlan, chunks: ReadAhead) -> Iterator[Buffer]:
         stream.close()
 
 
-def fresh(length: int) -> memoryview:
-    """New memory that begins at a page."""
-    return memoryview(anonymous(length))[:length]
+class Fill(ABC):
+    """Writes withheld windows into stopped processes. A context manager: at its end nobody is at work for it."""
 
-
-class _Bulk:
-    """Reads large chunks: past the page cache what is not in it, else through it, into memory of each thread's own."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self._files: dict[int, SourceFile] = {}
-        self._lock = threading.Lock()
-        self._local = threading.local()
-        self._copied = threading.BoundedSemaphore(_COPIED_AT_ONCE)
-        self._floats = threading.BoundedSemaphore(_CODED_AT_ONCE)
-
-    def close(self) -> None:
-        """Close the packs. No read may be under way. Idempotent."""
-        files, self._files = self._files, {}
-        for file in files.values():
-            file.close()
-
-    def buffer(self, length: int) -> memoryview:
-        """This thread's buffer for plain bytes, valid until its next call."""
-        return self._own("plain", length)
-
-    def reads_directly(self, chunk: StoredChunk) -> bool:
-        """Whether a chunk is large, and best read past the page cache."""
-        if chunk.stored_length < _DIRECT_FROM:
-            return False
-        self._reader.check_row(chunk)
-        return self._file(chunk).prefers_direct(chunk.offset, chunk.stored_length)
-
-    def plain_into(self, chunk: StoredChunk, out: memoryview) -> memoryview:
-        """A chunk's plain bytes, in `out`, which begins at a page. Raises DamagedError."""
-        turn = self._floats if chunk.codec in FLOATS else self._copied
-        with contextlib.nullcontext() if chunk.codec == Codec.RAW else turn:
-            self._read_into(chunk, out)
-        return out
-
-    def _read_into(self, chunk: StoredChunk, out: memoryview) -> None:
-        if not self.reads_directly(chunk):
-            self._reader.plain_into(chunk, out)
-            return
-        raw = chunk.codec == Codec.RAW
-        buffer = out if raw else self._own("stored", aligned(chunk.stored_length))
-        try:
-            stored = self._file(chunk).read_around(buffer, chunk.offset, chunk.stored_length, direct=True)
-        except DamagedError as error:
-            raise self._reader.damaged(chunk, error.message) from error
-        self._reader.check(chunk, stored)
-        if not raw:
-            self._reader.decode_into(chunk, stored, out)
-        elif len(stored) != len(out):
-            raise self._reader.damaged(chunk, f"it has {len(stored)} raw bytes instead of {len(out)}")
-
-    def _file(self, chunk: StoredChunk) -> SourceFile:
-        with self._lock:
-            file = self._files.get(chunk.pack)
-            if file is None:
-                file = self._files[chunk.pack] = SourceFile(self._reader.pack(chunk), ours=True)
-            return file
-
-    def _own(self, name: str, length: int) -> memoryview:
-        found: memoryview | None = getattr(self._local, name, None)
-        if found is None or len(found) < length:
-            found = fresh(max(length, WIDE * WINDOW))
-            setattr(self._local, name, found)
-        return found[:length]
-
-
-class Fill:
-    """Writes withheld windows into stopped processes. A context manager: at its end no thread of it is left."""
-
-    def __init__(self, plans: Iterable[MemoryPlan], reader: Reader, *, threads: int | None = None) -> None:
+    def __init__(self, plans: Iterable[MemoryPlan], reader: Reader) -> None:
         """Finds all chunks. Raises DamagedError for one that is in no pack."""
         self._plans = [plan for plan in plans if plan.filled]
         self._reader = reader
         located = reader.locate({digest for plan in self._plans for digest in _digests(plan)})
         self._chunks = {chunk.digest: chunk for chunk in located}
-        self._lists = {plan.space.pid: plan.space.chunk_list() for plan in self._plans}
-        self._ahead: dict[tuple[int, int], Future[memoryview]] = {}
-        self._lock = threading.Lock()
-        self._bulk = _Bulk(reader)
-        self._merging = threading.BoundedSemaphore(_MERGED_AT_ONCE)
-        self._running = self._ended = False
         self.begun: float | None = None
         """When `begin` was called, on the host's clock."""
         self.run_at = 0.0
         """When `run` was."""
-        # One more than decode and write, for the one that waits for the disk on behalf of the others.
-        self._pool = ThreadPoolExecutor((threads or default_threads()) + 1, thread_name_prefix="fill")
+        self.ahead_bytes = 0
+        """What had been decoded by then, or was being decoded."""
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        with self._lock:
-            self._running = self._ended = True
-        self._pool.shutdown(cancel_futures=True)
-        self._bulk.close()
+    @abstractmethod
+    def __exit__(self, *_exception: object) -> None: ...
 
     @property
     def plain_bytes(self) -> int:
@@ -252,38 +161,68 @@ class Fill:
         """The processes to be filled, as their images name them."""
         return [plan.space.pid for plan in self._plans]
 
+    @abstractmethod
     def begin(self) -> None:
-        """While CRIU is busy: have the kernel read what will be wanted, in the order of the packs, and decode as much
-        as may wait in memory."""
-        windows = ((plan.space.pid, window) for plan in self._plans for window in plan.filled)
+        """While CRIU is busy: read, check and decode as much as may wait in memory."""
+
+    @abstractmethod
+    def run(self, host_pids: Mapping[int, int]) -> None:
+        """Fill the processes, whose pids in this namespace are `host_pids`. Raises DamagedError, SnapshotError,
+        HostError."""
+
+    def _tasks(self) -> Iterator[WindowTask]:
+        for plan in self._plans:
+            yield from window_tasks(plan.space.pid, plan.filled, plan.space.chunk_list(), self._chunks)
+
+
+class ThreadFill(Fill):
+    """By threads of this process: right where there are few cores, and nothing is to be gained by more processes."""
+
+    def __init__(self, plans: Iterable[MemoryPlan], reader: Reader, *, threads: int | None = None) -> None:
+        super().__init__(plans, reader)
+        self._ahead: dict[tuple[int, int], Future[memoryview]] = {}
+        self._lock = threading.Lock()
+        self._windows = WindowReader(reader)
+        self._running = self._ended = False
+        # One more than decode and write, for the one that waits for the disk on behalf of the others.
+        self._pool = ThreadPoolExecutor((threads or default_threads()) + 1, thread_name_prefix="fill")
+
+    def __exit__(self, *_exception: object) -> None:
+        with self._lock:
+            self._running = self._ended = True
+        self._pool.shutdown(cancel_futures=True)
+        self._windows.close()
+
+    def begin(self) -> None:
+        """Also have the kernel read what will be wanted, in the order of the packs."""
         with self._lock:
             if self._running:
                 return
             self.begun = host_clock()
             self._pool.submit(self._advise)
-            for pid, window in self._first(windows):
-                self._ahead[pid, window.number] = self._pool.submit(self._pages, pid, window)
+            for task in self._first(self._tasks()):
+                self._ahead[task.pid, task.window.number] = self._pool.submit(self._windows.pages, task, fresh)
 
-    def _first(self, windows: Iterator[tuple[int, Window]]) -> Iterator[tuple[int, Window]]:
+    def _first(self, tasks: Iterator[WindowTask]) -> Iterator[WindowTask]:
         large = any(window.width > 1 for plan in self._plans for window in plan.filled)
         room = AHEAD_BYTES_OF_LARGE if large else AHEAD_BYTES
-        for pid, window in windows:
-            room -= window.width * WINDOW
+        for task in tasks:
+            room -= task.window.width * WINDOW
             if room < 0:
                 return
-            yield pid, window
+            self.ahead_bytes += task.plain_bytes
+            yield task
 
     def run(self, host_pids: Mapping[int, int]) -> None:
-        """Fill the processes, whose pids in this namespace are `host_pids`. Raises DamagedError, SnapshotError."""
         with self._lock:
             self._running = True
             self.run_at = host_clock()
-        with contextlib.ExitStack() as memories:
+        with contextlib.ExitStack() as stack:
             jobs = []
             try:
-                for plan in self._plans:
-                    memory = memories.enter_context(ProcessMemory(host_pids[plan.space.pid]))
-                    jobs += [self._pool.submit(self._fill, memory, plan.space.pid, window) for window in plan.filled]
+                memories = {pid: stack.enter_context(ProcessMemory(host_pids[pid])) for pid in self.pids}
+                for task in self._tasks():
+                    jobs.append(self._pool.submit(self._fill, memories[task.pid], task))
                 for job in jobs:
                     job.result()
             finally:  # before the memories close: no thread may use a closed descriptor
@@ -296,7 +235,7 @@ class Fill:
         for chunk in sorted(self._chunks.values(), key=lambda chunk: (chunk.pack, chunk.offset)):
             if self._ended:
                 return
-            if self._bulk.reads_directly(chunk):
+            if self._windows.reads_directly(chunk):
                 continue
             self._reader.advise(chunk)
             step += chunk.stored_length
@@ -304,25 +243,11 @@ class Fill:
                 self._reader.arrive(chunk)
                 step = 0
 
-    def _fill(self, memory: ProcessMemory, pid: int, window: Window) -> None:
+    def _fill(self, memory: ProcessMemory, task: WindowTask) -> None:
         # The futures of `begin` were in the pool's queue before this one, so what is waited for is running or done.
-        ahead = self._ahead.pop((pid, window.number), None)
-        pages = ahead.result() if ahead is not None else self._pages(pid, window, self._bulk.buffer)
-        memory.write(window.number, window_mask(window), pages)
-
-    def _pages(self, pid: int, window: Window, buffer: Callable[[int], memoryview] = fresh) -> memoryview:
-        """The pages of a window, packed; where one chunk has them all, in memory that `buffer` gives."""
-        digests = self._lists[pid]
-        for piece in window.pieces:
-            digest = digests[piece.chunk]
-            check_length(self._chunks[digest].plain_length, held_mask(piece), digest)
-        if window.width == 1:
-            return assemble(window, lambda number: self._reader.plain(self._chunks[digests[number]]))
-        if len(window.pieces) == 1 and not window.pieces[0].used:
-            chunk = self._chunks[digests[window.pieces[0].chunk]]
-            return self._bulk.plain_into(chunk, buffer(chunk.plain_length))
-        with self._merging:
-            return assemble(window, lambda number: self._reader.plain(self._chunks[digests[number]]))
+        ahead = self._ahead.pop((task.pid, task.window.number), None)
+        pages = ahead.result() if ahead is not None else self._windows.pages(task, self._windows.buffer)
+        memory.write(task.window.number, window_mask(task.window), pages)
 
 
 def _digests(plan: MemoryPlan) -> Iterator[Digest]:

@@ -31,6 +31,8 @@ from dormouse.snapshot.criu_images import Task, parse_mappings, parse_tree, was_
 from dormouse.snapshot.criu_setup import Criu
 from dormouse.snapshot.cuda_checkpoint import CUDA, Cuda, CudaState, CudaTree, gpu_pairs, restore_threads
 from dormouse.snapshot.cuda_checkpoint import gpus as gpus_here
+from dormouse.snapshot.hand_fill import make_fill
+from dormouse.snapshot.hands import NO_HANDS, Hands
 from dormouse.snapshot.held_threads import held_threads
 from dormouse.snapshot.images import SnapshotBody, decode_body
 from dormouse.snapshot.mapped_files import DigestCache, first_changed_file
@@ -75,13 +77,14 @@ def restore(
     fill: bool = True,
     gpus: Sequence[str] = (),
     cuda: Cuda = CUDA,
+    hands: Hands = NO_HANDS,
 ) -> Restored:
     """Restore a snapshot on this host, whose compatibility key is `key`, in a home of its own.
 
     `inherit[i]` is the descriptor that takes the place of the snapshot's external i; None: a fresh control socket (one
     at most). In `folders` CRIU gets a folder to work in, which the home must see. With `fill` false every page goes
     through CRIU's pipe. `gpus` are the UUIDs of those that take the place of the GPUs it used, in their order; left
-    out: the same ones, else the first there are.
+    out: the same ones, else the first there are. `hands` fill the memory, without any threads do.
 
     Raises NotFoundError, IncompatibleError (names the field), DamagedError, SnapshotError; HostError when it is not the
     snapshot's fault: this host is out of something, or somebody has killed what was at work.
@@ -103,7 +106,7 @@ def restore(
         with ReadAhead(store) as chunks:
             images = _Images(body, chunks)
             with phases.time("plan"):
-                work = _Work(images, chunks, fill)
+                work = _Work(images, chunks, fill, hands)
             command = _Command(criu, inherit, criu_options, timeout, folders)
             with work.fill, ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
                 if waking is not None:
@@ -114,7 +117,11 @@ def restore(
                     with phases.time("fill", track="fill", bytes=work.fill.plain_bytes, stored=work.fill.stored_bytes):
                         work.fill_in(home)
                     if work.fill.begun is not None:
-                        phases.add("fill ahead", work.fill.begun, work.fill.run_at, track="fill")
+                        phases.add(
+                            *("fill ahead", work.fill.begun, work.fill.run_at),
+                            track="fill",
+                            bytes=work.fill.ahead_bytes,
+                        )
                     with phases.time("mapped files"):
                         changed = compared.result()
                     if changed is not None:
@@ -214,13 +221,13 @@ class _Images:
 class _Work:
     """What is to be done beside and after CRIU: the images it is served, and the memory that is filled in later."""
 
-    def __init__(self, images: _Images, chunks: ReadAhead, fill: bool) -> None:
+    def __init__(self, images: _Images, chunks: ReadAhead, fill: bool, hands: Hands) -> None:
         body = images.body
         self._tasks = parse_tree(images.whole("pstree.img"), "pstree.img")
         names = {space.pid: f"mm-{space.pid}.img" for space in body.memory} if fill else {}
         mappings = {pid: parse_mappings(images.whole(name), name) for pid, name in names.items()}
         plans = fill_plan(body.memory, mappings, self._tasks)
-        self.fill = Fill(plans, chunks.reader)
+        self.fill: Fill = make_fill(plans, chunks.reader, hands)
         self.served: dict[str, Parts] = {image.name: partial(image_parts, image, chunks) for image in body.images}
         for plan in plans:
             self.served[plan.space.pagemap_name] = partial(pagemap_parts, plan)

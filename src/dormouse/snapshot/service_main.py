@@ -44,6 +44,7 @@ from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.capture import CaptureResult, capture, run_on
 from dormouse.snapshot.cell import CONTROL_FD, Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu
+from dormouse.snapshot.hands import Hands
 from dormouse.snapshot.mapped_files import CACHE_NAME, DigestCache
 from dormouse.snapshot.restore import note_damage, restore
 from dormouse.snapshot.shortage import REMEDY, is_shortage
@@ -68,7 +69,10 @@ _MAX_LOG = 16 << 20
 
 # What a worker sees of the node's environment. A list of names rather than all but a few: the environment ends up in
 # the snapshot, and secrets must not.
-_PASSED_ON = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
+_PASSED_ON = (
+    *("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV"),
+    "TRITON_CACHE_DIR",  # where compiled kernels are found again
+)
 _PASSED_ON_PREFIXES = ("LC_", "OMP_", "MKL_", "CUDA_", "NVIDIA_", "TORCH_")
 
 
@@ -138,7 +142,15 @@ class Service:
     """The calls, each blocking and run in a thread of its own."""
 
     def __init__(
-        self, store: Store, criu: Criu, digests: DigestCache, folders: Path, *, keep_bytes: int, loader: Loader
+        self,
+        store: Store,
+        criu: Criu,
+        digests: DigestCache,
+        folders: Path,
+        *,
+        keep_bytes: int,
+        loader: Loader,
+        hands: Hands,
     ) -> None:
         self._store = store
         self._criu = criu
@@ -150,6 +162,7 @@ class Service:
         self._workers: dict[str, ProcessTree] = {}
         self._damaged: set[str] = set()
         self._loader = loader
+        self._hands = hands
         self._segments = SegmentPool(store, keep_bytes=keep_bytes, loader=loader)
         self._latest: dict[str, str] = {}  # by engine, the snapshot that was captured or restored last
 
@@ -212,14 +225,14 @@ class Service:
             raise EngineError(f"cell {request.cell_id} is gone, it needs no segment", remedy="Try again")
         return messages.SegmentTaken(call=request.call, segment=handle.info), handle.descriptors()
 
-    def _with_segments(self, request: _R, bring_up: Callable[[_R, str], _Worker]) -> Answer:
+    def _with_segments(self, request: _R, bring_up: Callable[[_R, str, str | None], _Worker]) -> Answer:
         """Have the model's segment fill while its worker starts or is restored."""
         cell_id = secrets.token_hex(6)
         handles: list[SegmentHandle] = []
         try:
             if request.checkpoint is not None:
                 handles.append(self._weights(request.checkpoint, cell_id, request.device))
-            pid, control, phases = bring_up(request, cell_id)
+            pid, control, phases = bring_up(request, cell_id, self._gpu_of(request.device, handles))
         except BaseException:
             for handle in handles:
                 handle.close()
@@ -234,6 +247,12 @@ class Service:
         )
         return started, [control.detach(), *(fd for handle in handles for fd in handle.descriptors())]
 
+    def _gpu_of(self, device: str, handles: Sequence[SegmentHandle]) -> str | None:
+        """The UUID of the GPU that a worker is to compute on: that of its weights. Raises HostError."""
+        if device == "cpu":
+            return None
+        return handles[0].device if handles else self._loader.uuid_of(device)
+
     def _weights(self, checkpoint: str, cell_id: str, device: str, *, adapter: bool = False) -> SegmentHandle:
         """The segment. What is wrong with the weights must not be taken for a fault of the snapshot, nor a checkpoint
         that is gone for a model that is not served."""
@@ -242,7 +261,7 @@ class Service:
         except (NotFoundError, StoreError) as error:
             raise WeightsError(error.message, remedy=error.remedy) from error
 
-    def _start(self, request: messages.StartWorker, cell_id: str) -> _Worker:
+    def _start(self, request: messages.StartWorker, cell_id: str, gpu: str | None) -> _Worker:
         phases = Phases()
         with phases.time("cell"):
             cell = self._spare.take()
@@ -261,7 +280,7 @@ class Service:
             finally:
                 os.close(log_fd)
             assert spawned.inode is not None and spawned.control is not None
-            tree = ProcessTree(cell, spawned.pid, (External("socket", spawned.inode),))
+            tree = ProcessTree(cell, spawned.pid, (External("socket", spawned.inode),), gpu=gpu)
             return self._started(cell_id, tree), spawned.control, phases
         except OSError as error:
             cell.close()
@@ -270,7 +289,7 @@ class Service:
             cell.close()
             raise
 
-    def _restore(self, request: messages.RestoreSnapshot, cell_id: str) -> _Worker:
+    def _restore(self, request: messages.RestoreSnapshot, cell_id: str, gpu: str | None) -> _Worker:
         try:
             restored = restore(
                 request.snapshot_id,
@@ -281,6 +300,8 @@ class Service:
                 timeout=_CRIU_TIMEOUT,
                 digests=self._digests,
                 folders=self._folders,
+                gpus=() if gpu is None else (gpu,),
+                hands=self._hands,
             )
         except (DamagedError, UntrustedError):
             with self._lock:
@@ -289,7 +310,8 @@ class Service:
         self._latest[request.key.get("engine", "")] = request.snapshot_id
         try:
             assert restored.control is not None
-            return self._started(cell_id, restored.tree), restored.control, restored.phases
+            tree = dataclasses.replace(restored.tree, gpu=gpu)
+            return self._started(cell_id, tree), restored.control, restored.phases
         except BaseException:
             if restored.control is not None:
                 restored.control.close()
@@ -314,6 +336,7 @@ class Service:
             digests=self._digests,
             folders=self._folders,
             like=self._latest.get(request.key.get("engine", "")),
+            hands=self._hands,
         )
         self._latest[request.key.get("engine", "")] = result.snapshot_id
         if request.keep:
@@ -425,7 +448,9 @@ def preflight(data_dir: Path, keep_bytes: int, loader: Loader) -> Service:
     folders = criu_folders(data_dir / "run")
     sweep_work_folders(folders)
     store, digests = Store.open(data_dir / "store"), DigestCache(data_dir / CACHE_NAME)
-    return Service(store, criu, digests, folders, keep_bytes=keep_bytes, loader=loader)
+    hands = Hands.of_this_machine()
+    hands.warm()
+    return Service(store, criu, digests, folders, keep_bytes=keep_bytes, loader=loader, hands=hands)
 
 
 def main() -> None:

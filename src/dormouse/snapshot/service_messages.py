@@ -41,7 +41,8 @@ class CaptureWorker(_Message, frozen=True, tag="capture"):
 
 
 class RestoreSnapshot(_Message, frozen=True, tag="restore"):
-    """Restore a snapshot in a new cell, while the segment of the checkpoint fills."""
+    """Restore a snapshot in a new cell, while the segment of the checkpoint fills on a device, where the worker's CUDA
+    state goes, too, wherever it was captured."""
 
     snapshot_id: str
     key: dict[str, str]

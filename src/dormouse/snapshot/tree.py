@@ -46,12 +46,14 @@ class Home(Protocol):
 
 @dataclass(frozen=True)
 class ProcessTree:
-    """`pid` is the root's as CRIU sees it in `home`; `snapshot_id` the snapshot it was restored from, if any."""
+    """`pid` is the root's as CRIU sees it in `home`; `snapshot_id` the snapshot it was restored from, if any; `gpu` the
+    UUID of the GPU it computes on, if that is known: it may have others open."""
 
     home: Home
     pid: int
     externals: tuple[External, ...] = ()
     snapshot_id: str | None = None
+    gpu: str | None = None
 
 
 def stopped_processes(home: Home) -> list[int]:

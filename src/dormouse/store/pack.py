@@ -108,27 +108,40 @@ class PackWriter:
     def append(self, digest: Digest, codec: Codec, plain_length: int, stored: Buffer) -> bool:
         """Add a chunk; False when it is there already, or another thread is just writing it."""
         mac = chunk_mac(self._key, digest, codec, plain_length, stored)
-        with self._changed:
-            if self._fd < 0:
-                raise StoreError(f"{self.path.name} takes no more chunks: its transaction has ended")
-            if digest in self.entries:
-                return False
-            offset = self._end if stored else 0
-            self._end += aligned(len(stored))
-            self.entries[digest] = StoredChunk(digest, mac, 0, offset, len(stored), plain_length, codec)
-            self._writing += 1
+        offset = self.reserve(StoredChunk(digest, mac, 0, 0, len(stored), plain_length, codec))
+        if offset is None:
+            return False
         whole = False
         try:
             with system_errors(self.path, "writing to", len(stored)):
                 write_all(self._fd, stored, offset)
-            self._hint()
             whole = True
         finally:
-            with self._changed:
-                self._writing -= 1
-                self._whole &= whole
-                self._changed.notify_all()
+            self.written(whole)
         return True
+
+    def reserve(self, chunk: StoredChunk) -> int | None:
+        """Give a chunk, whose own offset does not count, a place for somebody to write it to, who then says `written`;
+        None when it is there already, or is just being written."""
+        with self._changed:
+            if self._fd < 0:
+                raise StoreError(f"{self.path.name} takes no more chunks: its transaction has ended")
+            if chunk.digest in self.entries:
+                return None
+            offset = self._end if chunk.stored_length else 0
+            self._end += aligned(chunk.stored_length)
+            self.entries[chunk.digest] = chunk._replace(offset=offset)
+            self._writing += 1
+        return offset
+
+    def written(self, whole: bool) -> None:
+        """A chunk is in its place, or, if not `whole`, never will be."""
+        if whole:
+            self._hint()
+        with self._changed:
+            self._writing -= 1
+            self._whole &= whole
+            self._changed.notify_all()
 
     def _hint(self) -> None:
         with self._changed:

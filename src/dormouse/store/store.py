@@ -51,6 +51,7 @@ class Store:
         self._layout = layout
         self.key = layout.key
         self.root = layout.root
+        self.packs = layout.packs
 
     @classmethod
     def open(cls, path: Path, *, key_file: Path | None = None, checkpoint: Checkpoint = lambda _step: None) -> Self:

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from dormouse.errors import StoreError
 from dormouse.store.chunk import MAX_CHUNK, Buffer, Digest, digest_of, is_zero
@@ -20,7 +20,7 @@ from dormouse.store.index import add_manifest, add_pack
 from dormouse.store.layout import Layout
 from dormouse.store.manifest import Manifest, encode_manifest, manifest_name
 from dormouse.store.marks import drop_marks
-from dormouse.store.pack import PackWriter
+from dormouse.store.pack import PackWriter, StoredChunk
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,13 @@ FLOATS_AT_ONCE = 6
 """Threads that code floats when the codec is chosen by content: to code a chunk takes up to 20 MiB beside it."""
 _SPREAD_FROM = 256 << 20
 _MOST_PACKS = 8
+
+
+class Place(NamedTuple):
+    """Where a chunk is to be written."""
+
+    writer: PackWriter
+    offset: int
 
 
 class _Packs:
@@ -48,8 +55,25 @@ class _Packs:
         try:
             return writer.append(digest, codec, plain_length, stored)
         finally:
-            with self._lock:
-                self._busy[writer] -= 1
+            self._release(writer)
+
+    def reserve(self, chunk: StoredChunk) -> Place | None:
+        """A place for a chunk; None when it is there already."""
+        writer = self._take(chunk.stored_length)
+        offset = None
+        try:
+            offset = writer.reserve(chunk)
+        finally:
+            if offset is None:
+                self._release(writer)
+        return None if offset is None else Place(writer, offset)
+
+    def written(self, place: Place, whole: bool) -> None:
+        """See `PackWriter.written`."""
+        try:
+            place.writer.written(whole)
+        finally:
+            self._release(place.writer)
 
     def filled(self) -> list[PackWriter]:
         """Those that have chunks."""
@@ -60,6 +84,10 @@ class _Packs:
         with contextlib.ExitStack() as exits:
             for writer in self._busy:
                 exits.callback(writer.close)
+
+    def _release(self, writer: PackWriter) -> None:
+        with self._lock:
+            self._busy[writer] -= 1
 
     def _take(self, length: int) -> PackWriter:
         with self._lock:
@@ -102,14 +130,43 @@ class Transaction:
         """The name of a chunk that is there already, as `put` would give it; None for another. Thread-safe."""
         view = memoryview(plain).cast("B")
         digest = digest_of(view)
+        return digest if self.has(digest, len(view)) else None
+
+    def has(self, digest: Digest, length: int) -> bool:
+        """Like `known`, of a chunk that somebody else has hashed."""
         with self._lock:
             known = digest in self._lengths
         if not known and not self._layout.index.has(digest):
-            return None
+            return False
         with self._lock:
-            self.raw_bytes += len(view)
-            self._lengths[digest] = len(view)
-        return digest
+            self.raw_bytes += length
+            self._lengths[digest] = length
+        return True
+
+    def lacks(self, digest: Digest, length: int) -> bool:
+        """Whether a chunk that is put must still be stored: by `reserve`, which its caller then owes."""
+        with self._lock:
+            self.raw_bytes += length
+            known = digest in self._lengths
+            self._lengths[digest] = length
+        return not known and not self._layout.index.has(digest)
+
+    def reserve(self, chunk: StoredChunk) -> Place | None:
+        """A place for a chunk that is coded and signed (its own pack and offset don't count), which another process is
+        to write there; `written` tells the outcome. None: it is there already. Thread-safe."""
+        if not chunk.stored_length <= chunk.plain_length <= MAX_CHUNK:
+            raise StoreError(f"a chunk of {chunk.plain_length} bytes can't have {chunk.stored_length} stored ones")
+        return self._packs.reserve(chunk)
+
+    def written(self, place: Place, stored_length: int, *, whole: bool) -> None:
+        """A chunk is in its place; or, if not `whole`, it never will be, and nothing can be committed."""
+        self._packs.written(place, whole)
+        with self._lock:
+            if whole:
+                self.stored_bytes += stored_length
+                self.new_chunks += 1
+            else:
+                self._error = self._error or StoreError("a chunk could not be written")
 
     def put(self, plain: Buffer, *, codec: Codec | Choose = Codec.LZ4, payload: Buffer | None = None) -> Digest:
         """Store a chunk unless it is there already; its name. Thread-safe. `codec` may be a function that is asked
@@ -124,16 +181,10 @@ class Transaction:
         if len(view) > MAX_CHUNK:
             raise StoreError(f"a chunk of {len(view)} bytes is too long; at most {MAX_CHUNK} are allowed")
         if payload is not None and (codec not in FLOATS or len(payload) * 8 > len(view) * 7):
-            raise StoreError(
-                f"a payload of {len(payload)} bytes is not what {getattr(codec, 'name', codec)} stores for {len(view)}"
-            )
+            raise StoreError(f"a payload of {len(payload)} bytes is not what {codec!r} stores for {len(view)}")
         digest = digest_of(view)
-        with self._lock:
-            self.raw_bytes += len(view)
-            known = digest in self._lengths
-            self._lengths[digest] = len(view)
         try:
-            if not known and not self._layout.index.has(digest):
+            if self.lacks(digest, len(view)):
                 self._append(digest, view, codec, payload)
         except BaseException as error:
             self._error = self._error or error

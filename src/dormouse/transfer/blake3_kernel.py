@@ -127,6 +127,14 @@ class SignatureCheck:
                     AGAIN=again, num_warps=TREE_LANES.value // 32, num_stages=1,
                 )  # fmt: skip
 
+    def warm(self) -> None:
+        """Compile (or take from Triton's cache) what checks, so that no load waits for it later."""
+        length = 2 * _GROUP * _LEAF  # more than one group: all forms of the kernels
+        staging = torch.zeros(length, dtype=torch.uint8, device=self._device)
+        status = torch.zeros(1, dtype=torch.int32, device=self._device)
+        tasks = self.prepare([[0, length]], np.zeros((1, IDENTITY_SIZE), np.uint8), np.zeros((1, MAC_SIZE), np.uint8))
+        self.check(tasks, 0, 1, staging, status)
+
     def _current(self) -> contextlib.AbstractContextManager[Any]:
         """Triton launches on the current device, whatever device the tensors are on."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()

@@ -97,9 +97,11 @@ class BulkCodec:
     def __call__(self, plain: memoryview) -> Codec:
         """The codec for a large piece."""
         codec, stored = guess(plain)
-        if codec not in FLOATS or floats_pay(self._measure(self._folder), self._threads, stored):
-            return codec
-        return Codec.RAW
+        return codec if codec not in FLOATS or self.pays(stored) else Codec.RAW
+
+    def pays(self, stored: float) -> bool:
+        """Whether to code floats of which this share would be stored."""
+        return floats_pay(self._measure(self._folder), self._threads, stored)
 
 
 _known: dict[int, Rates] = {}

@@ -11,6 +11,7 @@ torch uses) current for as long as it lasts. Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from dormouse.errors import HostError
+
+log = logging.getLogger(__name__)
 
 _FAILED = "Look at `nvidia-smi`; a process whose GPU has failed must be started anew"
 _OUT_OF_MEMORY = "Put another model on this GPU to sleep, or give this one less memory (kv_tokens, context)"
@@ -59,8 +62,9 @@ class Driver(Protocol):
     def give_back(self, address: int, size: int) -> None:
         """Take a range with nothing behind it no longer."""
 
-    def map(self, address: int, size: int, memory: int, ordinal: int) -> None:
-        """Put memory behind a reserved range, for reading and writing by this GPU. Undone if that fails."""
+    def map(self, address: int, size: int, memory: int, ordinal: int, *, read_only: bool = False) -> bool:
+        """Put memory behind a reserved range, for reading and writing by this GPU, or for reading alone if the driver
+        can do that: whether it is as it was asked for. Undone if that fails."""
 
     def unmap(self, address: int, size: int) -> None:
         """Nothing is behind the range any more, which stays reserved."""
@@ -160,16 +164,28 @@ class Cuda:
         freed = self._cuda.cuMemAddressFree(self._cuda.CUdeviceptr(address), size)
         check(freed, f"{size} addresses of a GPU from {address:#x} on can't be given back")
 
-    def map(self, address: int, size: int, memory: int, ordinal: int) -> None:
+    def map(self, address: int, size: int, memory: int, ordinal: int, *, read_only: bool = False) -> bool:
         start, handle = self._cuda.CUdeviceptr(address), self._cuda.CUmemGenericAllocationHandle(memory)
+        flags = self._cuda.CUmemAccess_flags
         with self._current(ordinal):
             what = f"{size} bytes of GPU {ordinal} can't be mapped at {address:#x}"
             check(self._cuda.cuMemMap(start, size, 0, handle, 0), what)
             try:
-                check(self._cuda.cuMemSetAccess(start, size, [self._access(ordinal)], 1), what)
-            except HostError:
+                if read_only:
+                    access = self._access(ordinal, flags.CU_MEM_ACCESS_FLAGS_PROT_READ)
+                    (refused,) = self._cuda.cuMemSetAccess(start, size, [access], 1)
+                    if int(refused) == 0:
+                        return True
+                    log.warning(
+                        "GPU %d maps nothing for reading only (%s): %d bytes at %#x can be written to",
+                        *(ordinal, getattr(refused, "name", refused), size, address),
+                    )
+                access = self._access(ordinal, flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE)
+                check(self._cuda.cuMemSetAccess(start, size, [access], 1), what)
+            except BaseException:
                 self.unmap(address, size)
                 raise
+        return not read_only
 
     def unmap(self, address: int, size: int) -> None:
         unmapped = self._cuda.cuMemUnmap(self._cuda.CUdeviceptr(address), size)
@@ -200,11 +216,11 @@ class Cuda:
         properties.location.id = ordinal
         return properties
 
-    def _access(self, ordinal: int) -> Any:
+    def _access(self, ordinal: int, flags: Any) -> Any:
         access = self._cuda.CUmemAccessDesc()
         access.location.type = self._cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         access.location.id = ordinal
-        access.flags = self._cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        access.flags = flags
         return access
 
     @contextlib.contextmanager

@@ -14,6 +14,7 @@ the lanes waits for it before their memory goes.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -97,6 +98,8 @@ class Delivery:
         self._arrivals: SimpleQueue[_Arrival | None] = SimpleQueue()
         self._free: SimpleQueue[int | None] = SimpleQueue()
         self._asked: deque[tuple[list[Mark], int]] = deque()
+        self.asked_at = 0.0
+        """When the devices had been asked for all."""
         self._done = 0
         self._total = sum(parcel.plain_bytes for parcel in self._parcels)
 
@@ -130,6 +133,7 @@ class Delivery:
             self._finish_own(held, flow, progress, cancelled)
             self._finish_decoded(len(decoded), progress)
             decoders.wait()
+        self.asked_at = time.perf_counter()
         while self._asked:
             self._await_oldest(progress)
         for lane in self._lanes.all():

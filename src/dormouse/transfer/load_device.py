@@ -138,6 +138,12 @@ def carry_out(
         else:
             files = Unread(prepared.plan.files)
         stack.enter_context(files)
+        reached = {"worked out": time.perf_counter() - started}
+
+        def add_lanes() -> None:
+            _add_lanes(lanes, prepared, gpus, destinations, key)
+            reached["lanes"] = time.perf_counter() - started
+
         shares = _shares(prepared.packed.parcels, pinned_bytes, threads)
         checker = Checker(prepared.plan.files, key)
         lanes = Lanes()
@@ -153,12 +159,12 @@ def carry_out(
             )
             delivery.run(
                 sources(prepared.runs),
-                # while the first bytes are read
-                partial(_add_lanes, lanes, prepared, gpus, destinations, key),
+                add_lanes,  # while the first bytes are read
                 threads=shares.carriers,
                 progress=progress,
                 cancelled=cancelled,
             )
+            reached["asked"] = delivery.asked_at - started
         return LoadReport(
             time.perf_counter() - started,
             prepared.plain_bytes,
@@ -168,6 +174,7 @@ def carry_out(
             prepared.tier_bytes,
             carriers.pinned_bytes,
             "device" if kernels else "host",
+            reached,
         )
 
 
