@@ -44,7 +44,7 @@ Rate = Annotated[
         }
     ),
 ]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 .,_+-]{0,63}$")]
 Seconds = Annotated[float, Field(ge=0, lt=1e9)]
 Path_ = Literal["sleep", "snapshot", "cold"]
 

@@ -646,18 +646,16 @@ class World:
         )
 
     def _expected(self, worker: Worker) -> float:
-        """When a request that queues now should begin, as far as anybody could know: lengths are what they usually
-        are, and one that is longer already is half done."""
-        ahead, slots = len(worker.queue), worker.model.slots
-        starting = worker.state is State.STARTING
-        if len(worker.running) + ahead < slots:
-            return worker.ready_at if starting else 0.0
+        """When it should be done with all that it has, as far as anybody could know: lengths are what they usually are,
+        and one that is longer already is half done."""
         usual = self.expected_tokens(worker.model.name) * worker.model.token_seconds
-        if starting:
-            return worker.ready_at + usual * (ahead // slots)
+        rounds = -(-len(worker.queue) // worker.model.slots)
+        if worker.state is State.STARTING:
+            return worker.ready_at + usual * max(rounds, 1)
+        if not worker.running:
+            return 0.0
         late = self.now + usual / 2
-        ends = sorted(max(job.resumed + usual, late) for job in worker.running.values())
-        return ends[ahead % len(ends)] + usual * (ahead // slots) if ends else late
+        return max(late, *(job.resumed + usual for job in worker.running.values())) + usual * rounds
 
     def _account(self, worker: Worker) -> None:
         """Add up what it had since the last time, before that changes."""
