@@ -382,10 +382,11 @@ class Layered(Planned):
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What a GB is worth for a second, in seconds of somebody's start."""
+    """What a GB is worth for a second, in seconds of somebody's start. Memory that is needed is taken by placement
+    anyway (by `worth`), so what is held idle has a low price: 80 GB of GPU memory for a minute are half a second."""
 
-    gpu: float = 0.004
-    host: float = 0.0004
+    gpu: float = 1e-4
+    host: float = 1e-5
 
     def of(self, cost: LayerCost) -> float:
         return (self.gpu * cost.gpu_bytes + self.host * cost.host_bytes) / _GB
