@@ -17,6 +17,7 @@ from dormouse.phases import Phases
 from dormouse.snapshot import service_main
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.criu_setup import Criu
+from dormouse.snapshot.hands import NO_HANDS
 from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.restore import Restored
 from dormouse.snapshot.service_main import Service
@@ -76,7 +77,10 @@ def test_a_snapshot_wakes_on_the_gpu_that_is_configured_now(
     monkeypatch.setattr(service_main, "restore", restore)
     monkeypatch.setattr(service_main, "capture", capture)
     service = Service(
-        store, criu, DigestCache(tmp_path / "digests"), tmp_path / "criu", keep_bytes=0, loader=cast(Loader, TwoGpus())
+        *(store, criu, DigestCache(tmp_path / "digests"), tmp_path / "criu"),
+        keep_bytes=0,
+        loader=cast(Loader, TwoGpus()),
+        hands=NO_HANDS,
     )
     try:
         request = messages.RestoreSnapshot(call=1, snapshot_id="s", key={}, checkpoint=checkpoint, device=device)

@@ -181,7 +181,8 @@ class Transaction:
         if len(view) > MAX_CHUNK:
             raise StoreError(f"a chunk of {len(view)} bytes is too long; at most {MAX_CHUNK} are allowed")
         if payload is not None and (codec not in FLOATS or len(payload) * 8 > len(view) * 7):
-            raise StoreError(f"a payload of {len(payload)} bytes is not what {codec!r} stores for {len(view)}")
+            name = codec.name if isinstance(codec, Codec) else str(codec)
+            raise StoreError(f"a payload of {len(payload)} bytes is not what {name} stores for {len(view)}")
         digest = digest_of(view)
         try:
             if self.lacks(digest, len(view)):
