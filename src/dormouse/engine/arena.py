@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dormouse.errors import EngineError
-from dormouse.transfer.handles import MEMFD, Filled, SegmentHandle, await_report
+from dormouse.transfer.handles import MEMFD, Filled, SegmentHandle, await_reports
 
 BASE = 0x3000_0000_0000
 """Where reservations begin: between what the kernel gives to programs and their heaps (above 0x5500…) and what it gives
@@ -153,17 +153,11 @@ class Arena:
     def wait(self) -> list[Filled]:
         """Block until every mapped segment is filled; how those were that were not full already. Raises what the
         filling failed with; then nothing is mapped any more, so that nobody looks at half of the weights."""
-        fills = []
-        while self._reports:
-            try:
-                filled = await_report(self._reports[-1])
-            except BaseException:
-                self.unmap()
-                raise
-            os.close(self._reports.pop())
-            if filled is not None:
-                fills.append(filled)
-        return fills
+        try:
+            return await_reports(self._reports)
+        except BaseException:
+            self.unmap()
+            raise
 
     def unmap(self) -> None:
         """Take the segments away; their addresses stay reserved."""

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from dormouse.engine.arena import Weights
 from dormouse.errors import DormouseError, EngineError
 from dormouse.transfer.cuda_driver import Driver, array_interface
-from dormouse.transfer.handles import CUDA, Filled, SegmentHandle, await_report
+from dormouse.transfer.handles import CUDA, Filled, SegmentHandle, await_reports
 
 if TYPE_CHECKING:
     import torch
@@ -124,17 +124,11 @@ class DeviceArena:
     def wait(self) -> list[Filled]:
         """Block until every mapped segment is filled; how those were that were not full already. Raises what the
         filling failed with; then nothing is mapped any more, so that nobody computes with half of the weights."""
-        fills = []
-        while self._reports:
-            try:
-                filled = await_report(self._reports[-1])
-            except BaseException:
-                self.unmap()
-                raise
-            os.close(self._reports.pop())
-            if filled is not None:
-                fills.append(filled)
-        return fills
+        try:
+            return await_reports(self._reports)
+        except BaseException:
+            self.unmap()
+            raise
 
     def unmap(self) -> None:
         """Wait for the GPU, then give back weights and scratch; the addresses stay reserved. Idempotent."""

@@ -142,3 +142,15 @@ def await_report(pipe: int) -> Filled | None:
     if report.kind:
         raise errors.of_kind(report.kind, report.message, report.remedy)
     return report.filled
+
+
+def await_reports(pipes: list[int]) -> list[Filled]:
+    """Block until all segments behind the pipes are filled; how those were that were not full already. Each pipe is
+    closed and leaves the list when its segment is full. Raises what `await_report` does."""
+    fills = []
+    while pipes:
+        filled = await_report(pipes[-1])
+        os.close(pipes.pop())
+        if filled is not None:
+            fills.append(filled)
+    return fills
