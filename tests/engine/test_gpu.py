@@ -54,6 +54,7 @@ def test_logprobs_come_with_every_token(worker: WorkerClient) -> None:
     assert sum(len(delta.logprobs or ()) for delta in answer.deltas) == len(answer.token_ids)
 
 
+@pytest.mark.gpu(alone=True)
 @pytest.mark.timeout(180)
 def test_a_worker_that_sleeps_gives_its_cache_back_and_answers_as_before(tmp_path: Path) -> None:
     """Sixteen times, with nothing left behind from one to the next."""
