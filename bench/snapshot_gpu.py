@@ -44,7 +44,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dormouse.catalogue import human
-from dormouse.config import DataDir, ModelConfig, ServeConfig, default_data_dir
+from dormouse.config import ModelConfig, ServeConfig
+from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.errors import DormouseError
 from dormouse.phases import Phase, Phases
 from dormouse.snapshot.criu_setup import Criu, find_criu

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dormouse.checkpoint.importer import import_model
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.engine.device_copy import PIECE, to_device
 from dormouse.engine.messages import Finished, Sampling, TokensPrompt
 from tests.checkpoint.conftest import save_tokenizer, tiny_llama

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.jobs.control import running_jobs
 from dormouse.store.store import Store
 from tests.jobs.conftest import Command, Dormouse, eventually, free_port

@@ -22,7 +22,7 @@ from typing import Protocol, Self
 
 import msgspec
 
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import IncompatibleError, SnapshotError
 from dormouse.jobs.explain import explained
 from dormouse.jobs.hook_calls import Hooks
