@@ -28,6 +28,7 @@ from dormouse.admin_client import ask_node
 from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError
 from dormouse.progress import Reporter
+from dormouse.transfer.memory import keep_freed_memory
 
 INTERNAL_ERROR = 70
 LONGEST_JSON = 64 << 20
@@ -782,8 +783,6 @@ def _open_standard_streams() -> None:
 
 def main() -> None:
     """Entry point: runs a verb and turns every error into one clear sentence and an exit status."""
-    from dormouse.transfer.memory import keep_freed_memory
-
     started = time.monotonic()
     keep_freed_memory()
     _open_standard_streams()
