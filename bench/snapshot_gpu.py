@@ -21,7 +21,8 @@ A Llama of random bfloat16 weights is made and imported; its engine takes 80 % o
 Seconds of a restore end at the first token of an answer, which must be what it was before the capture. The command
 line's own time counts. `peak` is the most host memory taken beyond what was before, page cache left out. Rows are
 independent: one that fails says why, and after `--row-seconds` it has failed. Figures are written after every row; rows
-of an earlier run in the same file stay, marked with its date, unless they run again. Needs root and CRIU.
+of an earlier run in the same file stay, marked with its date and the file system of its store, unless they run again.
+Needs root and CRIU.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from dormouse.phases import Phase, Phases
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.store.store import Store
 from dormouse.trace import gigabytes_per_second
-from gpu_machine import Gpu, facts, find_gpu, measure_limits, peak_memory
+from gpu_machine import Gpu, facts, filesystem, find_gpu, measure_limits, peak_memory
 from gpu_model import SIZES, Made, make_model
 from gpu_ways import (
     Cuda,
@@ -608,7 +609,7 @@ def finish(bench: Bench, result: dict[str, Any]) -> None:
     """Write what there is so far."""
     rows = {name: {key: value for key, value in row.items() if key[0] != "_"} for name, row in bench.rows.items()}
     for name, row in rows.items():
-        row["date"] = result["machine"]["date"]
+        row |= {"date": result["machine"]["date"], "store": filesystem(bench.scratch)}
         for kind in ("capture", "restore"):
             if f"{kind}_steps" in row:
                 steps = [_with_gpu_bytes(name, row, fields) for fields in row[f"{kind}_steps"]]
