@@ -400,10 +400,11 @@ def row_transparent(bench: Bench, deadline: Deadline) -> Row:
     """Ours, of a program that knows nothing of it."""
     bench.stop_server()
     job = Transparent(bench.llama("transparent"), bench.home.root, "bench-llama")
-    return _transparent(bench, job, deadline)
+    return _transparent(bench, job, deadline, empty=bench.options.kv_gigabytes * 1e9)
 
 
-def _transparent(bench: Bench, job: Transparent, deadline: Deadline) -> Row:
+def _transparent(bench: Bench, job: Transparent, deadline: Deadline, *, empty: float = 0) -> Row:
+    """`empty` bytes of its memory are zero, and need no room."""
     subject = job.subject
     with contextlib.closing(job):
         drop_page_cache()
@@ -413,7 +414,7 @@ def _transparent(bench: Bench, job: Transparent, deadline: Deadline) -> Row:
         row: Row = {"cold_s": subject.first_token(deadline, job.alive) - begin}
         text = subject.answer(deadline, job.alive)
         row |= {"gpu_bytes": bench.gpu_bytes(), "host_bytes": resident_bytes(job.pid)}
-        bench.need_disk(1.2 * ((row["gpu_bytes"] or 0) + row["host_bytes"]))
+        bench.need_disk(1.2 * ((row["gpu_bytes"] or 0) + row["host_bytes"] - empty))
         begin = time.monotonic()
         with peak_memory() as peak:
             captured = job.capture(deadline)
