@@ -71,8 +71,9 @@ def fill_plan(
     tree: Iterable[Task],
     cuda: Collection[int] = (),
 ) -> list[MemoryPlan]:
-    """The processes `cuda` have CUDA state. Fill what lies in plain memory of processes. Memory that a child has at the same place as its parent goes through
-    the pipe: CRIU lets the two share what is equal, copy-on-write, as it was before."""
+    """Fill what lies in plain memory of processes. Memory that a child has at the same place as its parent goes through
+    the pipe: CRIU lets the two share what is equal, copy-on-write, as it was before. The processes `cuda` have CUDA
+    state."""
     shared = _inherited(mappings, tree)
     plans = []
     for space in spaces:
