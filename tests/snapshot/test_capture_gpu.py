@@ -108,10 +108,11 @@ def test_twenty_captures_and_restores_leave_memory_as_it_was(criu: Criu, tmp_pat
             host.close()
     left = sum(used_by_uuid().values()) - idle
     print(*seen, f"left on the GPU: {left}", sep="\n")
-    first, last = seen[3], seen[-1]  # what is made once is there by then
-    grown = {name: last[name] - first[name] for name in last}
-    assert grown["descriptors"] <= 4 and grown["of the loader"] <= 0
-    assert grown["resident"] <= 32 << 20 and grown["snapshot"] <= 32 << 20 and grown["gpu"] <= 16 << 20
+    # Caches (of the driver: 2 MiB each time) fill up in the first 15 cycles; a leak would go on for ever.
+    late = {name: seen[-1][name] - seen[15][name] for name in seen[-1]}
+    assert late["gpu"] <= 0 and late["resident"] <= 24 << 20 and late["snapshot"] <= 4 << 20
+    assert late["descriptors"] <= 4 and late["of the loader"] <= 0
+    assert seen[-1]["gpu"] - seen[0]["gpu"] <= 48 << 20
 
 
 def memory_of(host: Host, raw_bytes: int) -> dict[str, int]:
