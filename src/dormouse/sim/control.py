@@ -9,7 +9,8 @@ from dormouse.schedule.place import Decision, Migration, Option
 from dormouse.schedule.queue import Queue
 from dormouse.schedule.room import Eviction
 from dormouse.sim.keeping import Keeper
-from dormouse.sim.world import Job, Worker, World
+from dormouse.sim.worker import Job, Worker
+from dormouse.sim.world import World
 
 _PAUSE = 50e-6
 """Seconds for each node."""
@@ -51,7 +52,7 @@ class Ours:
 
     def _dispatch(self) -> None:
         if self._jobs:
-            self.world.refresh_links()
+            self.world.wires.refresh()
             self.queue.dispatch(self.world.view, self.world.estimator, self.world.now, self._commit, self._worth)
 
     def became_idle(self, worker: Worker) -> None:

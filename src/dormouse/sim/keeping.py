@@ -12,7 +12,8 @@ from dormouse.schedule.cluster import Replica, Request, State, Tier
 from dormouse.schedule.keepalive import Policy, Step, Warm
 from dormouse.schedule.place import place
 from dormouse.sim.events import Event
-from dormouse.sim.world import Worker, World
+from dormouse.sim.worker import Worker
+from dormouse.sim.world import World
 
 _NEVER = 1e12
 
@@ -81,7 +82,7 @@ class Keeper:
             self._end(worker)
         for part in (model.weights, model.image):
             if part is not None:
-                self.world.forget(part.key, worker.node, Tier.DRAM)
+                self.world.tiers.forget(part.key, worker.node, Tier.DRAM)
 
     # --- ahead of requests
 
@@ -107,7 +108,7 @@ class Keeper:
         there = world.by_model.get(warm.model, {}).values()
         if any(worker.state is not State.SLEEPING for worker in there):
             return
-        world.refresh_links()
+        world.wires.refresh()
         decision = place(Request(f"warm {warm.model}", warm.model, world.now), world.view, world.estimator, world.now)
         option = decision.chosen
         if option is None or option.action != "start" or option.evict or option.migrate:

@@ -14,6 +14,7 @@ when no node has room.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ import numpy as np
 from dormouse.schedule.cluster import ModelCost, State, Tier
 from dormouse.sim.keeping import Keeper
 from dormouse.sim.rooms import Room, room_on
-from dormouse.sim.world import Job, Worker, World
+from dormouse.sim.worker import Job, Worker
+from dormouse.sim.world import World
 
 _SMALL = 64
 _MOST_FAILURES = 32
@@ -38,7 +40,7 @@ class Place:
     seconds: float = 0.0
 
 
-class Peer:
+class Peer(ABC):
     """The part all of them share; `_place` is what they differ in."""
 
     def __init__(self, world: World, keeper: Keeper, *, evict_idle: bool, random: np.random.Generator) -> None:
@@ -100,7 +102,7 @@ class Peer:
         if ready is not None:
             self.world.assign(job, ready)
             return True
-        self.world.refresh_links()
+        self.world.wires.refresh()
         return self._place(job, self.world.view.model(job.request.model))
 
     def _ready_one(self, model: str) -> Worker | None:
@@ -112,8 +114,9 @@ class Peer:
         coming = (one for one in workers if one.state is State.STARTING and len(one.queue) < one.model.slots)
         return next((one for one in coming if not one.takes_over), None)
 
+    @abstractmethod
     def _place(self, job: Job, model: ModelCost) -> bool:
-        raise NotImplementedError
+        """Start something for it; False when there is no place."""
 
     def _start(self, job: Job, model: ModelCost, place: Place) -> None:
         for name in place.room.victims:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from dormouse.sim.records import PATHS
 from dormouse.sim.run import Outcome
 from dormouse.sim.scenario import Published, Scenario
-from dormouse.sim.world import PATHS
 
 _GB = 1e9
 

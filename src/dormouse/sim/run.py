@@ -30,9 +30,12 @@ from dormouse.sim.control import Ours
 from dormouse.sim.keeping import Keeper
 from dormouse.sim.peers import PEERS
 from dormouse.sim.policies import keep_alive_policy
+from dormouse.sim.records import Counts, Records, Span
 from dormouse.sim.scenario import Case, ModelGroup, NodeGroup, Requests, Scenario, System
+from dormouse.sim.starts import Habits
 from dormouse.sim.traces import Trace, drawn, drawn_lengths, popularity, read_trace
-from dormouse.sim.world import Control, Counts, Habits, Job, Records, Span, World
+from dormouse.sim.worker import Job
+from dormouse.sim.world import Control, World
 
 _MOST_SPANS_NODES = 16
 _STRIDE = 7919  # a prime: neighbours of a model on one node are not its neighbours on the next
@@ -143,7 +146,7 @@ def run_one(scenario: Scenario, load: Load, system_name: str, *, spans: bool = F
     counts = world.counts
     return Outcome(
         system_name, load, world.records, counts, world.now,
-        counts.tier_byte_seconds + counts.process_byte_seconds, (errors.count, errors.median, errors.p99),
+        world.tiers.byte_seconds + counts.process_byte_seconds, (errors.count, errors.median, errors.p99),
         world.clock.happened, time.perf_counter() - began, world.spans,
     )  # fmt: skip
 
@@ -246,6 +249,6 @@ def _fill_disks(world: World, copies: int) -> None:
                 room[node] -= size
                 placed = True
                 for part in parts:
-                    world.keep(part.key, part.coded_bytes, node, Tier.DISK)
+                    world.tiers.keep(part.key, part.coded_bytes, node, Tier.DISK)
         if not placed:
             return

@@ -1,0 +1,49 @@
+"""The links of the simulated nodes, and what the view of schedule/ is told of them.
+
+transfers on links.py's links -> refresh -> Cluster.set_link: bytes queued, transfers under way
+"""
+
+from __future__ import annotations
+
+from dormouse.schedule.cluster import Cluster
+from dormouse.sim.events import Clock
+from dormouse.sim.links import Link, Network
+
+_REFRESH = 0.001  # for each busy link, so many seconds between two looks at all of them: many cost more and matter less
+
+
+class Wires:
+    """All of them, each made when something first moves over it."""
+
+    def __init__(self, view: Cluster, clock: Clock) -> None:
+        self.network = Network(clock)
+        self._view = view
+        self._clock = clock
+        self._links: dict[tuple[str, str], Link] = {}
+        self._busy: dict[Link, None] = {}
+        self._refreshed = 0.0
+
+    def link(self, node: str, name: str) -> Link:
+        """The simulated link behind one of the view's."""
+        found = self._links.get((node, name))
+        if found is None:
+            seen = self._view.link(node, name)
+            found = self._links[node, name] = Link(node, name, seen.rate, fifo=seen.fifo)
+        return found
+
+    def refresh(self) -> None:
+        """Tell the view what is under way on links where that has changed, and now and then on all that are busy."""
+        touched, now = self.network.touched, self._clock.now
+        for link in touched:
+            if link.flows:
+                self._busy[link] = None
+            else:
+                self._busy.pop(link, None)
+                self._view.set_link(link.node, link.name, 0, 0)
+        due = now - self._refreshed >= len(self._busy) * _REFRESH
+        if due:
+            self._refreshed = now
+        for link in list(self._busy if due else touched):
+            if link.flows:
+                self._view.set_link(link.node, link.name, int(link.queued(now)), len(link.flows))
+        touched.clear()
