@@ -98,6 +98,8 @@ class ModelCost:
     phases: Mapping[StartPath, Mapping[PhaseName, float]] = field(default_factory=lambda: MappingProxyType({}))
     token_seconds: float = 0.03  # between two tokens of one request
     prefill_seconds: float = 0.0  # for each token of a prompt; what a migrated request must recompute
+    max_replicas: int = 0  # ready or starting at once; 0: no limit
+    pinned: bool = False  # its replicas never go for others
 
     @property
     def device_bytes(self) -> int:
@@ -269,6 +271,9 @@ class _Ranking:
         self.drop(name)
         self._value[name] = value
         insort(self._entries, (value, name))
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def drop(self, name: str) -> None:
         value = self._value.pop(name, None)
@@ -514,6 +519,15 @@ class Cluster:
         """Replicas of a model that are ready or starting, those that would take a request first coming first."""
         ranking = self._soonest.get(model)
         return (self._replicas[name] for _at, name in ranking.ascending()) if ranking else iter(())
+
+    def ready(self, model: str) -> int:
+        """How many replicas of a model are ready or starting."""
+        return len(self._soonest.get(model, ()))
+
+    def has_all(self, model: str) -> bool:
+        """Whether it has as many replicas as it may."""
+        most = self._models[model].max_replicas
+        return most > 0 and self.ready(model) >= most
 
     def sleeping(self, model: str) -> Iterator[Replica]:
         """Its replicas that sleep, the first to fall asleep first."""

@@ -27,6 +27,7 @@ Layer = Literal["hot", "sleep", "snapshot", "nothing"]
 LAYERS: tuple[Layer, ...] = ("hot", "sleep", "snapshot")
 
 _GB = 1e9
+_DAY = 86_400.0
 _LAST = 32  # idle times from which a return is planned
 _ENOUGH = 5
 _EARLY, _LATE = 0.98, 1.02
@@ -535,13 +536,46 @@ class Minimum:
 
     replicas: int
     since: float = 0.0
-    until: float = 86_400.0
+    until: float = _DAY
+
+    def borders(self) -> tuple[float, ...]:
+        """The times of the day at which it begins and ends."""
+        return (self.since % _DAY, self.until % _DAY) if self.until - self.since < _DAY else ()
 
     def holds(self, now: float) -> bool:
-        second = now % 86_400.0
+        second = now % _DAY
         if self.since <= self.until:
             return self.since <= second < self.until
         return second >= self.since or second < self.until
+
+
+class Minima:
+    """All of them, by model. Ask at each `next_border`: who keeps the cluster starts what is `missing`, and pins those
+    that are to `stand`, so that nobody evicts them."""
+
+    def __init__(self, minima: Mapping[str, Sequence[Minimum]]) -> None:
+        self.by_model = minima
+
+    def least(self, model: str, now: float) -> int:
+        """The replicas that are to be ready now."""
+        return max((one.replicas for one in self.by_model.get(model, ()) if one.holds(now)), default=0)
+
+    def missing(self, view: Cluster, now: float) -> dict[str, int]:
+        """How many replicas of each model must be started to have its minimum."""
+        short = {model: self.least(model, now) - view.ready(model) for model in self.by_model}
+        return {model: count for model, count in short.items() if count > 0}
+
+    def next_border(self, now: float) -> float:
+        """When one begins or ends next; infinity when none ever does."""
+        day = now % _DAY
+        borders = {edge for minima in self.by_model.values() for one in minima for edge in one.borders()}
+        return now + min(((edge - day) % _DAY or _DAY for edge in borders), default=math.inf)
+
+
+def standing(model: str, view: Cluster, least: int) -> frozenset[str]:
+    """Which replicas of a model are its minimum: those that are it already, then those that are ready longest."""
+    there = sorted(view.soonest(model), key=lambda one: (not one.pinned, one.state is State.STARTING, one.since))
+    return frozenset(one.name for one in there[:least])
 
 
 class Provisioned(Basic):
@@ -549,11 +583,7 @@ class Provisioned(Basic):
 
     def __init__(self, policy: Basic, minima: Mapping[str, Sequence[Minimum]]) -> None:
         self._policy = policy
-        self._minima = minima
-
-    def least(self, model: str, now: float) -> int:
-        """The replicas that are to be ready now."""
-        return max((one.replicas for one in self._minima.get(model, ()) if one.holds(now)), default=0)
+        self._minima = Minima(minima)
 
     def on_request(self, model: str, now: float) -> None:
         self._policy.on_request(model, now)
@@ -572,20 +602,11 @@ class Provisioned(Basic):
         return self._policy.next_prewarm()
 
     def missing(self, view: Cluster, now: float) -> dict[str, int]:
-        """How many replicas of each model must be started to have its minimum. Ask at the borders of the minima."""
-        found = {}
-        for model in self._minima:
-            short = self.least(model, now) - _ready(model, view)
-            if short > 0:
-                found[model] = short
-        return found
+        """How many replicas of each model must be started to have its minimum."""
+        return self._minima.missing(view, now)
 
     def worth(self, replica: Replica, view: Cluster, now: float) -> float:
         return math.inf if self._needed(replica, view, now) else self._policy.worth(replica, view, now)
 
     def _needed(self, replica: Replica, view: Cluster, now: float) -> bool:
-        return _ready(replica.model, view) <= self.least(replica.model, now)
-
-
-def _ready(model: str, view: Cluster) -> int:
-    return sum(one.state in (State.HOT, State.BUSY, State.STARTING) for one in view.replicas_of(model))
+        return view.ready(replica.model) <= self._minima.least(replica.model, now)

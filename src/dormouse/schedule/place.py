@@ -10,6 +10,7 @@ shortest queues are looked at, so the work does not grow with the cluster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -124,6 +125,18 @@ def place(
     return Decision(request, options[0], tuple(options[1 : 1 + weights.alternatives]))
 
 
+def place_start(
+    request: Request, view: Cluster, estimator: Estimator, now: float, *, evict: bool, worth: Worth | None = None
+) -> Decision:
+    """The quickest start of one more replica, whoever is ready already: for nobody's request, so it neither waits nor
+    migrates anybody, and only with `evict` do idle replicas go for it."""
+    worth = worth or default_worth(view, estimator, now)
+    search = _Search(request, view, estimator, now, _DEFAULT, worth, starts_only=True, may_evict=evict)
+    options = sorted(search.starts(), key=lambda option: option.score)
+    chosen = options[0] if options else None
+    return Decision(request, chosen, tuple(options[1:]), "" if chosen else search.blocked())
+
+
 def default_worth(view: Cluster, estimator: Estimator, now: float, weights: Weights = _DEFAULT) -> Worth:
     """A return's seconds, halved for each half-life that the replica has been idle."""
 
@@ -154,9 +167,11 @@ class _Search:
     could still be better."""
 
     def __init__(
-        self, request: Request, view: Cluster, estimator: Estimator, now: float, weights: Weights, worth: Worth
-    ) -> None:
+        self, request: Request, view: Cluster, estimator: Estimator, now: float, weights: Weights, worth: Worth,
+        *, starts_only: bool = False, may_evict: bool = True,
+    ) -> None:  # fmt: skip
         self.request, self.view, self.estimator, self.now = request, view, estimator, now
+        self._starts_only, self._may_evict = starts_only, may_evict
         self.weights, self.worth = weights, worth
         self.model = view.model(request.model)
         self._phases: dict[tuple[str, StartPath, str], tuple[float, float]] = {}
@@ -170,23 +185,41 @@ class _Search:
         self._ready()
         if self._best <= 0.0:
             return self._found
-        for replica in islice(self.view.sleeping(self.model.name), self.weights.candidates):
-            self._add(self._wake(replica))
-        near = self._stages()
+        near = self._new_ones()
         if self._best > self.weights.migrate_above and near:
             for option in self._migrations(near):
                 self._add(option)
         return self._found
 
+    def starts(self) -> list[Option]:
+        """One more replica, whoever is ready already."""
+        self._new_ones()
+        return self._found
+
+    def _new_ones(self) -> list[_Candidate]:
+        """Look at replicas that sleep and at new starts; the answer are the nodes that hold the weights near."""
+        if self.view.has_all(self.model.name):
+            return []
+        for replica in islice(self.view.sleeping(self.model.name), self.weights.candidates):
+            self._add(self._wake(replica))
+        return self._stages()
+
     def _add(self, option: Option | None) -> None:
-        if option is not None:
+        if option is not None and self._allowed(option):
             self._found.append(option)
             self._may_start = self._may_start or option.action == "start"
             self._best = min(self._best, option.score)
 
+    def _allowed(self, option: Option) -> bool:
+        """What has infinite worth goes for nobody."""
+        starts = option.action == "start" or not self._starts_only
+        return starts and (self._may_evict or not option.evict) and option.score < math.inf
+
     def blocked(self) -> str:
         """Why there is no option."""
         model = self.model
+        if self.view.has_all(model.name):
+            return f"{model.name} has {model.max_replicas} replicas, as many as it may have"
         if not self._anywhere(model):
             return f"no node can hold {model.name}: {model.gpus} GPUs with {model.device_bytes} bytes each, and " + (
                 f"{model.host_bytes} bytes of host memory"
@@ -376,6 +409,8 @@ class _Search:
                 return Migration(
                     running.name, replica.name, other.node, other.gpus, "hot", pause, pause, reuse=other.name
                 )
+        if self.view.has_all(model.name):
+            return None
         found = [one for node in self._others(model, replica.node) if (one := self._candidate(model, node))]
         for candidate in sorted(found, key=lambda one: (one.bound, one.node)):
             room = find_room(model, candidate.node, self.view, self.worth, self.now, request=self.request.name)
