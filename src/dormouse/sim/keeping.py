@@ -11,6 +11,7 @@ from __future__ import annotations
 from dormouse.schedule.cluster import Replica, Request, State, Tier
 from dormouse.schedule.keepalive import Policy, Step, Warm
 from dormouse.schedule.place import place
+from dormouse.sim.carry import begin
 from dormouse.sim.events import Event
 from dormouse.sim.worker import Worker
 from dormouse.sim.world import World
@@ -114,8 +115,4 @@ class Keeper:
         if option is None or option.action != "start" or option.evict or option.migrate:
             return
         world.counts.prewarms += 1
-        if option.replica is not None:
-            world.wake(world.workers[option.replica], option.estimate.mean)
-        else:
-            model = world.view.model(warm.model)
-            world.start(model, option.node, option.gpus, option.path, option.estimate.mean)
+        begin(world, warm.model, option)

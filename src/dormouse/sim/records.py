@@ -5,6 +5,7 @@ World -> Records, Counts, Spans -> report.py, plots.py
 
 from __future__ import annotations
 
+import math
 from array import array
 from dataclasses import dataclass, field
 
@@ -25,6 +26,10 @@ class Counts:
     preemptions: int = 0
     migrations: int = 0
     prewarms: int = 0
+    scaled: int = 0  # starts for a minimum or by the autoscaler
+    most_replicas: int = 0  # ready or starting at once
+    nodes_lost: int = 0
+    placed_again: int = 0  # requests that a lost node had
 
 
 PATHS: tuple[StartPath, ...] = ("hot", "sleep", "snapshot", "template", "cold")
@@ -33,8 +38,8 @@ _PATH_NUMBER = {path: number for number, path in enumerate(PATHS)}
 
 class Records:
     """What every request met, as columns: when it came, seconds until it began (plus those it stood still later),
-    seconds to its first token, seconds in all, and how its replica had become ready. Of one that was given up, the
-    seconds are those that it waited."""
+    seconds to its first token, seconds in all, how its replica had become ready, and its group of tenants. Of one that
+    was given up, the seconds are those that it waited."""
 
     def __init__(self) -> None:
         self.arrived = array("d")
@@ -43,6 +48,7 @@ class Records:
         self.total = array("d")
         self.path = array("b")
         self.given_up = array("b")
+        self.tenant = array("i")
 
     def __len__(self) -> int:
         return len(self.arrived)
@@ -51,11 +57,12 @@ class Records:
         arrived = job.request.arrived
         total = job.ended - arrived
         self.arrived.append(arrived)
-        self.start.append(total if job.given_up else job.began - arrived + job.lost)
-        self.first.append(total if job.given_up else job.first_token - arrived)
+        self.start.append(total if math.isnan(job.began) else job.began - arrived + job.lost)
+        self.first.append(total if math.isnan(job.first_token) else job.first_token - arrived)
         self.total.append(total)
         self.path.append(_PATH_NUMBER[job.started_by])
         self.given_up.append(job.given_up)
+        self.tenant.append(job.tenant)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ keep, forget, touch -> the view of schedule/ (who holds what), and the time that
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from dormouse.schedule.cluster import Cluster, Tier
 from dormouse.sim.events import Clock
@@ -20,6 +21,9 @@ class Store:
         self.limit = limit
         self.used = 0
         self._keys: OrderedDict[str, int] = OrderedDict()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
 
     def touch(self, key: str) -> None:
         if key in self._keys:
@@ -94,6 +98,17 @@ class Tiers:
             self.view.lose(key, node, tier)
             if tier is Tier.DRAM:
                 self._count(store.used - before)
+
+    def lose(self, node: str) -> None:
+        """A node is gone: what it had in DRAM is lost, its disk is as it was when it comes back."""
+        store = self._stores[node, Tier.DRAM]
+        self._count(-store.used)
+        self._stores[node, Tier.DRAM] = Store(store.limit)
+
+    def come_back(self, node: str) -> None:
+        """The view knows the node again, and now what lies on its disk."""
+        for key in self._stores[node, Tier.DISK]:
+            self.view.hold(key, node, Tier.DISK)
 
     def _count(self, more: int) -> None:
         self._byte_seconds, self._since = self.byte_seconds, self._clock.now

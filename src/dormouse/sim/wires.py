@@ -31,6 +31,13 @@ class Wires:
             found = self._links[node, name] = Link(node, name, seen.rate, fifo=seen.fifo)
         return found
 
+    def lose(self, node: str) -> None:
+        """A node is gone, and nothing moves on its links any more: the view is told nothing of them."""
+        for links in (self.network.touched, self._busy):
+            for link in [one for one in links if one.node == node]:
+                assert not link.flows
+                del links[link]
+
     def refresh(self) -> None:
         """Tell the view what is under way on links where that has changed, and now and then on all that are busy."""
         touched, now = self.network.touched, self._clock.now

@@ -21,6 +21,7 @@ class Job:
     request: Request
     tokens_in: int
     tokens_out: int
+    tenant: int = 0  # the number of its group
     worker: Worker | None = None
     began: float = math.nan  # for the first time
     resumed: float = math.nan  # for the last time
@@ -67,11 +68,9 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        """It does nothing and nothing is to come."""
-        return not (self.running or self.queue or self.takes_over or self.moving_to) and self.state in (
-            State.HOT,
-            State.SLEEPING,
-        )
+        """It does nothing, nothing is to come, and it may go."""
+        used = self.running or self.queue or self.takes_over or self.moving_to or self.pinned
+        return not used and self.state in (State.HOT, State.SLEEPING)
 
     @property
     def room(self) -> int:

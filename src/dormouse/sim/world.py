@@ -10,12 +10,12 @@ Tokens of a request come at a fixed pace, however many requests run beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from dormouse.schedule.cluster import Cluster, ModelCost, Replica, Running, StartPath, State
+from dormouse.schedule.cluster import Cluster, ModelCost, Node, Replica, Running, StartPath, State
 from dormouse.schedule.estimate import Estimator
 from dormouse.sim.events import Clock
 from dormouse.sim.records import Counts, Records, Span
@@ -35,6 +35,10 @@ class Control(Protocol):
     def going(self, worker: Worker) -> None: ...
 
     def gave_up(self, job: Job) -> None: ...
+
+    def lost(self, jobs: Sequence[Job]) -> None:
+        """A node was lost, and they have no place any more."""
+        ...
 
     def finished(self, job: Job) -> None: ...
 
@@ -57,6 +61,8 @@ class World:
         self.spans: list[Span] | None = [] if spans else None
         self.control: Control
         self._number = 0
+        self._holding = 0
+        self._away: dict[str, Node] = {}
         self._tokens: dict[str, tuple[int, int]] = {}
 
     @property
@@ -72,6 +78,7 @@ class World:
         self._number += 1
         worker = Worker(f"w{self._number}", model, node, gpus, path, State.STARTING, self.now, predicted)
         worker.placed_at = self.now
+        worker.pinned = model.pinned
         worker.ready_at = self.now + (predicted or 0.0)
         self._show(worker)
         self.workers[worker.name] = worker
@@ -118,12 +125,15 @@ class World:
 
     def expect_deadline(self, job: Job) -> None:
         """The job waits: from now on it may be given up."""
-        if job.deadline is None and math.isnan(job.began):
-            at = job.request.arrived + self.habits.timeout
+        if job.deadline is None:
+            since = job.request.arrived if math.isnan(job.began) else job.stopped
+            at = since + self.habits.timeout
             job.deadline = self.clock.at(max(at, self.now), self._give_up, job)
 
     def _give_up(self, job: Job) -> None:
         job.given_up, job.ended, job.deadline = True, self.now, None
+        if not math.isnan(job.stopped):
+            job.lost += self.now - job.stopped
         worker = job.worker
         if worker is not None:
             worker.queue.remove(job)
@@ -145,9 +155,10 @@ class World:
         prefill = (job.tokens_in + job.tokens_done) * worker.model.prefill_seconds
         if math.isnan(job.began):
             job.began = now
-            job.first_token = now + prefill + worker.model.token_seconds
         else:
             job.lost += now - job.stopped
+        if math.isnan(job.first_token):
+            job.first_token = now + prefill + worker.model.token_seconds
         job.worker = worker
         job.resumed = now + prefill
         left = job.tokens_out - job.tokens_done
@@ -192,6 +203,13 @@ class World:
         if worker.name in self.workers and worker.idle and worker.state is State.HOT and not worker.steps:
             self.control.became_idle(worker)
 
+    def pin(self, worker: Worker, pinned: bool) -> None:
+        """A pinned replica goes for nobody and stays, whatever keep-alive says."""
+        worker.pinned = pinned
+        self._cancel_steps(worker)
+        self._show(worker)
+        self._settle(worker)
+
     def plan_step(self, worker: Worker, at: float, step: Callable[[Worker], None]) -> None:
         """Something for an idle worker to do at a time, unless a request comes."""
         worker.steps.append(self.clock.at(max(at, self.now), step, worker))
@@ -214,6 +232,9 @@ class World:
     def end(self, worker: Worker) -> None:
         """An idle or starting replica goes. Its memory is free at once."""
         assert not (worker.running or worker.queue or worker.takes_over or worker.moving_to)
+        self._remove(worker)
+
+    def _remove(self, worker: Worker) -> None:
         self._cancel_steps(worker)
         self.control.going(worker)
         self.starts.stop(worker)
@@ -224,17 +245,74 @@ class World:
     def preempt(self, worker: Worker) -> list[Job]:
         """A running replica goes. The jobs it had must begin again elsewhere: what they had so far is lost."""
         self.counts.preemptions += 1
-        jobs = [*worker.running.values(), *worker.queue]
-        for job in list(worker.running.values()):
-            assert job.finish is not None
-            job.finish.cancel()
-            job.stopped, job.tokens_done = self.now, 0
-            self._leave(job, worker)
+        jobs = self._take_jobs(worker)
+        self.end(worker)
+        return jobs
+
+    def _take_jobs(self, worker: Worker) -> list[Job]:
+        """All that it has, from now on nobody's. What ran begins again."""
+        running = list(worker.running.values())
+        for job in running:
+            self._interrupt(job, worker)
+            job.tokens_done = 0
+        jobs = [*running, *worker.queue]
         worker.queue.clear()
         for job in jobs:
             job.worker = None
-        self.end(worker)
         return jobs
+
+    def _interrupt(self, job: Job, worker: Worker) -> None:
+        assert job.finish is not None
+        job.finish.cancel()
+        job.finish, job.stopped = None, self.now
+        if job.first_token > self.now:
+            job.first_token = math.nan
+        self._leave(job, worker)
+
+    # --- nodes
+
+    def lose_node(self, name: str) -> None:
+        """A node goes with all that runs there and all that it has in memory. Its requests begin again elsewhere, and
+        what was moving to it or from it ends where it is."""
+        self.counts.nodes_lost += 1
+        workers = [self.workers[replica.name] for replica in self.view.replicas_on(name)]
+        partners = [one for worker in workers if (one := self._part(worker)) and one.node != name]
+        jobs = [job for worker in workers for job in self._take_jobs(worker)]
+        for worker in workers:
+            self._remove(worker)
+        self.counts.placed_again += len(jobs)
+        self._away[name] = self.view.node(name)
+        self.view.remove_node(name)
+        self.tiers.lose(name)
+        self.wires.lose(name)
+        self.control.lost(jobs)
+        for worker in partners:
+            self._go_on(worker)
+        for worker in (*workers, *partners):
+            then, worker.then = worker.then, None
+            if then:
+                then()
+        self.control.changed()
+
+    def return_node(self, name: str) -> None:
+        """It is back, with what lies on its disk."""
+        self.view.add_node(self._away.pop(name))
+        self.tiers.come_back(name)
+        self.control.changed()
+
+    def _part(self, worker: Worker) -> Worker | None:
+        """A worker is in no migration any more; with whom it was."""
+        other = worker.moving_to or worker.takes_over
+        if other:
+            for one in (worker, other):
+                one.moving_to = one.takes_over = None
+        return other
+
+    def _go_on(self, worker: Worker) -> None:
+        """The node of the other half of a migration was lost."""
+        self._pull(worker)
+        self._show(worker)
+        self._settle(worker)
 
     # --- migration
 
@@ -254,13 +332,10 @@ class World:
         worker.takes_over = None
         old.moving_to = None
         for job in list(old.running.values()):
-            assert job.finish is not None
-            job.finish.cancel()
-            job.stopped = self.now
             pace = old.model.token_seconds
             made = int((self.now - job.resumed) / pace) if pace and self.now > job.resumed else 0
             job.tokens_done = min(job.tokens_done + made, job.tokens_out)
-            self._leave(job, old)
+            self._interrupt(job, old)
             worker.queue.append(job)
         worker.queue.extend(old.queue)
         old.queue.clear()
