@@ -713,7 +713,7 @@ def simulate(
         loaded = loaded.model_copy(update={"seed": seed})
     if plot is not None:
         plots.check(plot)
-    outcomes, rows = [], []
+    outcomes, rows, tenants = [], [], []
     with reporter:
         runs = run_scenario(
             loaded, traces=traces or scenario.parent, systems=systems, cases=cases, say=reporter.step,
@@ -721,17 +721,21 @@ def simulate(
         )  # fmt: skip
         for outcome in runs:
             rows.append(report.row_of(outcome, loaded.slo))
+            tenants += report.tenant_rows(outcome, loaded.slo)
             if plot is not None:
                 outcomes.append(outcome)
     if plot is not None:
         plots.draw(outcomes, plot, loaded.name)
     if as_json:
-        emit(report.as_json(loaded, rows))
+        emit(report.as_json(loaded, rows, tenants))
     elif as_csv:
-        click.echo(report.as_csv(rows), nl=False)
+        click.echo(report.as_csv(rows, tenants), nl=False)
     else:
         width = max(out.width, 150)  # a table that is read later in a file is not cut
         out.print(report.table(rows, loaded.slo), width=width, crop=False)
+        if tenants:
+            out.print(report.table(tenants, loaded.slo, "start-up latency by tenant"), width=width, crop=False)
+        out.print(report.cost_table(rows), width=width, crop=False)
         if compared := report.compare(loaded, rows):
             out.print(report.comparison_table(compared), width=width, crop=False)
 

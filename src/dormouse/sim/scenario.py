@@ -59,17 +59,17 @@ Seconds = Annotated[float, Field(ge=0, lt=1e9)]
 Moment = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, lt=1e9)]
 Path_ = Literal["sleep", "snapshot", "cold"]
 
-_DAY = 86_400.0
-_TIME_OF_DAY = re.compile(r"(\d{1,2}):(\d{2})")
+DAY = 86_400.0
+_TIME_OFDAY = re.compile(r"(\d{1,2}):(\d{2})")
 
 
 def parse_time_of_day(value: object) -> object:
     """Seconds since midnight from "08:30". Raises ValueError. (YAML reads 18:00 without quotes as 60 * 18 + 0.)"""
     if isinstance(value, int):
         value = f"{value // 60}:{value % 60:02}"
-    match = _TIME_OF_DAY.fullmatch(value) if isinstance(value, str) else None
-    seconds = int(match[1]) * 3600.0 + int(match[2]) * 60.0 if match and int(match[2]) < 60 else _DAY + 1
-    if seconds > _DAY:
+    match = _TIME_OFDAY.fullmatch(value) if isinstance(value, str) else None
+    seconds = int(match[1]) * 3600.0 + int(match[2]) * 60.0 if match and int(match[2]) < 60 else DAY + 1
+    if seconds > DAY:
         raise ValueError(f"{value} is no time of the day: write one from 00:00 to 24:00")
     return seconds
 
@@ -127,7 +127,7 @@ class Times(_Part):
 
     @model_validator(mode="after")
     def _lasts(self) -> Self:
-        if self.since % _DAY == self.until % _DAY and self.until - self.since < _DAY:
+        if self.since % DAY == self.until % DAY and self.until - self.since < DAY:
             raise ValueError("begins when it ends: leave the schedule out, and set min_replicas, for the whole day")
         return self
 

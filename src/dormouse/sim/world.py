@@ -81,6 +81,7 @@ class World:
         worker.pinned = model.pinned
         worker.ready_at = self.now + (predicted or 0.0)
         self._show(worker)
+        self._hold(1)
         self.workers[worker.name] = worker
         self.by_model.setdefault(model.name, {})[worker.name] = worker
         self.starts.begin(worker)
@@ -89,6 +90,7 @@ class World:
     def wake(self, worker: Worker, predicted: float | None = None) -> None:
         """A replica whose process sleeps gets its weights again."""
         assert worker.state is State.SLEEPING
+        self._hold(1)
         self._account(worker)
         worker.path, worker.predicted = "sleep", predicted
         worker.state, worker.since = State.STARTING, self.now
@@ -226,6 +228,7 @@ class World:
             self.end(worker)
             return
         self._account(worker)
+        self._hold(-1)
         worker.state, worker.since = State.SLEEPING, self.now
         self._show(worker)
 
@@ -236,6 +239,8 @@ class World:
 
     def _remove(self, worker: Worker) -> None:
         self._cancel_steps(worker)
+        if worker.state is not State.SLEEPING:
+            self._hold(-1)
         self.control.going(worker)
         self.starts.stop(worker)
         self._account(worker)
@@ -346,6 +351,11 @@ class World:
             old.then()
 
     # --- the view and the sums
+
+    def _hold(self, more: int) -> None:
+        """So many more replicas are ready or starting."""
+        self._holding += more
+        self.counts.most_replicas = max(self.counts.most_replicas, self._holding)
 
     def _show(self, worker: Worker) -> None:
         """Tell the view how a worker is."""
