@@ -5,6 +5,8 @@ transfers on links.py's links -> refresh -> Cluster.set_link: bytes queued, tran
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from dormouse.schedule.cluster import Cluster
 from dormouse.sim.events import Clock
 from dormouse.sim.links import Link, Network
@@ -30,6 +32,10 @@ class Wires:
             seen = self._view.link(node, name)
             found = self._links[node, name] = Link(node, name, seen.rate, fifo=seen.fifo)
         return found
+
+    @property
+    def links(self) -> Iterable[Link]:
+        return self._links.values()
 
     def lose(self, node: str) -> None:
         """A node is gone, and nothing moves on its links any more: the view is told nothing of them."""
