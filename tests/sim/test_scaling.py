@@ -20,6 +20,8 @@ from dormouse.sim.scenario import Scenario
 from dormouse.sim.world import Job, World
 from tests.sim.test_simulate import KEEP_ALIVES, PLACEMENTS, system, tree
 
+TWICE = ((0, "lost"), (1, "back"))
+
 
 def run(values: dict[str, Any]) -> Outcome:
     return next(simulate(Scenario.model_validate(values), traces=Path()))
@@ -103,6 +105,22 @@ def burst(**changes: Any) -> dict[str, Any]:
     return idle_cluster(
         duration=1, requests={"rate": 12, "lengths": {"mean_in": 1, "mean_out": 100, "cv": 0}}, **changes
     )
+
+
+def test_starts_of_a_model_on_a_node_share_one_read() -> None:
+    """Four GPUs want 10 GB that come from the disk in two seconds: one read for all, or one each."""
+    models = [{"name": "one", "weights": "10GB", "slots": 1, "token_time": 1, "process": "1GB"}]
+    seconds, read = {}, {}
+    for shared in (True, False):
+        values = burst(system={"loading": {"shared": shared}, "scaling": {"utilization": 1}}) | {"models": models}
+        values["nodes"] = [values["nodes"][0] | {"count": 1, "gpus": 4}]
+        values["systems"]["it"]["paths"] = {"cold": {}}
+        values["requests"]["rate"] = 4
+        outcome = run(values)
+        seconds[shared] = max(outcome.records.start)
+        read[shared] = outcome.counts.moved["disk"]
+    assert read == {True: 10e9, False: 40e9}
+    assert seconds[True] <= 2.6 and seconds[False] > 5
 
 
 def test_a_burst_from_zero_has_all_its_replicas_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,12 +243,15 @@ def scenarios(draw: st.DrawFn) -> dict[str, Any]:
         {"utilization": st.sampled_from([0.5, 1.0]), "burst": st.booleans(), "stable_window": st.just(20)},
         optional={"max_replicas": st.integers(2, 4), "min_replicas": st.integers(0, 1)},
     )
+    loadings = st.fixed_dictionaries(
+        {"sequential": st.booleans(), "shared": st.booleans(), "preloaded": st.sampled_from([0, 1, 9])}
+    )
     made = system(
         placement,
         draw(st.sampled_from(KEEP_ALIVES)),
         evict_idle=draw(st.booleans()),
         noise=draw(st.sampled_from([0.0, 0.1])),
-        loading={"sequential": draw(st.booleans()), "coded": True, "preloaded": draw(st.sampled_from([0, 1, 9]))},
+        loading={"coded": True} | draw(loadings),
         scaling=draw(st.none() | rules),
     )
     small = {"name": "one", "copies": 3, "weights": "9GB", "coded": 0.7, "slots": draw(st.integers(1, 3))}
@@ -298,6 +319,9 @@ class Checks:
         assert all(not math.isnan(job.ended) and job.ended >= job.request.arrived for job in jobs)
         assert all(job.given_up or job.ended - job.request.arrived >= job.lost - 1e-6 for job in jobs)
         assert sum(job.given_up for job in jobs) == sum(outcome.records.given_up)
+        for job in jobs:  # nobody was sent away early
+            since = job.request.arrived if math.isnan(job.began) else job.stopped
+            assert not job.given_up or job.ended - since >= 60 - 1e-6
         network = world.wires.network
         on_the_way = sum(flow.size for worker in world.workers.values() for flow in worker.flows)
         assert network.delivered == pytest.approx(sum(world.counts.moved.values()))

@@ -204,13 +204,15 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Move:
     """A transfer that a start needs: `size` bytes, pipelined over `links` (the slowest one decides). The links of
-    several GPUs each carry their share."""
+    several GPUs each carry their share. `behind`: it begins when another one, which brings the same bytes into DRAM,
+    has come to its end: that one's first link, and what it has still to bring."""
 
     name: Literal["weights", "image"]
     key: str
     size: int
     source: Tier
     links: tuple[str, ...]
+    behind: tuple[str, int] | None = None
 
     def size_on(self, link: str) -> int:
         """The bytes that one of its links carries."""
@@ -255,6 +257,7 @@ class _Site:
     replicas: dict[str, None] = field(default_factory=dict)
     on_gpu: dict[int, dict[str, None]] = field(default_factory=dict)  # those that have memory of it
     tiers: dict[str, set[Tier]] = field(default_factory=dict)
+    arriving: dict[str, tuple[str, int]] = field(default_factory=dict)
     claims: dict[str, Claim] = field(default_factory=dict)
 
 
@@ -384,6 +387,18 @@ class Cluster:
         holders.pop(node, None)
         if not holders:
             self._holders.pop((key, tier), None)
+
+    def expect(self, key: str, node: str, link: str, left: int) -> None:
+        """An artifact is on its way over a link into a node's DRAM, where those who want it, too, find it."""
+        self._sites[node].arriving[key] = (link, left)
+
+    def arrived(self, key: str, node: str) -> None:
+        """It is there, or comes no more."""
+        self._sites[node].arriving.pop(key, None)
+
+    def arriving(self, key: str, node: str) -> tuple[str, int] | None:
+        """The link over which an artifact is coming into a node's DRAM, and the bytes still to come."""
+        return self._sites[node].arriving.get(key)
 
     def hold_remote(self, key: str) -> None:
         """Every node can fetch it over its network."""
@@ -631,8 +646,15 @@ class Cluster:
         tier = self.nearest(model.weights.key, node)
         if tier is None or tier is Tier.GPU:
             return None
-        last = tuple(pcie(gpu) for gpu in gpus) or (MEMORY,)
-        return Move("weights", model.weights.key, model.weights.coded_bytes, tier, (*_BEFORE[tier], *last))
+        return self._move("weights", model.weights, node, tier, tuple(pcie(gpu) for gpu in gpus) or (MEMORY,))
+
+    def _move(
+        self, name: Literal["weights", "image"], artifact: Artifact, node: str, tier: Tier, last: tuple[str, ...]
+    ) -> Move:
+        behind = self.arriving(artifact.key, node)
+        if behind:
+            return Move(name, artifact.key, artifact.coded_bytes, Tier.DRAM, last, behind)
+        return Move(name, artifact.key, artifact.coded_bytes, tier, (*_BEFORE[tier], *last))
 
     def image_move(self, model: ModelCost, node: str, path: StartPath) -> Move | None:
         """The image that a path needs, from its nearest tier; None when it needs none, or it can't be had or used."""
@@ -642,4 +664,4 @@ class Cluster:
         tier = self.nearest(image.key, node)
         if tier is None:
             return None
-        return Move("image", image.key, image.coded_bytes, tier, (*_BEFORE[tier], MEMORY))
+        return self._move("image", image, node, tier, (MEMORY,))

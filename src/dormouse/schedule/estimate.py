@@ -18,7 +18,18 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from dormouse.schedule.cluster import Cluster, ModelCost, Move, PhaseName, StartPath, StartPlan, share
+from dormouse.schedule.cluster import (
+    SOURCE_LINK,
+    Artifact,
+    Cluster,
+    ModelCost,
+    Move,
+    PhaseName,
+    StartPath,
+    StartPlan,
+    Tier,
+    share,
+)
 
 _WINDOW = 32
 _RUN = 6  # so many samples in a row on the same side, far away, are no outliers but a change
@@ -159,7 +170,22 @@ class Estimator:
 
     def move_seconds(self, node: str, move: Move, view: Cluster) -> float:
         """How long the slowest link of its way takes for it, with what goes before it."""
-        return max(self.link_seconds(node, link, move.size_on(link), view) for link in move.links)
+        moves = max(self.link_seconds(node, link, move.size_on(link), view) for link in move.links)
+        return moves + (self._left_seconds(node, *move.behind, view) if move.behind else 0.0)
+
+    def fetch_seconds(self, artifact: Artifact, node: str, view: Cluster) -> float:
+        """How long until an artifact is in a node's memory at the soonest, wherever it goes from there."""
+        behind = view.arriving(artifact.key, node)
+        if behind:
+            return self._left_seconds(node, *behind, view)
+        source = SOURCE_LINK.get(view.nearest(artifact.key, node) or Tier.GPU)
+        return self.link_seconds(node, source, artifact.coded_bytes, view) if source else 0.0
+
+    def _left_seconds(self, node: str, name: str, left: int, view: Cluster) -> float:
+        """How long one that is under way on a link still takes."""
+        link = view.link(node, name)
+        learned = self._per_byte.get((node, name))
+        return link.ahead(left) * learned.value if learned else link.ahead(left) / link.rate
 
     def link_seconds(self, node: str, name: str, size: int, view: Cluster) -> float:
         """How long one link takes for so many bytes more."""

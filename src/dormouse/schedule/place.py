@@ -17,7 +17,7 @@ from functools import partial
 from itertools import islice
 from typing import Literal
 
-from dormouse.schedule.cluster import SOURCE_LINK, Cluster, ModelCost, Replica, Request, StartPath, State, Tier
+from dormouse.schedule.cluster import Cluster, ModelCost, Replica, Request, StartPath, State, Tier
 from dormouse.schedule.estimate import Estimate, Estimator
 from dormouse.schedule.room import Eviction, Room, Worth, ends, find_room
 
@@ -316,11 +316,9 @@ class _Search:
     def _candidate(self, model: ModelCost, node: str) -> _Candidate | None:
         """A node's ways to start a model; None when it has none."""
         view, estimator = self.view, self.estimator
-        tier = view.nearest(model.weights.key, node)
-        if tier is None:
+        if view.nearest(model.weights.key, node) is None:
             return None
-        source = SOURCE_LINK.get(tier)
-        weights = estimator.link_seconds(node, source, model.weights.coded_bytes, view) if source else 0.0
+        weights = estimator.fetch_seconds(model.weights, node, view)
         ways: list[tuple[StartPath, float, float]] = []
         for path in _PATHS:
             image = view.image_move(model, node, path)

@@ -64,8 +64,8 @@ class Flow:
 
 
 class Network:
-    """All transfers of a simulation. `begun` counts their bytes, `delivered` those of the ones that ended, `dropped` what had
-    come of those cut off."""
+    """All transfers of a simulation. `begun` counts their bytes, `delivered` those of the ones that ended, `dropped`
+    what had come of those cut off."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock

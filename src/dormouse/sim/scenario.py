@@ -243,12 +243,20 @@ class Loading(_Part):
     """true: weights are stored and moved in coded form."""
     sequential: bool = False
     """true: a node loads one model at a time, in the order asked for. false: loads share the links."""
+    shared: bool = False
+    """true: starts of one model on one node wait for the first one's read, and take it from DRAM. false: each reads."""
     preloaded: Annotated[int, Field(ge=0)] = 1000
     """On how many nodes' disks each model lies from the start, as far as they have room (round robin)."""
     keep_on_disk: bool = True
     """Whether what was downloaded stays on the disk (the least recently used goes for it)."""
     keep_in_dram: bool = True
     """Whether what was loaded stays in the DRAM tier."""
+
+    @model_validator(mode="after")
+    def _shares_memory(self) -> Self:
+        if self.shared and not self.keep_in_dram:
+            raise ValueError("shared needs keep_in_dram: loads share what is in the DRAM tier")
+        return self
 
 
 class Phases(_Part):

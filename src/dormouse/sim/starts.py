@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dormouse.schedule.cluster import Cluster, Move, PhaseName, Tier
 from dormouse.schedule.estimate import Estimator, Observed, Transferred
 from dormouse.sim.events import Clock
-from dormouse.sim.links import Way
+from dormouse.sim.links import Flow, Way
 from dormouse.sim.records import Counts
 from dormouse.sim.scenario import Loading, Phases
 from dormouse.sim.tiers import Tiers
-from dormouse.sim.wires import Wires
+from dormouse.sim.wires import Shared, Wires
 from dormouse.sim.worker import Worker
 
 
@@ -59,7 +59,7 @@ class Starts:
             raise ValueError(f"{worker.model.name} can't start by {worker.path} on {worker.node}")
         self._counts.starts[worker.path] = self._counts.starts.get(worker.path, 0) + 1
         worker.begun = self._clock.now
-        worker.transfers, worker.phases, worker.flows = [], [], []
+        worker.transfers, worker.phases, worker.flows = [], [], {}
         worker.pending = 2
         if plan.image is None:
             self._process(worker)
@@ -74,9 +74,13 @@ class Starts:
         """It goes; what is under way for it ends."""
         if worker.event:
             worker.event.cancel()
-        for flow in worker.flows:
+        for shared in self.wires.shared.values():
+            shared.waiting.pop(worker, None)
+        flows, worker.flows = worker.flows, {}
+        for flow, key in flows.items():
             self.wires.network.stop(flow)
-        worker.flows.clear()
+            for _here, again in self._no_longer_shared(worker.node, key, flow):
+                again()
 
     # --- bytes
 
@@ -91,21 +95,60 @@ class Starts:
         self._bring(worker, first, lambda: self._bring(worker, second, lambda: self._part_done(worker), cap))
 
     def _bring(self, worker: Worker, move: Move, then: Callable[[], None], cap: float = math.inf) -> None:
+        if move.behind:
+            self._follow(worker, move, then, cap)
+            return
         node = worker.node
         slowest, size, ahead = self._slowest(node, move)
         began = self._clock.now
         way: Way = tuple((self.wires.link(node, name), move.size_on(name) / move.size) for name in move.links)
 
         def done() -> None:
-            worker.flows.remove(flow)
+            del worker.flows[flow]
             tier = move.source.name.lower()
             self._counts.moved[tier] = self._counts.moved.get(tier, 0.0) + move.size
             worker.transfers.append(Transferred(move.name, (slowest,), size, self._clock.now - began, ahead))
             self._arrived(node, move)
+            waiting = self._no_longer_shared(node, move.key, flow)
             then()
+            for here, _again in waiting:
+                here()
 
         flow = self.wires.network.start(move.size, way, done, cap)
-        worker.flows.append(flow)
+        worker.flows[flow] = move.key
+        near = move.source in (Tier.GPU, Tier.DRAM) or len(move.links) == 1
+        if self._habits.loading.shared and not near and self.tiers.fits(move.size, node, Tier.DRAM):
+            self.wires.shared[node, move.key] = Shared(flow, move.links[0])
+            self._view.expect(move.key, node, move.links[0], move.size)
+
+    def _follow(self, worker: Worker, move: Move, then: Callable[[], None], cap: float) -> None:
+        """Wait for another's transfer of the same bytes into DRAM, then take them from there."""
+        began = self._clock.now
+
+        def here() -> None:
+            self._bring(worker, replace(move, behind=None), came, cap)
+
+        def came() -> None:
+            worker.transfers.append(Transferred(move.name, (), 0, self._clock.now - began))
+            then()
+
+        def again() -> None:
+            plan = self._view.plan(worker.model, worker.node, worker.path, worker.gpus)
+            assert plan is not None
+            other = plan.weights if move.name == "weights" else plan.image
+            assert other is not None
+            self._bring(worker, other, then, cap)
+
+        self.wires.shared[worker.node, move.key].waiting[worker] = (here, again)
+
+    def _no_longer_shared(self, node: str, key: str, flow: Flow) -> list[tuple[Callable[[], None], Callable[[], None]]]:
+        """Those that waited for a transfer."""
+        shared = self.wires.shared.get((node, key))
+        if shared is None or shared.flow is not flow:
+            return []
+        del self.wires.shared[node, key]
+        self._view.arrived(key, node)
+        return list(shared.waiting.values())
 
     def _slowest(self, node: str, move: Move) -> tuple[str, int, int]:
         """The link of its way that should take longest, the bytes that go over it, and those before them."""

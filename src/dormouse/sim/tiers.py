@@ -71,6 +71,10 @@ class Tiers:
         """Of DRAM, until now."""
         return self._byte_seconds + self._used * (self._clock.now - self._since)
 
+    def fits(self, size: int, node: str, tier: Tier) -> bool:
+        """Whether it could be kept."""
+        return size <= self._stores[node, tier].limit
+
     def touch(self, key: str, node: str) -> None:
         """It has been read."""
         for tier in (Tier.DISK, Tier.DRAM):

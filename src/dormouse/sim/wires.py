@@ -5,17 +5,29 @@ transfers on links.py's links -> refresh -> Cluster.set_link: bytes queued, tran
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from dormouse.schedule.cluster import Cluster
 from dormouse.sim.events import Clock
-from dormouse.sim.links import Link, Network
+from dormouse.sim.links import Flow, Link, Network
+from dormouse.sim.worker import Worker
 
 _REFRESH = 0.001  # for each busy link, so many seconds between two looks at all of them: many cost more and matter less
 
 
+@dataclass(slots=True)
+class Shared:
+    """A transfer into a node's DRAM for which others wait: what they do when its bytes are there, or when it was cut
+    off."""
+
+    flow: Flow
+    link: str
+    waiting: dict[Worker, tuple[Callable[[], None], Callable[[], None]]] = field(default_factory=dict)
+
+
 class Wires:
-    """All of them, each made when something first moves over it."""
+    """All of them, each made when something first moves over it. `shared` are transfers by (node, key)."""
 
     def __init__(self, view: Cluster, clock: Clock) -> None:
         self.network = Network(clock)
@@ -24,6 +36,7 @@ class Wires:
         self._links: dict[tuple[str, str], Link] = {}
         self._busy: dict[Link, None] = {}
         self._refreshed = 0.0
+        self.shared: dict[tuple[str, str], Shared] = {}
 
     def link(self, node: str, name: str) -> Link:
         """The simulated link behind one of the view's."""
@@ -59,4 +72,6 @@ class Wires:
         for link in list(self._busy if due else touched):
             if link.flows:
                 self._view.set_link(link.node, link.name, int(link.queued(now)), len(link.flows))
+        for (node, key), one in self.shared.items() if due else ():
+            self._view.expect(key, node, one.link, int(one.flow.left_at(now)))
         touched.clear()

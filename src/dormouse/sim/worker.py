@@ -53,7 +53,7 @@ class Worker:
     views: dict[str, Running] = field(default_factory=dict)
     queue: deque[Job] = field(default_factory=deque)
     begun: float = 0.0
-    flows: list[Flow] = field(default_factory=list)
+    flows: dict[Flow, str] = field(default_factory=dict)  # what each of them brings
     pending: int = 0
     event: Event | None = None
     transfers: list[Transferred] = field(default_factory=list)
