@@ -113,7 +113,7 @@ def test_starts_of_a_model_on_a_node_share_one_read() -> None:
     seconds, read = {}, {}
     for shared in (True, False):
         values = burst(system={"loading": {"shared": shared}, "scaling": {"utilization": 1}}) | {"models": models}
-        values["nodes"] = [values["nodes"][0] | {"count": 1, "gpus": 4}]
+        values["nodes"] = [values["nodes"][0] | {"count": 1, "gpus": 4, "gpu_memory": "15GB"}]
         values["systems"]["it"]["paths"] = {"cold": {}}
         values["requests"]["rate"] = 4
         outcome = run(values)
