@@ -26,7 +26,7 @@ from dormouse.schedule.cluster import (
     Request,
     Tier,
 )
-from dormouse.schedule.keepalive import Minima, Minimum
+from dormouse.schedule.keepalive import Minima
 from dormouse.schedule.queue import Fairness, Queue
 from dormouse.sim.control import Ours
 from dormouse.sim.keeping import Keeper
@@ -35,7 +35,6 @@ from dormouse.sim.policies import keep_alive_policy
 from dormouse.sim.records import Counts, Records, Span
 from dormouse.sim.scaling import Scaled
 from dormouse.sim.scenario import (
-    DAY,
     Case,
     ModelGroup,
     NodeGroup,
@@ -205,7 +204,8 @@ def _control(
         control = Ours(world, keeper, Queue(Fairness(tenant_caps=caps)))
     else:
         control = PEERS[system.placement](world, keeper, evict_idle=system.evict_idle, random=random)
-    minima = _minima(load.models, scenario.begins)
+    groups = [group for group in load.models if group.least]
+    minima = {name: group.minima(scenario.begins) for group in groups for name in _names(group)}
     rule = system.scaling
     scaling = {name: rule.of(group) for group in load.models for name in _names(group)} if rule else {}
     if not (minima or scaling):
@@ -215,20 +215,6 @@ def _control(
 
 def _names(group: ModelGroup) -> list[str]:
     return copies_of(group.name, group.copies)
-
-
-def _minima(groups: list[ModelGroup], begins: float) -> dict[str, list[Minimum]]:
-    """Of each model that has any. Simulated time starts at `begins` of a day."""
-    found: dict[str, list[Minimum]] = {}
-    for group in groups:
-        minima = [Minimum(group.min_replicas)] if group.min_replicas else []
-        for times in group.schedule:
-            whole = times.until - times.since >= DAY
-            since, until = ((at - begins) % DAY for at in (times.since, times.until))
-            minima.append(Minimum(times.replicas) if whole else Minimum(times.replicas, since, until))
-        if minima:
-            found |= dict.fromkeys(_names(group), minima)
-    return found
 
 
 def _future(load: Load, names: list[str]) -> dict[str, list[float]]:

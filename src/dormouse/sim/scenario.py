@@ -26,6 +26,7 @@ from pydantic import (
 from dormouse.config import Duration, KeepAlive, Marks, Size, SizeOrNone, mistake_place, parse_duration, read_yaml
 from dormouse.errors import ConfigError
 from dormouse.schedule.autoscale import Scaling
+from dormouse.schedule.keepalive import Minima, Minimum
 
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])?(B/s|bps)")
 _SCALE = {None: 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -168,6 +169,15 @@ class ModelGroup(_Part):
     def least(self) -> int:
         """The most that its minima ask for at any time."""
         return max((self.min_replicas, *(times.replicas for times in self.schedule)))
+
+    def minima(self, begins: float) -> list[Minimum]:
+        """For time that starts at `begins` of a day."""
+        found = [Minimum(self.min_replicas)] if self.min_replicas else []
+        for times in self.schedule:
+            whole = times.until - times.since >= DAY
+            since, until = ((at - begins) % DAY for at in (times.since, times.until))
+            found.append(Minimum(times.replicas) if whole else Minimum(times.replicas, since, until))
+        return found
 
     @model_validator(mode="after")
     def _min_below_max(self) -> Self:
@@ -405,10 +415,15 @@ class Scenario(_Part):
         self._check_room(groups, (*place, "models"))
 
     def _check_room(self, groups: list[ModelGroup], place: _Place) -> None:
-        """Whether all minima together could fit at all."""
-        needed = sum(group.least * group.copies * (group.weights + group.kv) for group in groups if group.gpus)
+        """Whether all minima of one time of the day could fit at all."""
         there = sum(nodes.count * nodes.gpus * nodes.gpu_memory for nodes in self.nodes)
-        if needed > there:
+        on_gpus = [(group, Minima({"": group.minima(0.0)})) for group in groups if group.gpus]
+        for begins in {0.0, *(times.since for group, _minima in on_gpus for times in group.schedule)}:
+            needed = sum(
+                minima.least("", begins) * group.copies * (group.weights + group.kv) for group, minima in on_gpus
+            )
+            if needed <= there:
+                continue
             raise Misplaced(
                 f"the replicas that are always ready need {needed / 1e9:.0f} GB of GPU memory, there are "
                 f"{there / 1e9:.0f} GB", *place)  # fmt: skip
