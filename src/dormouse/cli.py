@@ -731,13 +731,13 @@ def simulate(
     elif as_csv:
         click.echo(report.as_csv(rows, tenants), nl=False)
     else:
-        width = max(out.width, 150)  # a table that is read later in a file is not cut
-        out.print(report.table(rows, loaded.slo), width=width, crop=False)
+        wide = Console(width=max(out.width, 150))  # a table that is read later in a file is not cut
+        wide.print(report.table(rows, loaded.slo))
         if tenants:
-            out.print(report.table(tenants, loaded.slo, "start-up latency by tenant"), width=width, crop=False)
-        out.print(report.cost_table(rows), width=width, crop=False)
+            wide.print(report.table(tenants, loaded.slo, "start-up latency by tenant"))
+        wide.print(report.cost_table(rows))
         if compared := report.compare(loaded, rows):
-            out.print(report.comparison_table(compared), width=width, crop=False)
+            wide.print(report.comparison_table(compared))
 
 
 def _open_standard_streams() -> None:
