@@ -44,7 +44,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dormouse.catalogue import human
-from dormouse.config import DataDir, ModelConfig, ServeConfig, default_data_dir
+from dormouse.config import ModelConfig, ServeConfig
+from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.errors import DormouseError
 from dormouse.phases import Phase, Phases
 from dormouse.snapshot.criu_setup import Criu, find_criu
@@ -657,11 +658,13 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
     def raw_of(row: Row) -> float:
         return float(row["gpu_bytes"] + row["host_bytes"])
 
-    stored = result["model"]["stored_bytes"]
+    def stored() -> float:
+        return float(result["model"]["stored_bytes"])
+
     say("restore, dram (s)", lambda: rows["dram"]["restore_s"])
     say("restore, sleep (s)", lambda: rows["sleep"]["restore_s"])
     say("restore, disk cold (s)", lambda: rows["disk-cold"]["restore_s"])
-    say("1.15 x coded bytes / disk rate + 0.6 (s)", lambda: 1.15 * stored / result["limits"]["disk read"] + 0.6)
+    say("1.15 x coded bytes / disk rate + 0.6 (s)", lambda: 1.15 * stored() / result["limits"]["disk read"] + 0.6)
     say("cold start / restore from dram", lambda: rows["cold"]["cold_s"] / rows["dram"]["restore_s"])
     say("plain CRIU / ours from dram, restore", lambda: rows["raw"]["restore_s"] / rows["dram"]["restore_s"])
     say("plain CRIU / ours from disk, restore", lambda: rows["raw"]["restore_s"] / rows["disk-cold"]["restore_s"])
@@ -669,7 +672,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
     say("image beside the weights (GB)", lambda: rows["cold"]["stored_bytes"] / 1e9)
     say("second model's snapshot, its own bytes (GB)", lambda: rows["second"]["own_bytes"] / 1e9)
     say("memory of the process / stored, transparent", lambda: raw_of(rows["transparent"]) / rows["transparent"]["stored_bytes"])  # fmt: skip  # noqa: E501
-    say("memory of the process / stored, cooperative", lambda: raw_of(rows["cold"]) / (rows["cold"]["stored_bytes"] + stored))  # fmt: skip  # noqa: E501
+    say("memory of the process / stored, cooperative", lambda: raw_of(rows["cold"]) / (rows["cold"]["stored_bytes"] + stored()))  # fmt: skip  # noqa: E501
     say("capture, first (s)", lambda: rows["cold"]["capture_s"])
     say("capture, again (s)", lambda: rows["again"]["capture_s"])
     say("block: ours / the driver's own, capture", lambda: rows["block"]["capture_s"] / rows["block"]["driver_checkpoint_s"])  # fmt: skip  # noqa: E501

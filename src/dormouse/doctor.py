@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dormouse import disk_speed, host_memory
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import DormouseError, HostError, SnapshotError, StoreError
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.compatibility import cpu_flags, gpu_key

@@ -11,7 +11,7 @@ from tests.snapshot.test_capture_restore import Host
 
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.engine.messages import Load, Loaded, Sampling, TokensPrompt
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.criu_setup import Criu
