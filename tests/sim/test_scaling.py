@@ -310,7 +310,7 @@ class Checks:
                 used[worker.node, gpu] = used.get((worker.node, gpu), 0) + worker.model.device_bytes
         assert max(used.values(), default=0) <= 30e9 and max(host.values(), default=0) <= 8e9
         for model in world.view.models:
-            assert world.view.ready(model) <= (world.view.model(model).max_replicas or math.inf)
+            assert world.view.ready_count(model) <= (world.view.model(model).max_replicas or math.inf)
 
     def end(self, outcome: Outcome) -> None:
         """Every request came out once, and every byte that set out arrived or was cut off."""

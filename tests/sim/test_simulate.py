@@ -193,3 +193,16 @@ def test_the_command_prints_json_csv_and_a_table_with_published_figures(tmp_path
     assert next(csv.DictReader(rows))["requests"] == "36"
     with pytest.raises(ConfigError, match="no system 'other'"):
         CliRunner().invoke(cli, ["simulate", str(path), "--system", "other"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(("kind", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("html", b"<!doctype html>")])
+def test_a_plot_is_drawn_of_each_kind(tmp_path: Path, kind: str, begins: bytes) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree(duration=60)))
+    picture = tmp_path / f"plot.{kind}"
+    done = CliRunner().invoke(cli, ["simulate", str(tmp_path / "small.yaml"), "--plot", str(picture)])
+    assert done.exit_code == 0
+    drawn = picture.read_bytes()
+    assert drawn.startswith(begins) and len(drawn) > 10_000
+    if kind != "png":
+        assert b"<svg" in drawn and b"n0-1 GPU 1" in drawn.replace(b"<!-- ", b"")

@@ -535,14 +535,15 @@ class Cluster:
         ranking = self._soonest.get(model)
         return (self._replicas[name] for _at, name in ranking.ascending()) if ranking else iter(())
 
-    def ready(self, model: str) -> int:
-        """How many replicas of a model are ready or starting."""
-        return len(self._soonest.get(model, ()))
+    def ready_count(self, model: str) -> int:
+        """How many are ready or starting."""
+        ranking = self._soonest.get(model)
+        return len(ranking) if ranking else 0
 
     def has_all(self, model: str) -> bool:
         """Whether it has as many replicas as it may."""
         most = self._models[model].max_replicas
-        return most > 0 and self.ready(model) >= most
+        return most > 0 and self.ready_count(model) >= most
 
     def sleeping(self, model: str) -> Iterator[Replica]:
         """Its replicas that sleep, the first to fall asleep first."""

@@ -184,8 +184,7 @@ class Estimator:
     def _left_seconds(self, node: str, name: str, left: int, view: Cluster) -> float:
         """How long one that is under way on a link still takes."""
         link = view.link(node, name)
-        learned = self._per_byte.get((node, name))
-        return link.ahead(left) * learned.value if learned else link.ahead(left) / link.rate
+        return link.ahead(left) / self.rate(node, name, link.rate)
 
     def link_seconds(self, node: str, name: str, size: int, view: Cluster) -> float:
         """How long one link takes for so many bytes more."""

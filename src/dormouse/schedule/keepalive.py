@@ -562,7 +562,7 @@ class Minima:
 
     def missing(self, view: Cluster, now: float) -> dict[str, int]:
         """How many replicas of each model must be started to have its minimum."""
-        short = {model: self.least(model, now) - view.ready(model) for model in self.by_model}
+        short = {model: self.least(model, now) - view.ready_count(model) for model in self.by_model}
         return {model: count for model, count in short.items() if count > 0}
 
     def next_border(self, now: float) -> float:
@@ -609,4 +609,4 @@ class Provisioned(Basic):
         return math.inf if self._needed(replica, view, now) else self._policy.worth(replica, view, now)
 
     def _needed(self, replica: Replica, view: Cluster, now: float) -> bool:
-        return view.ready(replica.model) <= self._minima.least(replica.model, now)
+        return view.ready_count(replica.model) <= self._minima.least(replica.model, now) > 0

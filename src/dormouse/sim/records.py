@@ -20,6 +20,7 @@ class Counts:
     gpu_seconds: float = 0.0
     gpu_busy_seconds: float = 0.0
     process_byte_seconds: float = 0.0
+    tier_byte_seconds: float = 0.0
     starts: dict[str, int] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)
     evictions: int = 0

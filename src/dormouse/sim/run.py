@@ -190,7 +190,7 @@ def run_one(scenario: Scenario, load: Load, system_name: str, *, spans: bool = F
     counts = world.counts
     return Outcome(
         system_name, load, world.records, counts, world.now,
-        world.tiers.byte_seconds + counts.process_byte_seconds, (errors.count, errors.median, errors.p99),
+        counts.tier_byte_seconds + counts.process_byte_seconds, (errors.count, errors.median, errors.p99),
         world.clock.happened, time.perf_counter() - began, world.spans,
     )  # fmt: skip
 

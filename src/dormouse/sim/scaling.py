@@ -114,16 +114,16 @@ class Scaled:
         """Start what lacks, let go what is too much."""
         crew, now, view = self._crews[model], self.world.now, self.world.view
         least = max(self._minima.least(model, now), self._least.get(model, 0))
-        ready = view.ready(model)
+        ready = view.ready_count(model)
         wanted = max(least, crew.scaler.wanted(now, ready).replicas) if crew.scaler else least
         for _ in range(wanted - ready):
-            waits = crew.asked > view.ready(model) * view.model(model).slots
-            if not self._start(model, may_evict=waits or view.ready(model) < least):
+            waits = crew.asked > view.ready_count(model) * view.model(model).slots
+            if not self._start(model, may_evict=waits or view.ready_count(model) < least):
                 break
         if crew.scaler:
             self._let_go(model, ready - wanted)
         self._pin(model, least)
-        if view.ready(model) < least or (crew.scaler and (crew.asked or view.ready(model))):
+        if view.ready_count(model) < least or (crew.scaler and (crew.asked or view.ready_count(model))):
             self._tick_later(model, crew)
 
     def _tick_later(self, model: str, crew: _Crew) -> None:

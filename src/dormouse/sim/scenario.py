@@ -394,43 +394,29 @@ class Scenario(_Part):
             place = ("cases", name) if case.models else ()
             if not (case.models or self.models):
                 raise Misplaced(f"case {name!r} has no models", *(("cases", name) if name else ()))
-            self._check_models(case.models or self.models, place)
+            self._check_models(case.models or self.models, self.nodes, place)
+            self._check_events(self.nodes)
             _check_requests(case.requests or self.requests, case, ("cases", name) if name else ())
         _check_names([(one.name, one.copies) for one in self.tenants], "tenants", ("tenants",))
-        self._check_events()
         self._check_published()
         return self
 
-    def _check_models(self, groups: list[ModelGroup], place: _Place) -> None:
+    def _check_models(self, groups: list[ModelGroup], machines: list[NodeGroup], place: _Place) -> None:
         _check_names([(one.name, one.copies) for one in groups], "models", (*place, "models"))
         for number, group in enumerate(groups):
             here = (*place, "models", number)
-            if not any(_fits(group, nodes) for nodes in self.nodes):
+            if not any(_replicas(group, nodes) for nodes in machines):
                 raise Misplaced(f"no node can hold {group.name}: {_needs(group)}", *here, "name")
-            if group.least * group.copies > sum(_replicas(group, nodes) * nodes.count for nodes in self.nodes):
+            if group.least * group.copies > sum(_replicas(group, nodes) * nodes.count for nodes in machines):
                 raise Misplaced(f"{group.least} replicas of each are more than all nodes can hold", *here)
             for name, system in self.systems.items():
                 if system.scaling:
                     _check_scaling(system.scaling, group, ("systems", name, "scaling"))
-        self._check_room(groups, (*place, "models"))
+        _check_room(groups, machines, (*place, "models"))
 
-    def _check_room(self, groups: list[ModelGroup], place: _Place) -> None:
-        """Whether all minima of one time of the day could fit at all."""
-        there = sum(nodes.count * nodes.gpus * nodes.gpu_memory for nodes in self.nodes)
-        on_gpus = [(group, Minima({"": group.minima(0.0)})) for group in groups if group.gpus]
-        for begins in {0.0, *(times.since for group, _minima in on_gpus for times in group.schedule)}:
-            needed = sum(
-                minima.least("", begins) * group.copies * (group.weights + group.kv) for group, minima in on_gpus
-            )
-            if needed <= there:
-                continue
-            raise Misplaced(
-                f"the replicas that are always ready need {needed / 1e9:.0f} GB of GPU memory, there are "
-                f"{there / 1e9:.0f} GB", *place)  # fmt: skip
-
-    def _check_events(self) -> None:
+    def _check_events(self, machines: list[NodeGroup]) -> None:
         lost: dict[str, bool] = {}
-        names = {f"n{number}-{index}" for number, nodes in enumerate(self.nodes) for index in range(nodes.count)}
+        names = {f"n{number}-{index}" for number, nodes in enumerate(machines) for index in range(nodes.count)}
         for number, event in sorted(enumerate(self.events), key=lambda one: one[1].at):
             if event.node not in names:
                 raise Misplaced(f"there is no node {event.node!r}; the first is n0-0", "events", number, "node")
@@ -479,15 +465,23 @@ def _check_requests(requests: Requests, case: Case, place: _Place) -> None:
     given = requests.model_fields_set
     if requests.trace is None and "speed" in given:
         raise Misplaced("speed is for a trace, and there is none", *where, "speed")
-    for name in ("rate", "cv") if requests.trace is not None else ():
-        if name in given:
-            raise Misplaced(f"{name} is for requests that are drawn, and these are of a trace", *where, name)
+    if requests.trace is not None and "rate" in given:
+        raise Misplaced("rate is for requests that are drawn, and these are of a trace", *where, "rate")
     if requests.trace is not None and case.rates:
         raise Misplaced("rates are for requests that are drawn, and these are of a trace", *place, "rates")
 
 
-def _fits(model: ModelGroup, node: NodeGroup) -> bool:
-    return _replicas(model, node) > 0
+def _check_room(groups: list[ModelGroup], machines: list[NodeGroup], place: _Place) -> None:
+    """Whether all minima of one time of the day could fit at all."""
+    there = sum(nodes.count * nodes.gpus * nodes.gpu_memory for nodes in machines)
+    on_gpus = [(group, Minima({"": group.minima(0.0)})) for group in groups if group.gpus]
+    for begins in {0.0, *(times.since for group, _minima in on_gpus for times in group.schedule)}:
+        needed = sum(minima.least("", begins) * group.copies * (group.weights + group.kv) for group, minima in on_gpus)
+        if needed <= there:
+            continue
+        raise Misplaced(
+            f"the replicas that are always ready need {needed / 1e9:.0f} GB of GPU memory, there are "
+            f"{there / 1e9:.0f} GB", *place)  # fmt: skip
 
 
 def _replicas(model: ModelGroup, node: NodeGroup) -> int:

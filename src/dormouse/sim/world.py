@@ -409,3 +409,4 @@ class World:
         """Add up to the end."""
         for worker in self.workers.values():
             self._account(worker)
+        self.counts.tier_byte_seconds = self.tiers.byte_seconds
