@@ -26,7 +26,9 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds, bytes, shares from 0 to 1. `gpu_idle` is the part of `gpu_seconds` in which no request ran."""
+    """Seconds, bytes, shares from 0 to 1. `gpu_idle` is the part of `gpu_seconds` in which no request ran. `waited` is
+    the share of requests that waited for a start of any kind, `stored` that of those which came from a snapshot, a
+    template or nothing. `waste` is memory held for nobody, in GB-seconds: the sum of the four after it."""
 
     case: str
     rate: float
@@ -45,6 +47,13 @@ class Row:
     snapshot: float
     template: float
     cold: float
+    waited: float
+    stored: float
+    waste: float
+    waste_gpu: float
+    waste_host: float
+    waste_asleep: float
+    waste_tier: float
     gpu_seconds: float
     gpu_idle: float
     dram_gb_seconds: float
@@ -73,6 +82,12 @@ def row_of(outcome: Outcome, slo: float) -> Row:
     given_up = np.frombuffer(records.given_up, dtype=np.int8) if len(records) else np.zeros(1, dtype=np.int8)
     path = np.bincount(np.frombuffer(records.path, dtype=np.int8), minlength=len(PATHS)) / total
     hot, sleep, snapshot, template, cold = (round(float(share), 5) for share in path)
+    wasted = [
+        counts.idle_gpu_byte_seconds,
+        counts.idle_host_byte_seconds,
+        counts.asleep_byte_seconds,
+        counts.tier_byte_seconds,
+    ]
     count, median, p99 = outcome.errors
     return Row(
         case=outcome.load.case,
@@ -92,6 +107,13 @@ def row_of(outcome: Outcome, slo: float) -> Row:
         snapshot=snapshot,
         template=template,
         cold=cold,
+        waited=_round(1 - path[0]),
+        stored=_round(path[2:].sum()),
+        waste=_round(sum(wasted) / _GB),
+        waste_gpu=_round(wasted[0] / _GB),
+        waste_host=_round(wasted[1] / _GB),
+        waste_asleep=_round(wasted[2] / _GB),
+        waste_tier=_round(wasted[3] / _GB),
         gpu_seconds=_round(counts.gpu_seconds),
         gpu_idle=_round(1 - counts.gpu_busy_seconds / counts.gpu_seconds if counts.gpu_seconds else 0.0),
         dram_gb_seconds=_round(outcome.dram_byte_seconds / _GB),

@@ -31,7 +31,7 @@ from dormouse.sim.keeping import Keeper
 from dormouse.sim.peers import PEERS
 from dormouse.sim.policies import keep_alive_policy
 from dormouse.sim.scenario import Case, ModelGroup, NodeGroup, Requests, Scenario, System
-from dormouse.sim.traces import Trace, drawn, drawn_lengths, popularity, read_trace
+from dormouse.sim.traces import Trace, drawn, drawn_lengths, drawn_models, popularity, read_trace
 from dormouse.sim.world import Control, Counts, Habits, Job, Records, Span, World
 
 _MOST_SPANS_NODES = 16
@@ -44,6 +44,7 @@ class Load:
 
     case: str
     rate: float
+    nodes: list[NodeGroup]
     models: list[ModelGroup]
     trace: Trace
 
@@ -99,7 +100,8 @@ def loads(scenario: Scenario, traces: Path, only: tuple[str, ...] = ()) -> Itera
         for rate in case.rates or [requests.rate]:
             random = np.random.default_rng([scenario.seed, number, round(rate * 1e6)])
             trace = make_trace(requests, rate, sum(group.copies for group in groups), scenario.duration, traces, random)
-            yield Load(name, len(trace) / scenario.duration if requests.trace else rate, groups, trace)
+            shown = len(trace) / scenario.duration if requests.trace else rate
+            yield Load(name, shown, case.nodes or scenario.nodes, groups, trace)
 
 
 def make_trace(
@@ -117,7 +119,7 @@ def make_trace(
         return drawn(shares, rate=rate, duration=duration, cv=requests.cv, lengths=pool, random=random)
     read = read_trace(folder / requests.trace)
     read = Trace(read.time / requests.speed, read.model, read.tokens_in, read.tokens_out, read.names).until(duration)
-    model = read.model % models if read.names else random.choice(models, len(read), p=shares)
+    model = read.model % models if read.names else drawn_models(len(read), shares, requests.cv, random)
     return Trace(read.time, model, read.tokens_in, read.tokens_out)
 
 
@@ -126,10 +128,10 @@ def run_one(scenario: Scenario, load: Load, system_name: str, *, spans: bool = F
     system = scenario.systems[system_name]
     began = time.perf_counter()
     random = np.random.default_rng([scenario.seed, 7])
-    names, view = build_view(scenario, load.models, system)
+    names, view = build_view(load.nodes, load.models, system)
     habits = Habits(system.loading, {str(path): phases for path, phases in system.paths.items()}, system.noise,
                     scenario.timeout)  # fmt: skip
-    small = sum(group.count for group in scenario.nodes) <= _MOST_SPANS_NODES
+    small = sum(group.count for group in load.nodes) <= _MOST_SPANS_NODES
     world = World(view, habits, random, spans=spans and small)
     if system.loading.preloaded:
         _fill_disks(world, system.loading.preloaded)
@@ -181,11 +183,13 @@ def _play(world: World, load: Load, names: list[str]) -> None:
 # --- from the scenario to the view
 
 
-def build_view(scenario: Scenario, groups: list[ModelGroup], system: System) -> tuple[list[str], Cluster]:
+def build_view(
+    machines: list[NodeGroup], groups: list[ModelGroup], system: System
+) -> tuple[list[str], Cluster]:
     """Names of the models by number, and the empty cluster."""
     models = [cost for group in groups for cost in _costs(group, system)]
     nodes = [
-        node for number, group in enumerate(scenario.nodes) for node in _nodes(group, number, system.loading.sequential)
+        node for number, group in enumerate(machines) for node in _nodes(group, number, system.loading.sequential)
     ]
     view = Cluster(nodes, models)
     for model in models:

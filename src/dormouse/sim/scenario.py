@@ -122,7 +122,8 @@ class Requests(_Part):
     rate: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Requests a second in all, when they are drawn."""
     cv: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Coefficient of variation of the time between two requests for one model (Gamma): 1 is Poisson, 8 is bursty."""
+    """Coefficient of variation of the time between two requests for one model (Gamma): 1 is Poisson, 8 is bursty. For a
+    trace that names no models: of the number of other requests between them."""
     popularity: Annotated[float, Field(ge=0, le=5)] = 0.0
     """Exponent of Zipf's law of the models' shares: 0 is even."""
     lengths: Lengths = Lengths()
@@ -187,6 +188,7 @@ class System(_Part):
 class Case(_Part):
     """A variation; what is left out is the scenario's."""
 
+    nodes: Annotated[list[NodeGroup], Field(min_length=1)] | None = None
     models: list[ModelGroup] | None = None
     requests: Requests | None = None
     rates: list[Annotated[float, Field(gt=0, le=1e6)]] | None = None
@@ -232,7 +234,7 @@ class Scenario(_Part):
             if not groups:
                 raise ValueError(f"case {name!r} has no models")
             for group in groups:
-                if not any(_fits(group, nodes) for nodes in self.nodes):
+                if not any(_fits(group, nodes) for nodes in case.nodes or self.nodes):
                     raise ValueError(f"no node can hold {group.name}: {_needs(group)}")
         for row in self.published:
             if row.system not in self.systems or row.case not in cases:

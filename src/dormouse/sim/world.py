@@ -125,11 +125,16 @@ class Control(Protocol):
 
 @dataclass(slots=True)
 class Counts:
-    """What a run adds up. Seconds of GPUs are those that a replica has them; of these, `busy` is with a request."""
+    """What a run adds up. Seconds of GPUs are those that a replica has them; of these, `busy` is with a request. Idle
+    byte-seconds are those of replicas without any: ready ones (or made ready for nobody), in GPUs and host, and asleep.
+    """
 
     gpu_seconds: float = 0.0
     gpu_busy_seconds: float = 0.0
     process_byte_seconds: float = 0.0
+    idle_gpu_byte_seconds: float = 0.0
+    idle_host_byte_seconds: float = 0.0
+    asleep_byte_seconds: float = 0.0
     tier_byte_seconds: float = 0.0
     starts: dict[str, int] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)
@@ -670,7 +675,17 @@ class World:
                     span = Span(worker.node, gpu, worker.model.name, worker.placed_at, self.now, what)
                     self.spans.append(span)
         self.counts.process_byte_seconds += seconds * worker.model.process_bytes
+        if not (worker.running or worker.queue):
+            self._account_idle(worker, seconds)
         worker.placed_at = self.now
+
+    def _account_idle(self, worker: Worker, seconds: float) -> None:
+        model = worker.model
+        if worker.state is State.SLEEPING:
+            self.counts.asleep_byte_seconds += seconds * model.process_bytes
+        else:
+            self.counts.idle_gpu_byte_seconds += seconds * model.device_bytes * len(worker.gpus)
+            self.counts.idle_host_byte_seconds += seconds * model.host_bytes
 
     def close(self) -> None:
         """Add up to the end."""
