@@ -734,6 +734,8 @@ def simulate(
         out.print(report.table(rows, loaded.slo), width=width, crop=False)
         if compared := report.compare(loaded, rows):
             out.print(report.comparison_table(compared), width=width, crop=False)
+        if distances := report.distances(loaded, rows):
+            out.print(report.distance_table(distances), width=width, crop=False)
 
 
 def _open_standard_streams() -> None:

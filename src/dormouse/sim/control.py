@@ -74,6 +74,8 @@ class Ours:
         option = decision.chosen
         assert option is not None
         self.decided += 1
+        if option.action == "start":
+            self.keeper.makes_room(option.evict)
         for eviction in option.evict:
             self._evict(eviction)
         for move in option.migrate:

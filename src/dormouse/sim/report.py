@@ -1,6 +1,6 @@
 """What a simulation tells: one row for each case, rate and system; and the published figures beside ours.
 
-    Outcome -> Row -> JSON, CSV, table;   rows + Published -> Comparison
+    Outcome -> Row -> JSON, CSV, table;   rows + Published -> Comparison;   rows -> Distance to the oracle
 
 A request's start-up latency is the time until it began, plus what it stood still later (preempted or migrated); one
 that was given up counts with the time it waited. Shares say how the replica of each request had become ready.
@@ -139,6 +139,33 @@ def _round(value: Any) -> float:
 
 
 @dataclass(frozen=True)
+class Distance:
+    """How far a system is from the oracle of its case: by the share of requests that waited for a start, and by the
+    memory held for nobody. `waited_more` is a difference of shares, `waste_times` a ratio."""
+
+    case: str
+    rate: float
+    system: str
+    waited: float
+    waited_more: float
+    waste: float
+    waste_times: float
+
+
+def distances(scenario: Scenario, rows: Sequence[Row]) -> list[Distance]:
+    """All systems' of every case in which an oracle ran."""
+    oracles = {(row.case, row.rate): row for row in rows if scenario.systems[row.system].keep_alive.policy == "oracle"}
+    return [_distance(row, best) for row in rows if (best := oracles.get((row.case, row.rate)))]
+
+
+def _distance(row: Row, best: Row) -> Distance:
+    return Distance(
+        row.case, row.rate, row.system, row.waited, _round(row.waited - best.waited), row.waste,
+        _round(row.waste / best.waste if best.waste else 1.0),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A published figure and what the simulation has for it; `error` is relative, positive when ours is more. `rates`
     are those that were averaged."""
@@ -176,6 +203,7 @@ def as_json(scenario: Scenario, rows: Sequence[Row]) -> dict[str, Any]:
         "seed": scenario.seed,
         "rows": [asdict(row) for row in rows],
         "published": [asdict(one) for one in compare(scenario, rows)],
+        "oracle": [asdict(one) for one in distances(scenario, rows)],
     }
 
 
@@ -198,6 +226,16 @@ def table(rows: Iterable[Row], slo: float) -> Table:
         seconds = (f"{value:.2f}" for value in (row.start_mean, row.start_p50, row.start_p95, row.start_p99))
         made.add_row(row.case, f"{row.rate:g}", row.system, str(row.requests), str(row.given_up), *seconds, *shares,
                      f"{row.gpu_seconds / 3600:.1f}", f"{row.gpu_idle:.0%}")  # fmt: skip
+    return made
+
+
+def distance_table(found: Iterable[Distance]) -> Table:
+    made = Table("case", "system", title="starts and memory held for nobody, and how far from the oracle", box=None)
+    for name in ("waited for a start", "more", "GB-seconds", "times"):
+        made.add_column(name, justify="right")
+    for one in found:
+        made.add_row(one.case, one.system, f"{one.waited:.1%}", f"{one.waited_more:+.1%}", f"{one.waste:,.0f}",
+                     f"{one.waste_times:.2f}")  # fmt: skip
     return made
 
 

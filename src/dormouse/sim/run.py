@@ -183,14 +183,10 @@ def _play(world: World, load: Load, names: list[str]) -> None:
 # --- from the scenario to the view
 
 
-def build_view(
-    machines: list[NodeGroup], groups: list[ModelGroup], system: System
-) -> tuple[list[str], Cluster]:
+def build_view(machines: list[NodeGroup], groups: list[ModelGroup], system: System) -> tuple[list[str], Cluster]:
     """Names of the models by number, and the empty cluster."""
     models = [cost for group in groups for cost in _costs(group, system)]
-    nodes = [
-        node for number, group in enumerate(machines) for node in _nodes(group, number, system.loading.sequential)
-    ]
+    nodes = [node for number, group in enumerate(machines) for node in _nodes(group, number, system.loading.sequential)]
     view = Cluster(nodes, models)
     for model in models:
         view.hold_remote(model.weights.key)

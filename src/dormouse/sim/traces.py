@@ -226,9 +226,7 @@ def drawn(
     return Trace(times[order], model[order], lengths[0][pick], lengths[1][pick])
 
 
-def drawn_models(
-    count: int, shares: NDArray[np.float64], cv: float, random: np.random.Generator
-) -> NDArray[np.int64]:
+def drawn_models(count: int, shares: NDArray[np.float64], cv: float, random: np.random.Generator) -> NDArray[np.int64]:
     """Whose each of `count` requests is, in their order: each model's are spread over them with the given CV."""
     counts = random.multinomial(count, shares)
     places = np.concatenate([gamma_times(int(number), 1.0, cv, random) for number in counts])
