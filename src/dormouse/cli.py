@@ -776,6 +776,8 @@ def simulate(
         wide.print(report.cost_table(rows))
         if compared := report.compare(loaded, rows):
             wide.print(report.comparison_table(compared))
+        if distances := report.distances(loaded, rows):
+            wide.print(report.distance_table(distances))
 
 
 def _open_standard_streams() -> None:

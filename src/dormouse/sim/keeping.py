@@ -8,9 +8,12 @@ One rule is the simulator's own, because peers have it: an idle replica stays as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dormouse.schedule.cluster import Replica, Request, State, Tier
 from dormouse.schedule.keepalive import Policy, Step, Warm
 from dormouse.schedule.place import place
+from dormouse.schedule.room import Eviction
 from dormouse.sim.carry import begin
 from dormouse.sim.events import Event
 from dormouse.sim.worker import Worker
@@ -34,6 +37,7 @@ class Keeper:
         if self.policy is not None:
             self._asked[model] = self._asked.get(model, 0) + 1
             self.policy.on_request(model, self.world.now)
+            self._look_ahead()
 
     def became_idle(self, worker: Worker) -> None:
         """Plan what happens to it while nobody asks."""
@@ -49,6 +53,14 @@ class Keeper:
         """It is about to end."""
         if self.policy is not None and worker.name in self.world.view:
             self.policy.on_gone(self.world.view.replica(worker.name), self.world.view, self.world.now)
+
+    def makes_room(self, evictions: Sequence[Eviction]) -> None:
+        """A start begins, and these go for it."""
+        if self.policy is not None:
+            view = self.world.view
+            slept = [view.replica(one.replica) for one in evictions if one.to == "sleep"]
+            ended = [view.replica(one.replica) for one in evictions if one.to == "end"]
+            self.policy.on_room(slept, ended, view, self.world.now)
 
     def worth(self, replica: Replica) -> float:
         """What an idle replica is worth to its model, in seconds."""

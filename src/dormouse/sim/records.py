@@ -15,11 +15,16 @@ from dormouse.sim.worker import Job
 
 @dataclass(slots=True)
 class Counts:
-    """What a run adds up. Seconds of GPUs are those that a replica has them; of these, `busy` is with a request."""
+    """What a run adds up. Seconds of GPUs are those that a replica has them; of these, `busy` is with a request. Idle
+    byte-seconds are those of replicas without any: ready ones (or made ready for nobody), in GPUs and host, and asleep.
+    """
 
     gpu_seconds: float = 0.0
     gpu_busy_seconds: float = 0.0
     process_byte_seconds: float = 0.0
+    idle_gpu_byte_seconds: float = 0.0
+    idle_host_byte_seconds: float = 0.0
+    asleep_byte_seconds: float = 0.0
     tier_byte_seconds: float = 0.0
     starts: dict[str, int] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)

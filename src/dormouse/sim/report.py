@@ -1,6 +1,6 @@
 """What a simulation tells: one row for each case, rate and system; and the published figures beside ours.
 
-    Outcome -> Row -> JSON, CSV, table;   rows + Published -> Comparison
+    Outcome -> Row -> JSON, CSV, table;   rows + Published -> Comparison;   rows -> Distance to the oracle
 
 A request's start-up latency is the time until it began, plus what it stood still later (preempted or migrated); one
 that was given up counts with the time it waited. Shares say how the replica of each request had become ready.
@@ -52,11 +52,15 @@ class TenantRow:
     snapshot: float
     template: float
     cold: float
+    waited: float
+    stored: float
 
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds, bytes, shares from 0 to 1. `gpu_idle` is the part of `gpu_seconds` in which no request ran."""
+    """Seconds, bytes, shares from 0 to 1. `gpu_idle` is the part of `gpu_seconds` in which no request ran. `waited` is
+    the share of requests that waited for a start of any kind, `stored` that of those which came from a snapshot, a
+    template or nothing. `waste` is memory held for nobody, in GB-seconds: the sum of the four after it."""
 
     case: str
     rate: float
@@ -78,6 +82,13 @@ class Row:
     snapshot: float
     template: float
     cold: float
+    waited: float
+    stored: float
+    waste: float
+    waste_gpu: float
+    waste_host: float
+    waste_asleep: float
+    waste_tier: float
     gpu_seconds: float
     gpu_idle: float
     dram_gb_seconds: float
@@ -104,12 +115,23 @@ class Row:
 def row_of(outcome: Outcome, slo: float) -> Row:
     """The sums of one run."""
     counts = outcome.counts
+    wasted = [
+        counts.idle_gpu_byte_seconds,
+        counts.idle_host_byte_seconds,
+        counts.asleep_byte_seconds,
+        counts.tier_byte_seconds,
+    ]
     count, median, p99 = outcome.errors
     return Row(
         case=outcome.load.case,
         rate=round(outcome.load.rate, 4),
         system=outcome.system,
         **_met(outcome.records, slo, None),
+        waste=_round(sum(wasted) / _GB),
+        waste_gpu=_round(wasted[0] / _GB),
+        waste_host=_round(wasted[1] / _GB),
+        waste_asleep=_round(wasted[2] / _GB),
+        waste_tier=_round(wasted[3] / _GB),
         gpu_seconds=_round(counts.gpu_seconds),
         gpu_idle=_round(1 - counts.gpu_busy_seconds / counts.gpu_seconds if counts.gpu_seconds else 0.0),
         dram_gb_seconds=_round(outcome.dram_byte_seconds / _GB),
@@ -162,6 +184,8 @@ def _met(records: Records, slo: float, tenant: int | None) -> dict[str, Any]:
         **{f"ttft_{name}": _round(np.quantile(first, at)) for name, at in _QUANTILES},
         "slo": _round(float(((start <= slo) & (given_up == 0)).mean())) if total else 1.0,
         **{name: round(share, 5) for name, share in zip(PATHS, shares, strict=True)},
+        "waited": _round(1 - shares[0]) if total else 0.0,
+        "stored": _round(sum(shares[2:])),
     }
 
 
@@ -173,6 +197,33 @@ def _column(column: array[Any], chosen: NDArray[np.bool_], kind: type[np.generic
 
 def _round(value: Any) -> float:
     return float(f"{float(value):.6g}")
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a system is from the oracle of its case: by the share of requests that waited for a start, and by the
+    memory held for nobody. `waited_more` is a difference of shares, `waste_times` a ratio."""
+
+    case: str
+    rate: float
+    system: str
+    waited: float
+    waited_more: float
+    waste: float
+    waste_times: float
+
+
+def distances(scenario: Scenario, rows: Sequence[Row]) -> list[Distance]:
+    """All systems' of every case in which an oracle ran."""
+    oracles = {(row.case, row.rate): row for row in rows if scenario.systems[row.system].keep_alive.policy == "oracle"}
+    return [_distance(row, best) for row in rows if (best := oracles.get((row.case, row.rate)))]
+
+
+def _distance(row: Row, best: Row) -> Distance:
+    return Distance(
+        row.case, row.rate, row.system, row.waited, _round(row.waited - best.waited), row.waste,
+        _round(row.waste / best.waste if best.waste else 1.0),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -214,6 +265,7 @@ def as_json(scenario: Scenario, rows: Sequence[Row], tenants: Sequence[TenantRow
         "rows": [asdict(row) for row in rows],
         "tenants": [asdict(row) for row in tenants],
         "published": [asdict(one) for one in compare(scenario, rows)],
+        "oracle": [asdict(one) for one in distances(scenario, rows)],
     }
 
 
@@ -256,6 +308,16 @@ def cost_table(rows: Iterable[Row]) -> Table:
                   row.most_replicas)  # fmt: skip
         made.add_row(row.case, f"{row.rate:g}", row.system, f"{row.gpu_seconds / 3600:.1f}", f"{row.gpu_idle:.0%}",
                      f"{row.dram_gb_seconds / 3600:.0f}", *moved, *map(str, counts))  # fmt: skip
+    return made
+
+
+def distance_table(found: Iterable[Distance]) -> Table:
+    made = Table("case", "system", title="starts and memory held for nobody, and how far from the oracle", box=None)
+    for name in ("waited for a start", "more", "GB-seconds", "times"):
+        made.add_column(name, justify="right")
+    for one in found:
+        made.add_row(one.case, one.system, f"{one.waited:.1%}", f"{one.waited_more:+.1%}", f"{one.waste:,.0f}",
+                     f"{one.waste_times:.2f}")  # fmt: skip
     return made
 
 

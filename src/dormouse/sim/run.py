@@ -45,7 +45,7 @@ from dormouse.sim.scenario import (
     copies_of,
 )
 from dormouse.sim.starts import Habits
-from dormouse.sim.traces import Trace, drawn, drawn_lengths, popularity, read_trace
+from dormouse.sim.traces import Trace, drawn, drawn_lengths, drawn_models, popularity, read_trace
 from dormouse.sim.worker import Job
 from dormouse.sim.world import Control, World
 
@@ -71,6 +71,7 @@ class Load:
 
     case: str
     rate: float
+    nodes: list[NodeGroup]
     models: list[ModelGroup]
     trace: Trace
     tenants: tuple[Tenant, ...]
@@ -134,7 +135,7 @@ def loads(scenario: Scenario, traces: Path, only: tuple[str, ...] = ()) -> Itera
             shares = np.array([tenant.share for tenant in tenants])
             random = np.random.default_rng([scenario.seed, number, round(rate * 1e6), 1])
             tenant = random.choice(len(tenants), len(trace), p=shares / shares.sum())
-            yield Load(name, shown, groups, trace, tenants, tenant)
+            yield Load(name, shown, case.nodes or scenario.nodes, groups, trace, tenants, tenant)
 
 
 def _tenants(groups: list[TenantGroup]) -> tuple[Tenant, ...]:
@@ -162,7 +163,7 @@ def make_trace(
         return drawn(shares, rate=rate, duration=duration, cv=requests.cv, lengths=pool, random=random)
     read = read_trace(folder / requests.trace)
     read = Trace(read.time / requests.speed, read.model, read.tokens_in, read.tokens_out, read.names).until(duration)
-    model = read.model % models if read.names else random.choice(models, len(read), p=shares)
+    model = read.model % models if read.names else drawn_models(len(read), shares, requests.cv, random)
     return Trace(read.time, model, read.tokens_in, read.tokens_out)
 
 
@@ -171,10 +172,10 @@ def run_one(scenario: Scenario, load: Load, system_name: str, *, spans: bool = F
     system = scenario.systems[system_name]
     began = time.perf_counter()
     random = np.random.default_rng([scenario.seed, 7])
-    names, view = build_view(scenario, load.models, system)
+    names, view = build_view(load.nodes, load.models, system)
     habits = Habits(system.loading, {str(path): phases for path, phases in system.paths.items()}, system.noise,
                     scenario.timeout)  # fmt: skip
-    small = sum(group.count for group in scenario.nodes) <= _MOST_SPANS_NODES
+    small = sum(group.count for group in load.nodes) <= _MOST_SPANS_NODES
     world = World(view, habits, random, spans=spans and small)
     if system.loading.preloaded:
         _fill_disks(world, system.loading.preloaded)
@@ -246,12 +247,10 @@ def _play(world: World, load: Load, names: list[str]) -> None:
 # --- from the scenario to the view
 
 
-def build_view(scenario: Scenario, groups: list[ModelGroup], system: System) -> tuple[list[str], Cluster]:
+def build_view(machines: list[NodeGroup], groups: list[ModelGroup], system: System) -> tuple[list[str], Cluster]:
     """Names of the models by number, and the empty cluster."""
     models = [cost for group in groups for cost in _costs(group, system)]
-    nodes = [
-        node for number, group in enumerate(scenario.nodes) for node in _nodes(group, number, system.loading.sequential)
-    ]
+    nodes = [node for number, group in enumerate(machines) for node in _nodes(group, number, system.loading.sequential)]
     view = Cluster(nodes, models)
     for model in models:
         view.hold_remote(model.weights.key)

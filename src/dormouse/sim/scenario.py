@@ -26,7 +26,7 @@ from pydantic import (
 from dormouse.config import Duration, KeepAlive, Marks, Size, SizeOrNone, mistake_place, parse_duration, read_yaml
 from dormouse.errors import ConfigError
 from dormouse.schedule.autoscale import Scaling
-from dormouse.schedule.keepalive import Minima, Minimum
+from dormouse.schedule.keepalive import RELUCTANCE, Minima, Minimum
 
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])?(B/s|bps)")
 _SCALE = {None: 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -236,7 +236,8 @@ class Requests(_Part):
     rate: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Requests a second in all, when they are drawn."""
     cv: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Coefficient of variation of the time between two requests for one model (Gamma): 1 is Poisson, 8 is bursty."""
+    """Coefficient of variation of the time between two requests for one model (Gamma): 1 is Poisson, 8 is bursty. For a
+    trace that names no models: of the number of other requests between them."""
     popularity: Annotated[float, Field(ge=0, le=5)] = 0.0
     """Exponent of Zipf's law of the models' shares: 0 is even."""
     lengths: Lengths = Lengths()
@@ -283,6 +284,9 @@ class KeepAliveRule(_Part):
     """load: as long as loading it took. The others are those of schedule/keepalive.py."""
     seconds: KeepAlive = 60.0
     """For fixed."""
+    reluctance: Annotated[float, Field(ge=0, le=1e6)] = RELUCTANCE
+    """For fixed, lru, greedy-dual and histogram, which know only who goes first: the seconds for each GB that an
+    eviction counts for when a place is chosen. With 10, nobody goes while memory is free anywhere."""
 
 
 class ScalingRule(_Part):
@@ -345,6 +349,7 @@ class System(_Part):
 class Case(_Part):
     """A variation; what is left out is the scenario's."""
 
+    nodes: Annotated[list[NodeGroup], Field(min_length=1)] | None = None
     models: list[ModelGroup] | None = None
     requests: Requests | None = None
     rates: list[Annotated[float, Field(gt=0, le=1e6)]] | None = None
@@ -394,8 +399,8 @@ class Scenario(_Part):
             place = ("cases", name) if case.models else ()
             if not (case.models or self.models):
                 raise Misplaced(f"case {name!r} has no models", *(("cases", name) if name else ()))
-            self._check_models(case.models or self.models, self.nodes, place)
-            self._check_events(self.nodes)
+            self._check_models(case.models or self.models, case.nodes or self.nodes, place)
+            self._check_events(case.nodes or self.nodes)
             _check_requests(case.requests or self.requests, case, ("cases", name) if name else ())
         _check_names([(one.name, one.copies) for one in self.tenants], "tenants", ("tenants",))
         self._check_published()

@@ -403,7 +403,17 @@ class World:
                     span = Span(worker.node, gpu, worker.model.name, worker.placed_at, self.now, what)
                     self.spans.append(span)
         self.counts.process_byte_seconds += seconds * worker.model.process_bytes
+        if not (worker.running or worker.queue):
+            self._account_idle(worker, seconds)
         worker.placed_at = self.now
+
+    def _account_idle(self, worker: Worker, seconds: float) -> None:
+        model = worker.model
+        if worker.state is State.SLEEPING:
+            self.counts.asleep_byte_seconds += seconds * model.process_bytes
+        else:
+            self.counts.idle_gpu_byte_seconds += seconds * model.device_bytes * len(worker.gpus)
+            self.counts.idle_host_byte_seconds += seconds * model.host_bytes
 
     def close(self) -> None:
         """Add up to the end."""
