@@ -62,7 +62,7 @@ def balanced(outcome: Outcome) -> None:
     start, total = np.array(outcome.records.start), np.array(outcome.records.total)
     assert (start >= 0).all() and (start <= total + 1e-6).all()
     given_up = np.array(outcome.records.given_up, dtype=bool)
-    assert np.allclose(start[given_up], 60)
+    assert (start[given_up] >= 60 - 1e-6).all()  # more: it had begun, and stood still for so long later
     row = row_of(outcome, 5)
     assert row.hot + row.sleep + row.snapshot + row.template + row.cold == pytest.approx(1, abs=1e-3)
     assert outcome.counts.gpu_busy_seconds <= outcome.counts.gpu_seconds + 1e-6 <= 4 * outcome.seconds + 1e-5
