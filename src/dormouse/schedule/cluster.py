@@ -153,6 +153,13 @@ class Running:
     prompt_tokens: int = 0
     movable: bool = True
 
+    def ends_at(self, model: ModelCost) -> float:
+        """When it should be done; 0 when that is not known."""
+        if not self.expected_tokens:
+            return 0.0
+        left = max(self.expected_tokens - self.tokens, 1)
+        return self.began + (self.prompt_tokens + self.tokens) * model.prefill_seconds + left * model.token_seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
@@ -177,13 +184,18 @@ class Replica:
         """Whether it may be put to sleep or ended for another one."""
         return not (self.pinned or self.requests or self.waiting) and self.state in (State.HOT, State.SLEEPING)
 
-    def takes_next_at(self, slots: int) -> float:
+    def takes_next_at(self, model: ModelCost) -> float:
         """When it would take one more request; the less it has to do, the earlier, among those that would at once."""
         there = len(self.requests) + self.waiting
-        starting = self.ready_at if self.state is State.STARTING else 0.0
-        if there >= slots:
-            return max(starting, self.expected)
-        return starting or there - _AT_ONCE
+        if there < model.slots:
+            return self.ready_at if self.state is State.STARTING else there - _AT_ONCE
+        if self.state is State.STARTING or self.waiting >= len(self.requests):
+            return max(self.ready_at, self.expected)
+        return self.leave(model)[self.waiting]
+
+    def leave(self, model: ModelCost) -> list[float]:
+        """When those that it runs should be done, the first one first."""
+        return sorted(running.ends_at(model) or self.expected for running in self.requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +286,9 @@ class _Ranking:
         value = self._value.pop(name, None)
         if value is not None:
             del self._entries[bisect_left(self._entries, (value, name))]
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def ascending(self) -> Iterator[tuple[float, str]]:
         return iter(self._entries)
@@ -489,8 +504,8 @@ class Cluster:
         for gpu in replica.gpus:
             on_gpu.setdefault(gpu, {})[replica.name] = None
         if replica.state is not State.LEAVING:
-            slots = self._models[replica.model].slots
-            self._soonest.setdefault(replica.model, _Ranking()).put(replica.name, replica.takes_next_at(slots))
+            at = replica.takes_next_at(self._models[replica.model])
+            self._soonest.setdefault(replica.model, _Ranking()).put(replica.name, at)
 
     def _unlist(self, replica: Replica) -> None:
         if replica.state is State.SLEEPING:
@@ -514,6 +529,11 @@ class Cluster:
         """Replicas of a model that are ready or starting, those that would take a request first coming first."""
         ranking = self._soonest.get(model)
         return (self._replicas[name] for _at, name in ranking.ascending()) if ranking else iter(())
+
+    def ready_count(self, model: str) -> int:
+        """How many are ready or starting."""
+        ranking = self._soonest.get(model)
+        return len(ranking) if ranking else 0
 
     def sleeping(self, model: str) -> Iterator[Replica]:
         """Its replicas that sleep, the first to fall asleep first."""

@@ -18,7 +18,7 @@ from typing import Literal
 
 from dormouse.schedule.cluster import SOURCE_LINK, Cluster, ModelCost, Replica, Request, StartPath, State, Tier
 from dormouse.schedule.estimate import Estimate, Estimator
-from dormouse.schedule.room import Eviction, Room, Worth, ends, find_room
+from dormouse.schedule.room import Eviction, Room, Worth, ends, find_room, left
 
 Action = Literal["queue", "start", "wait"]
 
@@ -107,6 +107,15 @@ class Weights:
 _DEFAULT = Weights()
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Requests of the same model that wait before one: how many, and when the place that the first of them waits for
+    should be there (a replica with all its slots), if it waits for one."""
+
+    ahead: int = 0
+    place_at: float | None = None
+
+
 def place(
     request: Request,
     view: Cluster,
@@ -114,10 +123,14 @@ def place(
     now: float,
     weights: Weights = _DEFAULT,
     worth: Worth | None = None,
+    line: Line | None = None,
 ) -> Decision:
     """The best that can be done for a request. `worth` says what an idle replica is worth to its model, in seconds
-    (keep-alive policies know better than the default: what a return takes, fading with the time it has been idle)."""
-    search = _Search(request, view, estimator, now, weights, worth or default_worth(view, estimator, now, weights))
+    (keep-alive policies know better than the default: what a return takes, fading with the time it has been idle).
+    `line` are those of its model that come first; one that has any queues behind them or starts, but waits for no
+    place."""
+    worth = worth or default_worth(view, estimator, now, weights)
+    search = _Search(request, view, estimator, now, weights, worth, line or Line())
     options = sorted(search.options(), key=lambda option: (option.score, option.action != "queue"))
     if not options:
         return Decision(request, None, (), search.blocked())
@@ -154,10 +167,17 @@ class _Search:
     could still be better."""
 
     def __init__(
-        self, request: Request, view: Cluster, estimator: Estimator, now: float, weights: Weights, worth: Worth
+        self,
+        request: Request,
+        view: Cluster,
+        estimator: Estimator,
+        now: float,
+        weights: Weights,
+        worth: Worth,
+        line: Line,
     ) -> None:
         self.request, self.view, self.estimator, self.now = request, view, estimator, now
-        self.weights, self.worth = weights, worth
+        self.weights, self.worth, self.line = weights, worth, line
         self.model = view.model(request.model)
         self._phases: dict[tuple[str, StartPath, str], tuple[float, float]] = {}
         self._best = float("inf")
@@ -179,7 +199,7 @@ class _Search:
         return self._found
 
     def _add(self, option: Option | None) -> None:
-        if option is not None:
+        if option is not None and not (self.line.ahead and option.action == "wait"):
             self._found.append(option)
             self._may_start = self._may_start or option.action == "start"
             self._best = min(self._best, option.score)
@@ -210,17 +230,35 @@ class _Search:
     # --- replicas that are there
 
     def _ready(self) -> None:
-        """Queueing at the replicas that would take it first."""
-        slots = self.model.slots
-        for replica in islice(self.view.soonest(self.model.name), self.weights.candidates):
-            if self.view.is_kept(replica.node, replica.gpus, self.request.name):
-                continue
-            at = replica.takes_next_at(slots)
-            wait = max(at - self.now, 0.0)
-            parts = (("queue", wait),) if wait > 0.0 else ()
-            self._add(
-                Option("queue", "hot", replica.node, replica.gpus, replica.name, wait, 0.0, Estimate(wait, wait, parts))
-            )
+        """Queueing at the replicas that would take it first; behind others of its model, at the one whose turn it is
+        when they have their slots."""
+        model = self.model
+        some = islice(self.view.soonest(model.name), self.weights.candidates)
+        replicas = [one for one in some if not self.view.is_kept(one.node, one.gpus, self.request.name)]
+        if not self.line.ahead:
+            for replica in replicas:
+                self._queue(replica, slot_waits(replica, model, self.now, 1)[0])
+        elif replicas:
+            self._queue(*self._turn(replicas))
+
+    def _queue(self, replica: Replica, wait: float) -> None:
+        parts = (("queue", wait),) if wait > 0.0 else ()
+        estimate = Estimate(wait, wait, parts)
+        self._add(Option("queue", "hot", replica.node, replica.gpus, replica.name, wait, 0.0, estimate))
+
+    def _turn(self, replicas: list[Replica]) -> tuple[Replica, float]:
+        """The replica and the wait of one that comes after others: all slots of these replicas in the order in which
+        they become free, and then once more."""
+        model, line = self.model, self.line
+        ahead = line.ahead * len(replicas) // max(self.view.ready_count(model.name), len(replicas))
+        slots = [(wait, one) for one in replicas for wait in slot_waits(one, model, self.now, ahead + 1)]
+        if line.place_at is not None:
+            slots += [(max(line.place_at - self.now, 0.0), replicas[0])] * model.slots
+        slots.sort(key=lambda slot: slot[0])
+        rounds, turn = divmod(ahead, len(slots))
+        wait, replica = slots[turn]
+        usual = self.request.expected_tokens * model.token_seconds
+        return replica, wait + rounds * max(usual, slots[-1][0])
 
     def _wake(self, replica: Replica) -> Option | None:
         node, model = replica.node, self.model
@@ -414,6 +452,17 @@ def _option(node: str, room: Room, path: StartPath, estimate: Estimate, replica:
         room.blockers,
         room.host_short,
     )
+
+
+def slot_waits(replica: Replica, model: ModelCost, now: float, most: int) -> list[float]:
+    """Seconds until each slot of a replica is free for one more request, `most` of them; at least one."""
+    taken, waiting = len(replica.requests), replica.waiting
+    if replica.state is State.STARTING:
+        room = min(model.slots - taken - waiting, most)
+        return [left(replica.ready_at, replica.since, now)] * room or [ends(replica, now)]
+    began = min((running.began for running in replica.requests), default=now)
+    waits = [*[0.0] * (model.slots - taken), *(left(at, began, now) for at in replica.leave(model))]
+    return waits[waiting : waiting + most] or [ends(replica, now)]
 
 
 def _count(free: list[int], need: int) -> int:

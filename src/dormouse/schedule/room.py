@@ -18,6 +18,7 @@ Worth = Callable[[Replica], float]
 """The seconds that somebody is expected to lose when an idle replica goes."""
 
 _MORE_GPUS = 2  # so many more than needed are compared
+_LATE = 0.5
 _ASLEEP_SHARE = 0.2  # of a replica's worth that is lost when it only goes to sleep
 
 
@@ -149,7 +150,16 @@ def _device(need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: fl
 
 def ends(replica: Replica, now: float) -> float:
     """Seconds until a busy replica should have done what it has."""
-    return max(replica.expected - now, replica.ready_at - now if replica.state is State.STARTING else 0.0, 0.0)
+    if replica.state is State.STARTING:
+        return left(max(replica.ready_at, replica.expected), replica.since, now)
+    since = min((running.began for running in replica.requests), default=now)
+    return left(replica.expected, since, now)
+
+
+def left(due: float, since: float, now: float) -> float:
+    """Seconds until something should be over. What is late is thought to take a share of its time once more: the longer
+    it has taken already, the longer it still does."""
+    return due - now if due > now else max(now - since, 0.0) * _LATE
 
 
 def _cheapest(idle: list[tuple[float, str]], sizes: dict[str, int], missing: int) -> tuple[str, ...]:

@@ -97,10 +97,12 @@ class Ours:
         elif option.replica is not None:
             self.world.wake(workers[option.replica], option.estimate.mean)
             self.world.assign(job, workers[option.replica])
+            self.world.refresh_links()
         else:
             model = self.world.view.model(job.request.model)
             worker = self.world.start(model, option.node, option.gpus, option.path, option.estimate.mean)
             self.world.assign(job, worker)
+            self.world.refresh_links()
 
     def _destination(self, move: Migration) -> Worker:
         if move.reuse is not None:

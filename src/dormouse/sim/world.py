@@ -89,6 +89,7 @@ class Worker:
     placed_at: float = 0.0
     pinned: bool = False
     start_seconds: float = 0.0
+    ready_since: float = 0.0
     then: Callable[[], None] | None = None  # once it has moved away
 
     @property
@@ -364,7 +365,7 @@ class World:
 
     def _bring_weights(self, worker: Worker, move: Move) -> None:
         loading = self.habits.loading
-        cap = loading.rate * max(len(worker.gpus), 1) if loading.rate else math.inf
+        cap = loading.rate or math.inf
         if move.source is not Tier.REMOTE or not loading.download_first:
             self._bring(worker, move, lambda: self._part_done(worker), cap)
             return
@@ -425,6 +426,7 @@ class World:
         self._account(worker)
         worker.event = None
         worker.state, worker.since = State.HOT, self.now
+        worker.ready_since = self.now
         worker.start_seconds = self.now - worker.begun
         self._observe(worker)
         if worker.takes_over:
@@ -456,7 +458,8 @@ class World:
         job.worker = worker
         ready = worker.state in (State.HOT, State.BUSY)
         if math.isnan(job.began):
-            job.started_by = "hot" if ready else worker.path
+            came_before = not ready or job.request.arrived < worker.ready_since
+            job.started_by = worker.path if came_before else "hot"
         self._cancel_steps(worker)
         if ready and not worker.queue and worker.room > 0:
             self._run(job, worker)
