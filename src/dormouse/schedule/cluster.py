@@ -306,6 +306,7 @@ class Cluster:
         self._replicas: dict[str, Replica] = {}
         self._by_model: dict[str, dict[str, None]] = {}
         self._soonest: dict[str, _Ranking] = {}
+        self._changes_of: dict[str, int] = {}
         self._sleeping: dict[str, dict[str, None]] = {}
         self._holders: dict[tuple[str, Tier], dict[str, None]] = {}
         self._remote: set[str] = set()
@@ -494,6 +495,7 @@ class Cluster:
                 site.spare[gpu] -= sign * device
         self._dirty[replica.node] = None
         self.changes += 1
+        self._changes_of[replica.model] = self._changes_of.get(replica.model, 0) + 1
 
     def _list(self, replica: Replica) -> None:
         """Enter it in the indexes of what it can do."""
@@ -529,6 +531,16 @@ class Cluster:
         """Replicas of a model that are ready or starting, those that would take a request first coming first."""
         ranking = self._soonest.get(model)
         return (self._replicas[name] for _at, name in ranking.ascending()) if ranking else iter(())
+
+    def takes_now(self, model: str) -> bool:
+        """Whether a ready replica has room for a request."""
+        ranking = self._soonest.get(model)
+        first = next(ranking.ascending(), None) if ranking else None
+        return first is not None and first[0] < 0.0
+
+    def changes_of(self, model: str) -> int:
+        """Goes up with every change of its replicas."""
+        return self._changes_of.get(model, 0)
 
     def ready_count(self, model: str) -> int:
         """How many are ready or starting."""

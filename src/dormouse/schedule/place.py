@@ -96,6 +96,7 @@ class Decision:
 class Weights:
     """How much things count."""
 
+    start: float = 0.3  # seconds for each second that a start takes: its links and GPUs are lost to others meanwhile
     eviction: float = 0.1  # seconds for each second that the evicted one's return would take
     half_life: float = 60.0  # idle for so long, it is half as likely to be asked for soon
     candidates: int = 8  # nodes looked at for each tier
@@ -266,7 +267,13 @@ class _Search:
         plan = self.view.plan(model, node, "sleep", replica.gpus) if room else None
         if room is None or plan is None:
             return None
-        return _option(node, room, "sleep", self.estimator.estimate(model, node, plan, self.view), replica.name)
+        return self._option(node, room, "sleep", self.estimator.estimate(model, node, plan, self.view), replica.name)
+
+    def _option(self, node: str, room: Room, path: StartPath, estimate: Estimate, replica: str | None = None) -> Option:
+        action: Action = "wait" if room.blockers else "start"
+        penalty = room.loss + self.weights.start * estimate.mean
+        rest = (room.evict, (), room.blockers, room.host_short)
+        return Option(action, path, node, room.gpus, replica, room.wait + estimate.mean, penalty, estimate, *rest)
 
     # --- new starts
 
@@ -346,7 +353,7 @@ class _Search:
     def _start(self, candidate: _Candidate) -> Option | None:
         room = find_room(self.model, candidate.node, self.view, self.worth, self.now, request=self.request.name)
         best = self._estimated(self.model, candidate, room.gpus) if room else None
-        return _option(candidate.node, room, *best) if room and best else None
+        return self._option(candidate.node, room, *best) if room and best else None
 
     def _estimated(
         self, model: ModelCost, candidate: _Candidate, gpus: tuple[int, ...]
@@ -435,23 +442,6 @@ class _Search:
         holders = (node for tier in _NEAR for node in islice(view.holders(model.weights.key, tier), _SCAN))
         roomy = (node for node in holders if node != but and _count(view.free(node), need) >= model.gpus)
         return list(dict.fromkeys(islice(roomy, _MIGRATIONS)))
-
-
-def _option(node: str, room: Room, path: StartPath, estimate: Estimate, replica: str | None = None) -> Option:
-    return Option(
-        "wait" if room.blockers else "start",
-        path,
-        node,
-        room.gpus,
-        replica,
-        room.wait + estimate.mean,
-        room.loss,
-        estimate,
-        room.evict,
-        (),
-        room.blockers,
-        room.host_short,
-    )
 
 
 def slot_waits(replica: Replica, model: ModelCost, now: float, most: int) -> list[float]:

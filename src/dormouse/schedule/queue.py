@@ -29,6 +29,7 @@ from dormouse.schedule.place import Decision, Line, Option, Weights, place
 from dormouse.schedule.room import Worth
 
 _Entry = tuple[float, str]  # (place in the order, name)
+_LOOK_AGAIN = 0.25
 _WIDE = 64  # nodes looked at for one that is out of patience
 
 
@@ -39,7 +40,7 @@ class Fairness:
     priority_seconds: float = 10.0  # the head start that one step of priority is worth
     patience: float = 20.0
     tenant_caps: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))  # requests running at once
-    blocked_models: int = 16  # a dispatch gives up after so many models that can't be placed
+    blocked_models: int = 16  # a dispatch looks again at so many models that can't be placed
 
 
 @dataclass(slots=True)
@@ -58,13 +59,22 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Wait:
-    """What was found when a request was looked at last and had to wait. Nothing else is found at the same `moment`
-    (state of the view, patience). It waits for a slot of `replica`, or for a place of its own, `place_at` that time."""
+    """What was found when a request was looked at last and had to wait: a slot of `replica`, or a place of its own, at
+    `place_at`. It holds until there has been a `change` that may matter (all, or those of its own model), or until
+    `again`."""
 
-    moment: tuple[int, bool, int]
+    change: int
+    own_change: int
+    again: float
     order: float
     replica: str | None = None
     place_at: float | None = None
+    ahead: int = 0
+
+    def holds(self, model: str, view: Cluster, now: float) -> bool:
+        if self.replica is None:
+            return self.change == view.changes and now < self.again
+        return now < self.again and self.own_change == view.changes_of(model)
 
 
 class Queue:
@@ -85,6 +95,7 @@ class Queue:
         self._parked: dict[str, list[_Entry]] = {}
         self._running: dict[str, int] = {}
         self._waits: dict[str, _Wait] = {}
+        self._behind: dict[str, _Wait] = {}  # of the last one in the line of a model
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -126,14 +137,18 @@ class Queue:
         now: float,
         commit: Callable[[Decision], None],
         worth: Worth | None = None,
+        only: str | None = None,
     ) -> int:
-        """Decide for all that can be placed now, in order; how many were. `commit` gets decisions to start or to queue,
+        """Decide for all that can be placed now (for those of one model), in order; how many were. `commit` gets decisions to start or to queue,
         and those to wait that need a migration: that must be begun. For all else that waits nothing is to be done."""
         state = _Pass(view, estimator, now, commit, worth)
-        heads = [(*entry, model) for model in list(self._lines) if (entry := self._head(model))]
+        lines = [only] if only else list(self._lines)
+        heads = [(*entry, model) for model in lines if (entry := self._head(model))]
         heapq.heapify(heads)
-        while heads and state.blocked < self._rules.blocked_models:
+        while heads:
             _order, name, model = heapq.heappop(heads)
+            if self._is_settled(name, model, state):
+                continue
             if not self._serve(self._requests[name], state):
                 state.blocked += 1
                 self._serve_behind(model, state)
@@ -142,6 +157,20 @@ class Queue:
             if following:
                 heapq.heappush(heads, (*following, model))
         return state.placed
+
+    def _is_settled(self, name: str, model: str, state: _Pass) -> bool:
+        """Whether a head is not to be looked at again: what was found holds, for those behind it as well, or enough
+        others have been looked at in vain, and nothing of its model is free."""
+        wait = self._waits.get(name)
+        if wait is None:
+            return False
+        if state.blocked >= self._rules.blocked_models and not state.view.takes_now(model):
+            return True
+        if not wait.holds(model, state.view, state.now):
+            return False
+        behind = self._behind.get(model)
+        grown = len(self._lines[model]) - 1 > (behind.ahead if behind else 0)
+        return not grown and (behind is None or behind.holds(model, state.view, state.now))
 
     # --- order
 
@@ -189,11 +218,10 @@ class Queue:
         meanwhile."""
         if self._capped(request.tenant):
             return True
-        impatient = state.now - self._order(request) > self._rules.patience
-        moment = (state.view.changes, impatient, 0)
         wait = self._waits.get(request.name)
-        if wait is not None and wait.moment == moment:
+        if wait is not None and wait.holds(request.model, state.view, state.now):
             return False
+        impatient = state.now - self._order(request) > self._rules.patience
         claimed = state.view.claim_of(request.name) is not None
         decision = self._decide(request, state, self._settled if claimed else self._weights)
         if impatient and decision.chosen is None:
@@ -201,24 +229,32 @@ class Queue:
         if _at_once(decision.chosen):
             self._place(decision, state)
             return True
-        self._wait(decision, state, moment, claimed)
+        self._wait(decision, state, claimed, impatient)
         return False
 
     def _serve_behind(self, model: str, state: _Pass) -> None:
         """Those behind a head that waits: the last ones start replicas, as long as that is quicker than their turn."""
         head = self._head(model)
         wait = self._waits.get(head[1]) if head else None
+        self._behind.pop(model, None)
         while head and (last := self._may_run(model, -1)) and last != head:
-            request, ahead = self._requests[last[1]], len(self._lines[model]) - 1
-            moment = (state.view.changes, False, ahead)
-            before = self._waits.get(request.name)
-            if before is not None and before.moment == moment:
-                return
-            decision = self._decide(request, state, self._settled, Line(ahead, wait.place_at if wait else None))
+            line = Line(len(self._lines[model]) - 1, wait.place_at if wait else None)
+            decision = self._decide(self._requests[last[1]], state, self._settled, line)
             if not _at_once(decision.chosen):
-                self._waits[request.name] = _Wait(moment, self._order(request))
+                self._behind[model] = self._found(decision, state, ahead=line.ahead)
                 return
             self._place(decision, state)
+
+    def _found(self, decision: Decision, state: _Pass, *, place_at: float | None = None, ahead: int = 0) -> _Wait:
+        """What to remember of a decision to wait. Who waits for a slot is looked at again when a part of that time has
+        passed, who waits for a place when anything changes, or its patience ends."""
+        request, option, view = decision.request, decision.chosen, state.view
+        order = self._order(request)
+        queues = option if option is not None and option.action == "queue" else None
+        ends = order + self._rules.patience
+        again = state.now + _LOOK_AGAIN * queues.seconds if queues else ends if ends > state.now else float("inf")
+        own = view.changes_of(request.model)
+        return _Wait(view.changes, own, again, order, queues.replica if queues else None, place_at, ahead)
 
     def _decide(self, request: Request, state: _Pass, weights: Weights, line: Line | None = None) -> Decision:
         return place(request, state.view, state.estimator, state.now, weights, state.worth, line)
@@ -231,21 +267,18 @@ class Queue:
         state.commit(decision)
         state.placed += 1
 
-    def _wait(self, decision: Decision, state: _Pass, moment: tuple[int, bool, int], claimed: bool) -> None:
+    def _wait(self, decision: Decision, state: _Pass, claimed: bool, impatient: bool) -> None:
         """Remember what it waits for; claim its place, if it is to have one of its own."""
         request, option = decision.request, decision.chosen
-        order = self._order(request)
-        if option is not None and option.action == "queue":
-            self._waits[request.name] = _Wait(moment, order, replica=option.replica)
-            return
-        if not claimed:
-            claimed = option is not None and self._claims(request.name, option, order, state)
-            if claimed and option is not None and option.migrate:
+        place_at = None
+        if option is None or option.action == "wait":
+            new = not claimed and option is not None and self._claims(request.name, option, self._order(request), state)
+            if new and option is not None and option.migrate:
                 state.commit(decision)
-            elif not claimed and moment[1]:
+            if not (claimed or new) and impatient:
                 state.may_claim = False
-        place_at = state.now + option.seconds if option is not None and claimed else None
-        self._waits[request.name] = _Wait(moment, order, place_at=place_at)
+            place_at = state.now + option.seconds if option is not None and (claimed or new) else None
+        self._waits[request.name] = self._found(decision, state, place_at=place_at)
 
     def _claims(self, name: str, option: Option, order: float, state: _Pass) -> bool:
         """Whether it has claimed its place now: not what another one wants, or has waited for longer."""
