@@ -28,6 +28,7 @@ MEMORY = "memory"  # host memory into host memory: a process' pages, or the weig
 
 
 _AT_ONCE = 1e9
+_FEW = 8
 
 
 def pcie(gpu: int) -> str:
@@ -98,16 +99,13 @@ class ModelCost:
     phases: Mapping[StartPath, Mapping[PhaseName, float]] = field(default_factory=lambda: MappingProxyType({}))
     token_seconds: float = 0.03  # between two tokens of one request
     prefill_seconds: float = 0.0  # for each token of a prompt; what a migrated request must recompute
+    device_bytes: int = field(init=False, default=0)  # what a ready replica takes of each of its GPUs
+    host_bytes: int = field(init=False, default=0)  # what a ready replica takes of the host's memory
 
-    @property
-    def device_bytes(self) -> int:
-        """What a ready replica takes of each of its GPUs."""
-        return -(-(self.weights.plain_bytes + self.kv_bytes) // self.gpus) if self.gpus else 0
-
-    @property
-    def host_bytes(self) -> int:
-        """What a ready replica takes of the host's memory."""
-        return self.process_bytes + (0 if self.gpus else self.weights.plain_bytes + self.kv_bytes)
+    def __post_init__(self) -> None:
+        all_bytes = self.weights.plain_bytes + self.kv_bytes
+        object.__setattr__(self, "device_bytes", -(-all_bytes // self.gpus) if self.gpus else 0)
+        object.__setattr__(self, "host_bytes", self.process_bytes + (0 if self.gpus else all_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +261,8 @@ class _Site:
     free_host: int
     spare_host: int
     replicas: dict[str, None] = field(default_factory=dict)
-    on_gpu: dict[int, dict[str, None]] = field(default_factory=dict)  # those that have memory of it
+    on_gpu: dict[int, dict[str, Replica]] = field(default_factory=dict)  # those that have memory of it
+    idle_on_gpu: dict[int, dict[str, Replica]] = field(default_factory=dict)
     tiers: dict[str, set[Tier]] = field(default_factory=dict)
     claims: dict[str, Claim] = field(default_factory=dict)
 
@@ -493,7 +492,7 @@ class Cluster:
             site.free[gpu] -= sign * device
             if not idle:
                 site.spare[gpu] -= sign * device
-        self._dirty[replica.node] = None
+        self._changed(replica.node)
         self.changes += 1
         self._changes_of[replica.model] = self._changes_of.get(replica.model, 0) + 1
 
@@ -502,9 +501,11 @@ class Cluster:
         if replica.state is State.SLEEPING:
             self._sleeping.setdefault(replica.model, {})[replica.name] = None
             return
-        on_gpu = self._sites[replica.node].on_gpu
+        site = self._sites[replica.node]
         for gpu in replica.gpus:
-            on_gpu.setdefault(gpu, {})[replica.name] = None
+            site.on_gpu.setdefault(gpu, {})[replica.name] = replica
+            if replica.idle:
+                site.idle_on_gpu.setdefault(gpu, {})[replica.name] = replica
         if replica.state is not State.LEAVING:
             at = replica.takes_next_at(self._models[replica.model])
             self._soonest.setdefault(replica.model, _Ranking()).put(replica.name, at)
@@ -513,8 +514,11 @@ class Cluster:
         if replica.state is State.SLEEPING:
             self._sleeping[replica.model].pop(replica.name)
             return
+        site = self._sites[replica.node]
         for gpu in replica.gpus:
-            self._sites[replica.node].on_gpu[gpu].pop(replica.name)
+            site.on_gpu[gpu].pop(replica.name)
+            if replica.idle:
+                site.idle_on_gpu[gpu].pop(replica.name)
         if replica.state is not State.LEAVING:
             self._soonest[replica.model].drop(replica.name)
 
@@ -551,9 +555,13 @@ class Cluster:
         """Its replicas that sleep, the first to fall asleep first."""
         return (self._replicas[name] for name in self._sleeping.get(model, ()))
 
-    def replicas_on_gpu(self, node: str, gpu: int) -> Iterator[Replica]:
+    def replicas_on_gpu(self, node: str, gpu: int) -> Iterable[Replica]:
         """Those that have memory of it."""
-        return (self._replicas[name] for name in self._sites[node].on_gpu.get(gpu, ()))
+        return self._sites[node].on_gpu.get(gpu, {}).values()
+
+    def idle_on_gpu(self, node: str, gpu: int) -> Iterable[Replica]:
+        """Those of them that are idle."""
+        return self._sites[node].idle_on_gpu.get(gpu, {}).values()
 
     def replicas_on(self, node: str) -> Iterator[Replica]:
         return (self._replicas[name] for name in self._sites[node].replicas)
@@ -588,6 +596,12 @@ class Cluster:
         """The same, counting all as free."""
         self._refresh()
         return self._size[gpus].descending()
+
+    def _changed(self, node: str) -> None:
+        """Its place in the rankings has changed. Few of these are left to the next look, which is not to take long."""
+        self._dirty[node] = None
+        if len(self._dirty) > _FEW:
+            self._refresh()
 
     def _refresh(self) -> None:
         for name in self._dirty:
@@ -654,10 +668,14 @@ class Cluster:
 
     def image_move(self, model: ModelCost, node: str, path: StartPath) -> Move | None:
         """The image that a path needs, from its nearest tier; None when it needs none, or it can't be had or used."""
-        image = model.image if path == "snapshot" else model.template if path == "template" else None
-        if image is None or (path == "snapshot" and self._sites[node].node.kind not in model.image_kinds):
-            return None
-        tier = self.nearest(image.key, node)
-        if tier is None:
+        image, tier = self.image_of(model, node, path)
+        if image is None or tier is None:
             return None
         return Move("image", image.key, image.coded_bytes, tier, (*_BEFORE[tier], MEMORY))
+
+    def image_of(self, model: ModelCost, node: str, path: StartPath) -> tuple[Artifact | None, Tier | None]:
+        """The image that a path needs, and its nearest tier; None where there is none, or it can't be had or used."""
+        image = model.image if path == "snapshot" else model.template if path == "template" else None
+        if image is None or (path == "snapshot" and self._sites[node].node.kind not in model.image_kinds):
+            return None, None
+        return image, self.nearest(image.key, node)

@@ -16,9 +16,9 @@ from functools import partial
 from itertools import islice
 from typing import Literal
 
-from dormouse.schedule.cluster import SOURCE_LINK, Cluster, ModelCost, Replica, Request, StartPath, State, Tier
+from dormouse.schedule.cluster import MEMORY, SOURCE_LINK, Cluster, ModelCost, Replica, Request, StartPath, State, Tier
 from dormouse.schedule.estimate import Estimate, Estimator
-from dormouse.schedule.room import Eviction, Room, Worth, ends, find_room, left
+from dormouse.schedule.room import MORE_GPUS, Eviction, Room, Worth, ends, find_room, left
 
 Action = Literal["queue", "start", "wait"]
 
@@ -27,7 +27,7 @@ _NEAR = (Tier.GPU, Tier.DRAM, Tier.DISK)
 _SCAN = 25  # for each candidate wanted, so many nodes are looked at to find it
 _USUAL = 16  # more candidates than that are wanted for one that is out of patience
 _WORTH_LOOKING = 1.02  # a node that could be better by less than this is not looked at
-_ENOUGH_GPUS = 20  # once there is a place for a start, no more are looked at for a better one
+_ENOUGH_GPUS = 12  # once there is a place for a start, no more are looked at for a better one
 _MIGRATION_NODES = 3
 _MIGRATIONS = 3
 
@@ -288,7 +288,7 @@ class _Search:
         if self.view.is_remote(key):
             idlest = next(self.view.idlest_networks(), None)
             least = self._candidate(self.model, idlest[1]) if idlest else None
-            if least and least.bound < self._best:
+            if least and self._least(least) < self._best:
                 self._look([name for name in self._far(most) if name not in seen], seen)
         return sorted(near, key=lambda one: (one.bound, one.node))
 
@@ -298,11 +298,17 @@ class _Search:
         found.sort(key=lambda one: (one.bound, one.node))
         seen.update(nodes)
         for candidate in found:
-            if candidate.bound * _WORTH_LOOKING >= self._best or (self._looked > _ENOUGH_GPUS and self._may_start):
+            if self._least(candidate) * _WORTH_LOOKING >= self._best or (
+                self._looked > _ENOUGH_GPUS and self._may_start
+            ):
                 break
-            self._looked += max(self.model.gpus, 1)
+            self._looked += self.model.gpus + MORE_GPUS
             self._add(self._start(candidate))
         return found
+
+    def _least(self, candidate: _Candidate) -> float:
+        """The least score of a start there."""
+        return candidate.bound * (1.0 + self.weights.start)
 
     def _some(self, among: Mapping[str, None], most: int) -> list[str]:
         """Those of `among` with most room, free or spare: all of a few."""
@@ -335,12 +341,22 @@ class _Search:
         weights = estimator.link_seconds(node, source, model.weights.coded_bytes, view) if source else 0.0
         ways: list[tuple[StartPath, float, float]] = []
         for path in _PATHS:
-            image = view.image_move(model, node, path)
-            if image is not None or path == "cold":
+            moved = self._image_seconds(model, node, path)
+            if moved is not None:
                 process, after = self._phase_seconds(model, path, view.node(node).kind)
-                moved = estimator.move_seconds(node, image, view) if image else 0.0
                 ways.append((path, moved + process, after))
         return _Candidate(min(max(weights, process) + after for _path, process, after in ways), node, ways)
+
+    def _image_seconds(self, model: ModelCost, node: str, path: StartPath) -> float | None:
+        """What the image of a path takes to a node; None when that path is not open there."""
+        if path == "cold":
+            return 0.0
+        image, tier = self.view.image_of(model, node, path)
+        if image is None or tier is None:
+            return None
+        one = partial(self.estimator.link_seconds, node, size=image.coded_bytes, view=self.view)
+        source = SOURCE_LINK.get(tier)
+        return max(one(source), one(MEMORY)) if source else one(MEMORY)
 
     def _phase_seconds(self, model: ModelCost, path: StartPath, kind: str) -> tuple[float, float]:
         key = (model.name, path, kind)
@@ -369,7 +385,7 @@ class _Search:
     def _migrations(self, near: list[_Candidate]) -> Iterator[Option]:
         """Starts in the place of one running request that goes elsewhere, on the nearest few nodes."""
         for candidate in near[:_MIGRATION_NODES]:
-            if candidate.bound + self.weights.migrate_gain >= self._best:
+            if self._least(candidate) + self.weights.migrate_gain >= self._best:
                 return
             some = islice(self.view.replicas_on(candidate.node), _SCAN)
             movable = (one for one in some if self._may_move(one))
@@ -407,7 +423,7 @@ class _Search:
             return None
         path, estimate = best
         seconds = migration.seconds + estimate.mean
-        loss = migration.pause + self.worth(replica)
+        loss = migration.pause + self.worth(replica) + self.weights.start * estimate.mean
         return Option(
             "wait", path, replica.node, gpus, None, seconds, loss, estimate, (), (migration,), (replica.name,)
         )

@@ -139,8 +139,9 @@ class Queue:
         worth: Worth | None = None,
         only: str | None = None,
     ) -> int:
-        """Decide for all that can be placed now (for those of one model), in order; how many were. `commit` gets decisions to start or to queue,
-        and those to wait that need a migration: that must be begun. For all else that waits nothing is to be done."""
+        """Decide for all that can be placed now (of one model only), in order; how many were. `commit` gets decisions
+        to start or to queue, and those to wait that need a migration: that must be begun. For all else that waits
+        nothing is to be done."""
         state = _Pass(view, estimator, now, commit, worth)
         lines = [only] if only else list(self._lines)
         heads = [(*entry, model) for model in lines if (entry := self._head(model))]

@@ -17,7 +17,7 @@ from dormouse.schedule.cluster import Cluster, ModelCost, Replica, State, pcie
 Worth = Callable[[Replica], float]
 """The seconds that somebody is expected to lose when an idle replica goes."""
 
-_MORE_GPUS = 2  # so many more than needed are compared
+MORE_GPUS = 2  # so many more than needed are compared
 _LATE = 0.5
 _ASLEEP_SHARE = 0.2  # of a replica's worth that is lost when it only goes to sleep
 
@@ -112,13 +112,11 @@ def _devices(
     spare = view.spare(node)
     found: list[_Device] = []
     for gpu in sorted(gpus, key=lambda gpu: -spare[gpu]):
-        if len(found) >= model.gpus + _MORE_GPUS and spare[gpu] < model.device_bytes:
-            break
         if not view.is_kept(node, (gpu,), request):
             device = _device(model.device_bytes, node, gpu, view, worth, now)
             if device:
                 found.append(device)
-        if len(found) >= model.gpus + 2 * _MORE_GPUS:
+        if len(found) >= model.gpus + MORE_GPUS:
             break
     return found
 
@@ -129,18 +127,18 @@ def _device(need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: fl
     missing = need - free
     if missing <= 0:
         return _Device(0.0, 0.0, queue, free, gpu, (), ())
-    replicas = list(view.replicas_on_gpu(node, gpu))
-    sizes = {replica.name: view.model(replica.model).device_bytes for replica in replicas}
-    idle = [(worth(replica), replica.name) for replica in replicas if replica.idle]
-    gone = _cheapest(idle, sizes, missing)
+    idle = view.idle_on_gpu(node, gpu)
+    sizes = {replica.name: view.model(replica.model).device_bytes for replica in idle}
+    worths = {replica.name: worth(replica) for replica in idle}
+    gone = _cheapest([(value, name) for name, value in worths.items()], sizes, missing)
     missing -= sum(sizes[name] for name in gone)
-    loss = sum(value for value, name in idle if name in gone)
+    loss = sum(worths[name] for name in gone)
     if missing <= 0:
         return _Device(0.0, loss, queue, free, gpu, gone, ())
     wait, blockers = 0.0, []
-    busy = {one.name: one for one in replicas if not (one.idle or one.pinned)}
+    busy = {one.name: one for one in view.replicas_on_gpu(node, gpu) if not (one.idle or one.pinned)}
     for end, name in sorted((ends(one, now), name) for name, one in busy.items()):
-        wait, missing = end, missing - sizes[name]
+        wait, missing = end, missing - view.model(busy[name].model).device_bytes
         loss += worth(busy[name])
         blockers.append(name)
         if missing <= 0:
@@ -165,17 +163,17 @@ def left(due: float, since: float, now: float) -> float:
 def _cheapest(idle: list[tuple[float, str]], sizes: dict[str, int], missing: int) -> tuple[str, ...]:
     """Idle ones that free `missing` bytes (or all of them): least worth for their size first, and none in vain."""
     gone: list[tuple[float, str]] = []
-    for value, name in sorted(idle, key=lambda one: (one[0] / max(sizes[one[1]], 1), one[1])):
+    ordered = sorted([(value / sizes[name], name, value) for value, name in idle if sizes[name] > 0])
+    for _share, name, value in ordered:
         if missing <= 0:
             break
-        if sizes[name] > 0:
-            gone.append((value, name))
-            missing -= sizes[name]
-    for value, name in sorted(gone, reverse=True):
+        gone.append((value, name))
+        missing -= sizes[name]
+    for value, name in sorted(gone, reverse=True) if len(gone) > 1 else ():
         if missing + sizes[name] <= 0:
             gone.remove((value, name))
             missing += sizes[name]
-    return tuple(name for _value, name in gone)
+    return tuple([name for _value, name in gone])
 
 
 def _on_devices(chosen: list[_Device]) -> Room:
