@@ -28,7 +28,7 @@ MEMORY = "memory"  # host memory into host memory: a process' pages, or the weig
 
 
 _AT_ONCE = 1e9
-_FEW = 8
+_FEW = 2
 
 
 def pcie(gpu: int) -> str:
@@ -373,8 +373,9 @@ class Cluster:
         return self._models[name]
 
     @property
-    def models(self) -> Iterable[str]:
-        return self._models.keys()
+    def models(self) -> Mapping[str, ModelCost]:
+        """By name. The view's own."""
+        return self._models
 
     # --- bytes
 

@@ -99,7 +99,7 @@ class Weights:
     start: float = 0.3  # seconds for each second that a start takes: its links and GPUs are lost to others meanwhile
     eviction: float = 0.1  # seconds for each second that the evicted one's return would take
     half_life: float = 60.0  # idle for so long, it is half as likely to be asked for soon
-    candidates: int = 8  # nodes looked at for each tier
+    candidates: int = 6  # nodes looked at for each tier
     migrate_above: float = 1.0  # seconds; quicker than that, nobody is migrated
     migrate_gain: float = 0.5  # seconds that a migration must promise
     alternatives: int = 8

@@ -127,12 +127,10 @@ def _device(need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: fl
     missing = need - free
     if missing <= 0:
         return _Device(0.0, 0.0, queue, free, gpu, (), ())
-    idle = view.idle_on_gpu(node, gpu)
-    sizes = {replica.name: view.model(replica.model).device_bytes for replica in idle}
-    worths = {replica.name: worth(replica) for replica in idle}
-    gone = _cheapest([(value, name) for name, value in worths.items()], sizes, missing)
-    missing -= sum(sizes[name] for name in gone)
-    loss = sum(worths[name] for name in gone)
+    models = view.models
+    idle = [(worth(one), models[one.model].device_bytes, one.name) for one in view.idle_on_gpu(node, gpu)]
+    gone, freed, loss = _cheapest(idle, missing)
+    missing -= freed
     if missing <= 0:
         return _Device(0.0, loss, queue, free, gpu, gone, ())
     wait, blockers = 0.0, []
@@ -160,20 +158,22 @@ def left(due: float, since: float, now: float) -> float:
     return due - now if due > now else max(now - since, 0.0) * _LATE
 
 
-def _cheapest(idle: list[tuple[float, str]], sizes: dict[str, int], missing: int) -> tuple[str, ...]:
-    """Idle ones that free `missing` bytes (or all of them): least worth for their size first, and none in vain."""
-    gone: list[tuple[float, str]] = []
-    ordered = sorted([(value / sizes[name], name, value) for value, name in idle if sizes[name] > 0])
-    for _share, name, value in ordered:
-        if missing <= 0:
+def _cheapest(idle: list[tuple[float, int, str]], missing: int) -> tuple[tuple[str, ...], int, float]:
+    """Of (worth, bytes, name), those that free `missing` bytes (or all): least worth for their size first, and none in
+    vain. With the bytes that they free, and what they are worth."""
+    gone: list[tuple[float, int, str]] = []
+    freed = 0
+    for _share, name, value, size in sorted([(value / size, name, value, size) for value, size, name in idle if size]):
+        if freed >= missing:
             break
-        gone.append((value, name))
-        missing -= sizes[name]
-    for value, name in sorted(gone, reverse=True) if len(gone) > 1 else ():
-        if missing + sizes[name] <= 0:
-            gone.remove((value, name))
-            missing += sizes[name]
-    return tuple([name for _value, name in gone])
+        gone.append((value, size, name))
+        freed += size
+    if len(gone) > 1:
+        for one in sorted(gone, reverse=True):
+            if freed - one[1] >= missing:
+                gone.remove(one)
+                freed -= one[1]
+    return tuple([one[2] for one in gone]), freed, sum([one[0] for one in gone])
 
 
 def _on_devices(chosen: list[_Device]) -> Room:
@@ -196,9 +196,9 @@ def _with_host(
     replicas = [one for one in view.replicas_on(node) if wake is None or one.name != wake.name]
     slept = {eviction.replica for eviction in room.evict}
     sizes = {one.name: view.takes(one)[1] for one in replicas}
-    idle = [(_more(one, slept, worth), one.name) for one in replicas if one.idle]
-    ended = _cheapest(idle, sizes, missing)
-    missing -= sum(sizes[name] for name in ended)
+    idle = [(_more(one, slept, worth), sizes[one.name], one.name) for one in replicas if one.idle]
+    ended, freed, lost = _cheapest(idle, missing)
+    missing -= freed
     wait, blockers = room.wait, dict.fromkeys(room.blockers)
     for end, name in sorted((ends(one, now), one.name) for one in replicas if not (one.idle or one.pinned)):
         if missing <= 0:
@@ -207,10 +207,9 @@ def _with_host(
         blockers[name] = None
     if missing > 0:
         return None
-    loss = room.loss + sum(value for value, name in idle if name in ended)
     evict = [Eviction(name, "end" if name in ended else "sleep") for name in dict.fromkeys((*sorted(slept), *ended))]
     host_short = len(blockers) > len(room.blockers)
-    return Room(room.gpus, tuple(evict), loss, wait, tuple(blockers), host_short)
+    return Room(room.gpus, tuple(evict), room.loss + lost, wait, tuple(blockers), host_short)
 
 
 def _more(replica: Replica, slept: set[str], worth: Worth) -> float:
