@@ -43,7 +43,9 @@ def test_first_come_first_served_within_a_model() -> None:
     keeper.now = 3.0
     assert served(queue, keeper) == [] and len(queue) == 3
     keeper.advance(10.0)
-    assert served(queue, keeper) == ["q0", "q1", "q2"]
+    assert served(queue, keeper) == ["q0"]  # the replica that it starts is for the others, too, once it is ready
+    keeper.advance(60.0)
+    assert served(queue, keeper) == ["q1", "q2"]
 
 
 def test_priority_is_a_head_start_of_some_seconds() -> None:

@@ -28,6 +28,7 @@ MEMORY = "memory"  # host memory into host memory: a process' pages, or the weig
 
 
 _AT_ONCE = 1e9
+_FEW = 2
 
 
 def pcie(gpu: int) -> str:
@@ -100,16 +101,13 @@ class ModelCost:
     prefill_seconds: float = 0.0  # for each token of a prompt; what a migrated request must recompute
     max_replicas: int = 0  # ready or starting at once; 0: no limit
     pinned: bool = False  # its replicas never go for others
+    device_bytes: int = field(init=False, default=0)  # what a ready replica takes of each of its GPUs
+    host_bytes: int = field(init=False, default=0)  # what a ready replica takes of the host's memory
 
-    @property
-    def device_bytes(self) -> int:
-        """What a ready replica takes of each of its GPUs."""
-        return -(-(self.weights.plain_bytes + self.kv_bytes) // self.gpus) if self.gpus else 0
-
-    @property
-    def host_bytes(self) -> int:
-        """What a ready replica takes of the host's memory."""
-        return self.process_bytes + (0 if self.gpus else self.weights.plain_bytes + self.kv_bytes)
+    def __post_init__(self) -> None:
+        all_bytes = self.weights.plain_bytes + self.kv_bytes
+        object.__setattr__(self, "device_bytes", -(-all_bytes // self.gpus) if self.gpus else 0)
+        object.__setattr__(self, "host_bytes", self.process_bytes + (0 if self.gpus else all_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +153,13 @@ class Running:
     prompt_tokens: int = 0
     movable: bool = True
 
+    def ends_at(self, model: ModelCost) -> float:
+        """When it should be done; 0 when that is not known."""
+        if not self.expected_tokens:
+            return 0.0
+        left = max(self.expected_tokens - self.tokens, 1)
+        return self.began + (self.prompt_tokens + self.tokens) * model.prefill_seconds + left * model.token_seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
@@ -179,13 +184,18 @@ class Replica:
         """Whether it may be put to sleep or ended for another one."""
         return not (self.pinned or self.requests or self.waiting) and self.state in (State.HOT, State.SLEEPING)
 
-    def takes_next_at(self, slots: int) -> float:
+    def takes_next_at(self, model: ModelCost) -> float:
         """When it would take one more request; the less it has to do, the earlier, among those that would at once."""
         there = len(self.requests) + self.waiting
-        starting = self.ready_at if self.state is State.STARTING else 0.0
-        if there >= slots:
-            return max(starting, self.expected)
-        return starting or there - _AT_ONCE
+        if there < model.slots:
+            return self.ready_at if self.state is State.STARTING else there - _AT_ONCE
+        if self.state is State.STARTING or self.waiting >= len(self.requests):
+            return max(self.ready_at, self.expected)
+        return self.leave(model)[self.waiting]
+
+    def leave(self, model: ModelCost) -> list[float]:
+        """When those that it runs should be done, the first one first."""
+        return sorted(running.ends_at(model) or self.expected for running in self.requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +265,8 @@ class _Site:
     free_host: int
     spare_host: int
     replicas: dict[str, None] = field(default_factory=dict)
-    on_gpu: dict[int, dict[str, None]] = field(default_factory=dict)  # those that have memory of it
+    on_gpu: dict[int, dict[str, Replica]] = field(default_factory=dict)  # those that have memory of it
+    idle_on_gpu: dict[int, dict[str, Replica]] = field(default_factory=dict)
     tiers: dict[str, set[Tier]] = field(default_factory=dict)
     arriving: dict[str, tuple[str, int]] = field(default_factory=dict)
     claims: dict[str, Claim] = field(default_factory=dict)
@@ -299,6 +310,7 @@ class Cluster:
         self._replicas: dict[str, Replica] = {}
         self._by_model: dict[str, dict[str, None]] = {}
         self._soonest: dict[str, _Ranking] = {}
+        self._changes_of: dict[str, int] = {}
         self._sleeping: dict[str, dict[str, None]] = {}
         self._holders: dict[tuple[str, Tier], dict[str, None]] = {}
         self._remote: set[str] = set()
@@ -366,8 +378,9 @@ class Cluster:
         return self._models[name]
 
     @property
-    def models(self) -> Iterable[str]:
-        return self._models.keys()
+    def models(self) -> Mapping[str, ModelCost]:
+        """By name. The view's own."""
+        return self._models
 
     # --- bytes
 
@@ -497,27 +510,33 @@ class Cluster:
             site.free[gpu] -= sign * device
             if not idle:
                 site.spare[gpu] -= sign * device
-        self._dirty[replica.node] = None
+        self._changed(replica.node)
         self.changes += 1
+        self._changes_of[replica.model] = self._changes_of.get(replica.model, 0) + 1
 
     def _list(self, replica: Replica) -> None:
         """Enter it in the indexes of what it can do."""
         if replica.state is State.SLEEPING:
             self._sleeping.setdefault(replica.model, {})[replica.name] = None
             return
-        on_gpu = self._sites[replica.node].on_gpu
+        site = self._sites[replica.node]
         for gpu in replica.gpus:
-            on_gpu.setdefault(gpu, {})[replica.name] = None
+            site.on_gpu.setdefault(gpu, {})[replica.name] = replica
+            if replica.idle:
+                site.idle_on_gpu.setdefault(gpu, {})[replica.name] = replica
         if replica.state is not State.LEAVING:
-            slots = self._models[replica.model].slots
-            self._soonest.setdefault(replica.model, _Ranking()).put(replica.name, replica.takes_next_at(slots))
+            at = replica.takes_next_at(self._models[replica.model])
+            self._soonest.setdefault(replica.model, _Ranking()).put(replica.name, at)
 
     def _unlist(self, replica: Replica) -> None:
         if replica.state is State.SLEEPING:
             self._sleeping[replica.model].pop(replica.name)
             return
+        site = self._sites[replica.node]
         for gpu in replica.gpus:
-            self._sites[replica.node].on_gpu[gpu].pop(replica.name)
+            site.on_gpu[gpu].pop(replica.name)
+            if replica.idle:
+                site.idle_on_gpu[gpu].pop(replica.name)
         if replica.state is not State.LEAVING:
             self._soonest[replica.model].drop(replica.name)
 
@@ -535,6 +554,16 @@ class Cluster:
         ranking = self._soonest.get(model)
         return (self._replicas[name] for _at, name in ranking.ascending()) if ranking else iter(())
 
+    def takes_now(self, model: str) -> bool:
+        """Whether a ready replica has room for a request."""
+        ranking = self._soonest.get(model)
+        first = next(ranking.ascending(), None) if ranking else None
+        return first is not None and first[0] < 0.0
+
+    def changes_of(self, model: str) -> int:
+        """Goes up with every change of its replicas."""
+        return self._changes_of.get(model, 0)
+
     def ready_count(self, model: str) -> int:
         """How many are ready or starting."""
         ranking = self._soonest.get(model)
@@ -549,9 +578,13 @@ class Cluster:
         """Its replicas that sleep, the first to fall asleep first."""
         return (self._replicas[name] for name in self._sleeping.get(model, ()))
 
-    def replicas_on_gpu(self, node: str, gpu: int) -> Iterator[Replica]:
+    def replicas_on_gpu(self, node: str, gpu: int) -> Iterable[Replica]:
         """Those that have memory of it."""
-        return (self._replicas[name] for name in self._sites[node].on_gpu.get(gpu, ()))
+        return self._sites[node].on_gpu.get(gpu, {}).values()
+
+    def idle_on_gpu(self, node: str, gpu: int) -> Iterable[Replica]:
+        """Those of them that are idle."""
+        return self._sites[node].idle_on_gpu.get(gpu, {}).values()
 
     def replicas_on(self, node: str) -> Iterator[Replica]:
         return (self._replicas[name] for name in self._sites[node].replicas)
@@ -586,6 +619,12 @@ class Cluster:
         """The same, counting all as free."""
         self._refresh()
         return self._size[gpus].descending()
+
+    def _changed(self, node: str) -> None:
+        """Its place in the rankings has changed. Few of these are left to the next look, which is not to take long."""
+        self._dirty[node] = None
+        if len(self._dirty) > _FEW:
+            self._refresh()
 
     def _refresh(self) -> None:
         for name in self._dirty:
@@ -659,10 +698,14 @@ class Cluster:
 
     def image_move(self, model: ModelCost, node: str, path: StartPath) -> Move | None:
         """The image that a path needs, from its nearest tier; None when it needs none, or it can't be had or used."""
-        image = model.image if path == "snapshot" else model.template if path == "template" else None
-        if image is None or (path == "snapshot" and self._sites[node].node.kind not in model.image_kinds):
-            return None
-        tier = self.nearest(image.key, node)
-        if tier is None:
+        image, tier = self.image_of(model, node, path)
+        if image is None or tier is None:
             return None
         return self._move("image", image, node, tier, (MEMORY,))
+
+    def image_of(self, model: ModelCost, node: str, path: StartPath) -> tuple[Artifact | None, Tier | None]:
+        """The image that a path needs, and its nearest tier; None where there is none, or it can't be had or used."""
+        image = model.image if path == "snapshot" else model.template if path == "template" else None
+        if image is None or (path == "snapshot" and self._sites[node].node.kind not in model.image_kinds):
+            return None, None
+        return image, self.nearest(image.key, node)

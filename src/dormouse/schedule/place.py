@@ -17,9 +17,9 @@ from functools import partial
 from itertools import islice
 from typing import Literal
 
-from dormouse.schedule.cluster import Cluster, ModelCost, Replica, Request, StartPath, State, Tier
+from dormouse.schedule.cluster import MEMORY, Cluster, ModelCost, Replica, Request, StartPath, State, Tier
 from dormouse.schedule.estimate import Estimate, Estimator
-from dormouse.schedule.room import Eviction, Room, Worth, ends, find_room
+from dormouse.schedule.room import MORE_GPUS, Eviction, Room, Worth, ends, find_room, left
 
 Action = Literal["queue", "start", "wait"]
 
@@ -28,7 +28,7 @@ _NEAR = (Tier.GPU, Tier.DRAM, Tier.DISK)
 _SCAN = 25  # for each candidate wanted, so many nodes are looked at to find it
 _USUAL = 16  # more candidates than that are wanted for one that is out of patience
 _WORTH_LOOKING = 1.02  # a node that could be better by less than this is not looked at
-_ENOUGH_GPUS = 20  # once there is a place for a start, no more are looked at for a better one
+_ENOUGH_GPUS = 12  # once there is a place for a start, no more are looked at for a better one
 _MIGRATION_NODES = 3
 _MIGRATIONS = 3
 
@@ -97,15 +97,25 @@ class Decision:
 class Weights:
     """How much things count."""
 
+    start: float = 0.3  # seconds for each second that a start takes: its links and GPUs are lost to others meanwhile
     eviction: float = 0.1  # seconds for each second that the evicted one's return would take
     half_life: float = 60.0  # idle for so long, it is half as likely to be asked for soon
-    candidates: int = 8  # nodes looked at for each tier
+    candidates: int = 6  # nodes looked at for each tier
     migrate_above: float = 1.0  # seconds; quicker than that, nobody is migrated
     migrate_gain: float = 0.5  # seconds that a migration must promise
     alternatives: int = 8
 
 
 _DEFAULT = Weights()
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Requests of the same model that wait before one: how many, and when the place that the first of them waits for
+    should be there (a replica with all its slots), if it waits for one."""
+
+    ahead: int = 0
+    place_at: float | None = None
 
 
 def place(
@@ -115,10 +125,14 @@ def place(
     now: float,
     weights: Weights = _DEFAULT,
     worth: Worth | None = None,
+    line: Line | None = None,
 ) -> Decision:
     """The best that can be done for a request. `worth` says what an idle replica is worth to its model, in seconds
-    (keep-alive policies know better than the default: what a return takes, fading with the time it has been idle)."""
-    search = _Search(request, view, estimator, now, weights, worth or default_worth(view, estimator, now, weights))
+    (keep-alive policies know better than the default: what a return takes, fading with the time it has been idle).
+    `line` are those of its model that come first; one that has any queues behind them or starts, but waits for no
+    place."""
+    worth = worth or default_worth(view, estimator, now, weights)
+    search = _Search(request, view, estimator, now, weights, worth, line or Line())
     options = sorted(search.options(), key=lambda option: (option.score, option.action != "queue"))
     if not options:
         return Decision(request, None, (), search.blocked())
@@ -131,7 +145,7 @@ def place_start(
     """The quickest start of one more replica, whoever is ready already: for nobody's request, so it neither waits nor
     migrates anybody, and only with `evict` do idle replicas go for it."""
     worth = worth or default_worth(view, estimator, now)
-    search = _Search(request, view, estimator, now, _DEFAULT, worth, starts_only=True, may_evict=evict)
+    search = _Search(request, view, estimator, now, _DEFAULT, worth, Line(), starts_only=True, may_evict=evict)
     options = sorted(search.starts(), key=lambda option: option.score)
     chosen = options[0] if options else None
     return Decision(request, chosen, tuple(options[1:]), "" if chosen else search.blocked())
@@ -168,11 +182,11 @@ class _Search:
 
     def __init__(
         self, request: Request, view: Cluster, estimator: Estimator, now: float, weights: Weights, worth: Worth,
-        *, starts_only: bool = False, may_evict: bool = True,
+        line: Line, *, starts_only: bool = False, may_evict: bool = True,
     ) -> None:  # fmt: skip
         self.request, self.view, self.estimator, self.now = request, view, estimator, now
         self._starts_only, self._may_evict = starts_only, may_evict
-        self.weights, self.worth = weights, worth
+        self.weights, self.worth, self.line = weights, worth, line
         self.model = view.model(request.model)
         self._phases: dict[tuple[str, StartPath, str], tuple[float, float]] = {}
         self._best = float("inf")
@@ -212,6 +226,8 @@ class _Search:
 
     def _allowed(self, option: Option) -> bool:
         """What has infinite worth goes for nobody."""
+        if self.line.ahead and option.action == "wait":
+            return False
         starts = option.action == "start" or not self._starts_only
         return starts and (self._may_evict or not option.evict) and option.score < math.inf
 
@@ -243,17 +259,35 @@ class _Search:
     # --- replicas that are there
 
     def _ready(self) -> None:
-        """Queueing at the replicas that would take it first."""
-        slots = self.model.slots
-        for replica in islice(self.view.soonest(self.model.name), self.weights.candidates):
-            if self.view.is_kept(replica.node, replica.gpus, self.request.name):
-                continue
-            at = replica.takes_next_at(slots)
-            wait = max(at - self.now, 0.0)
-            parts = (("queue", wait),) if wait > 0.0 else ()
-            self._add(
-                Option("queue", "hot", replica.node, replica.gpus, replica.name, wait, 0.0, Estimate(wait, wait, parts))
-            )
+        """Queueing at the replicas that would take it first; behind others of its model, at the one whose turn it is
+        when they have their slots."""
+        model = self.model
+        some = islice(self.view.soonest(model.name), self.weights.candidates)
+        replicas = [one for one in some if not self.view.is_kept(one.node, one.gpus, self.request.name)]
+        if not self.line.ahead:
+            for replica in replicas:
+                self._queue(replica, slot_waits(replica, model, self.now, 1)[0])
+        elif replicas:
+            self._queue(*self._turn(replicas))
+
+    def _queue(self, replica: Replica, wait: float) -> None:
+        parts = (("queue", wait),) if wait > 0.0 else ()
+        estimate = Estimate(wait, wait, parts)
+        self._add(Option("queue", "hot", replica.node, replica.gpus, replica.name, wait, 0.0, estimate))
+
+    def _turn(self, replicas: list[Replica]) -> tuple[Replica, float]:
+        """The replica and the wait of one that comes after others: all slots of these replicas in the order in which
+        they become free, and then once more."""
+        model, line = self.model, self.line
+        ahead = line.ahead * len(replicas) // max(self.view.ready_count(model.name), len(replicas))
+        slots = [(wait, one) for one in replicas for wait in slot_waits(one, model, self.now, ahead + 1)]
+        if line.place_at is not None:
+            slots += [(max(line.place_at - self.now, 0.0), replicas[0])] * model.slots
+        slots.sort(key=lambda slot: slot[0])
+        rounds, turn = divmod(ahead, len(slots))
+        wait, replica = slots[turn]
+        usual = self.request.expected_tokens * model.token_seconds
+        return replica, wait + rounds * max(usual, slots[-1][0])
 
     def _wake(self, replica: Replica) -> Option | None:
         node, model = replica.node, self.model
@@ -261,7 +295,13 @@ class _Search:
         plan = self.view.plan(model, node, "sleep", replica.gpus) if room else None
         if room is None or plan is None:
             return None
-        return _option(node, room, "sleep", self.estimator.estimate(model, node, plan, self.view), replica.name)
+        return self._option(node, room, "sleep", self.estimator.estimate(model, node, plan, self.view), replica.name)
+
+    def _option(self, node: str, room: Room, path: StartPath, estimate: Estimate, replica: str | None = None) -> Option:
+        action: Action = "wait" if room.blockers else "start"
+        penalty = room.loss + self.weights.start * estimate.mean
+        rest = (room.evict, (), room.blockers, room.host_short)
+        return Option(action, path, node, room.gpus, replica, room.wait + estimate.mean, penalty, estimate, *rest)
 
     # --- new starts
 
@@ -276,7 +316,7 @@ class _Search:
         if self.view.is_remote(key):
             idlest = next(self.view.idlest_networks(), None)
             least = self._candidate(self.model, idlest[1]) if idlest else None
-            if least and least.bound < self._best:
+            if least and self._least(least) < self._best:
                 self._look([name for name in self._far(most) if name not in seen], seen)
         return sorted(near, key=lambda one: (one.bound, one.node))
 
@@ -286,11 +326,17 @@ class _Search:
         found.sort(key=lambda one: (one.bound, one.node))
         seen.update(nodes)
         for candidate in found:
-            if candidate.bound * _WORTH_LOOKING >= self._best or (self._looked > _ENOUGH_GPUS and self._may_start):
+            if self._least(candidate) * _WORTH_LOOKING >= self._best or (
+                self._looked > _ENOUGH_GPUS and self._may_start
+            ):
                 break
-            self._looked += max(self.model.gpus, 1)
+            self._looked += self.model.gpus + MORE_GPUS
             self._add(self._start(candidate))
         return found
+
+    def _least(self, candidate: _Candidate) -> float:
+        """The least score of a start there."""
+        return candidate.bound * (1.0 + self.weights.start)
 
     def _some(self, among: Mapping[str, None], most: int) -> list[str]:
         """Those of `among` with most room, free or spare: all of a few."""
@@ -321,12 +367,21 @@ class _Search:
         weights = estimator.fetch_seconds(model.weights, node, view)
         ways: list[tuple[StartPath, float, float]] = []
         for path in _PATHS:
-            image = view.image_move(model, node, path)
-            if image is not None or path == "cold":
+            moved = self._image_seconds(model, node, path)
+            if moved is not None:
                 process, after = self._phase_seconds(model, path, view.node(node).kind)
-                moved = estimator.move_seconds(node, image, view) if image else 0.0
                 ways.append((path, moved + process, after))
         return _Candidate(min(max(weights, process) + after for _path, process, after in ways), node, ways)
+
+    def _image_seconds(self, model: ModelCost, node: str, path: StartPath) -> float | None:
+        """What the image of a path takes to a node; None when that path is not open there."""
+        if path == "cold":
+            return 0.0
+        image, tier = self.view.image_of(model, node, path)
+        if image is None or tier is None:
+            return None
+        one = partial(self.estimator.link_seconds, node, size=image.coded_bytes, view=self.view)
+        return max(self.estimator.fetch_seconds(image, node, self.view), one(MEMORY))
 
     def _phase_seconds(self, model: ModelCost, path: StartPath, kind: str) -> tuple[float, float]:
         key = (model.name, path, kind)
@@ -339,7 +394,7 @@ class _Search:
     def _start(self, candidate: _Candidate) -> Option | None:
         room = find_room(self.model, candidate.node, self.view, self.worth, self.now, request=self.request.name)
         best = self._estimated(self.model, candidate, room.gpus) if room else None
-        return _option(candidate.node, room, *best) if room and best else None
+        return self._option(candidate.node, room, *best) if room and best else None
 
     def _estimated(
         self, model: ModelCost, candidate: _Candidate, gpus: tuple[int, ...]
@@ -355,7 +410,7 @@ class _Search:
     def _migrations(self, near: list[_Candidate]) -> Iterator[Option]:
         """Starts in the place of one running request that goes elsewhere, on the nearest few nodes."""
         for candidate in near[:_MIGRATION_NODES]:
-            if candidate.bound + self.weights.migrate_gain >= self._best:
+            if self._least(candidate) + self.weights.migrate_gain >= self._best:
                 return
             some = islice(self.view.replicas_on(candidate.node), _SCAN)
             movable = (one for one in some if self._may_move(one))
@@ -393,7 +448,7 @@ class _Search:
             return None
         path, estimate = best
         seconds = migration.seconds + estimate.mean
-        loss = migration.pause + self.worth(replica)
+        loss = migration.pause + self.worth(replica) + self.weights.start * estimate.mean
         return Option(
             "wait", path, replica.node, gpus, None, seconds, loss, estimate, (), (migration,), (replica.name,)
         )
@@ -432,21 +487,15 @@ class _Search:
         return list(dict.fromkeys(islice(roomy, _MIGRATIONS)))
 
 
-def _option(node: str, room: Room, path: StartPath, estimate: Estimate, replica: str | None = None) -> Option:
-    return Option(
-        "wait" if room.blockers else "start",
-        path,
-        node,
-        room.gpus,
-        replica,
-        room.wait + estimate.mean,
-        room.loss,
-        estimate,
-        room.evict,
-        (),
-        room.blockers,
-        room.host_short,
-    )
+def slot_waits(replica: Replica, model: ModelCost, now: float, most: int) -> list[float]:
+    """Seconds until each slot of a replica is free for one more request, `most` of them; at least one."""
+    taken, waiting = len(replica.requests), replica.waiting
+    if replica.state is State.STARTING:
+        room = min(model.slots - taken - waiting, most)
+        return [left(replica.ready_at, replica.since, now)] * room or [ends(replica, now)]
+    began = min((running.began for running in replica.requests), default=now)
+    waits = [*[0.0] * (model.slots - taken), *(left(at, began, now) for at in replica.leave(model))]
+    return waits[waiting : waiting + most] or [ends(replica, now)]
 
 
 def _count(free: list[int], need: int) -> int:

@@ -35,9 +35,12 @@ class Ours:
         self.keeper.on_request(job.request.model)
         self._jobs[job.request.name] = job
         self.queue.push(job.request)
+        model = job.request.model
         if len(self._jobs) == 1:
             self._dispatch()
-        else:
+        elif self.world.view.takes_now(model) and self.queue.waiting(model) == 1:
+            self._dispatch(only=model)
+        if job.request.name in self._jobs:
             self.changed()
         if job.request.name in self._jobs:
             self.world.expect_deadline(job)
@@ -52,10 +55,11 @@ class Ours:
         self._planned = False
         self._dispatch()
 
-    def _dispatch(self) -> None:
+    def _dispatch(self, only: str | None = None) -> None:
         if self._jobs:
-            self.world.wires.refresh()
-            self.queue.dispatch(self.world.view, self.world.estimator, self.world.now, self._commit, self._worth)
+            world = self.world
+            world.wires.refresh()
+            self.queue.dispatch(world.view, world.estimator, world.now, self._commit, self._worth, only)
 
     def became_idle(self, worker: Worker) -> None:
         self.keeper.became_idle(worker)
@@ -98,6 +102,7 @@ class Ours:
             self.world.assign(job, self.world.workers[option.replica])
         else:
             self.world.assign(job, begin(self.world, job.request.model, option))
+            self.world.wires.refresh()
 
     def _destination(self, move: Migration) -> Worker:
         if move.reuse is not None:

@@ -86,7 +86,7 @@ class Starts:
 
     def _bring_weights(self, worker: Worker, move: Move) -> None:
         loading = self._habits.loading
-        cap = loading.rate * max(len(worker.gpus), 1) if loading.rate else math.inf
+        cap = loading.rate or math.inf
         if move.source is not Tier.REMOTE or not loading.download_first:
             self._bring(worker, move, lambda: self._part_done(worker), cap)
             return

@@ -64,6 +64,7 @@ class Worker:
     placed_at: float = 0.0
     pinned: bool = False
     start_seconds: float = 0.0
+    ready_since: float = 0.0
     then: Callable[[], None] | None = None  # once it has moved away
 
     @property

@@ -101,7 +101,7 @@ class World:
 
     def _ready(self, worker: Worker) -> None:
         self._account(worker)
-        worker.state, worker.since = State.HOT, self.now
+        worker.state, worker.since, worker.ready_since = State.HOT, self.now, self.now
         if worker.takes_over:
             self._take_over(worker, worker.takes_over)
         self._pull(worker)
@@ -116,7 +116,8 @@ class World:
         job.worker = worker
         ready = worker.state in (State.HOT, State.BUSY)
         if math.isnan(job.began):
-            job.started_by = "hot" if ready else worker.path
+            came_before = not ready or job.request.arrived < worker.ready_since
+            job.started_by = worker.path if came_before else "hot"
         self._cancel_steps(worker)
         if ready and not worker.queue and worker.room > 0:
             self._run(job, worker)
