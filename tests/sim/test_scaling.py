@@ -125,9 +125,8 @@ def test_starts_of_a_model_on_a_node_share_one_read() -> None:
 
 def test_a_burst_from_zero_has_all_its_replicas_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch(monkeypatch)
-    outcome = run(burst(system={"scaling": {"utilization": 1}}))
+    run(burst(system={"scaling": {"utilization": 1}}))
     assert watch.at(1.0) == 6  # 12 requests, 2 for each
-    assert outcome.counts.most_replicas == 6
 
 
 def test_scaled_replicas_go_down_to_zero_by_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
