@@ -129,14 +129,14 @@ def test_layers_live_as_long_as_the_paper_says() -> None:
 
 def test_ours_comes_back_for_a_period_and_lets_a_burst_go() -> None:
     view = one_node(40)
-    periodic = Expected(Estimator(), Prices(2e-5, 2e-6), prior=0.0)
+    periodic = Expected(Estimator(), Prices(2e-5, 2e-6), prior=0.0, felt=0.0)
     used(periodic, view, [3600.0 * number for number in range(30)])
     due = periodic.next_prewarm()
     assert due is not None
     last = 29 * 3600.0
     warms = periodic.prewarm(last + 3600.0)
     assert warms and last + 1800.0 < warms[-1].at < last + 3600.0 < warms[-1].until
-    bursty = Expected(Estimator(), Prices(0.004, 0.0004), prior=0.0)
+    bursty = Expected(Estimator(), Prices(0.004, 0.0004), prior=0.0, felt=0.0)
     view.drop("r-m0")
     times = [burst * 20_000.0 + 2.0 * number for burst in range(10) for number in range(20)]
     replica = used(bursty, view, times)
@@ -241,7 +241,7 @@ def test_ours_costs_least_at_the_price_of_memory(kind: str) -> None:
     times = arrivals(kind, random.Random(7))
     found = {}
     for name, policy in {
-        "ours": Expected(Estimator(), Prices(0.004, 0.0004)),
+        "ours": Expected(Estimator(), Prices(0.004, 0.0004), felt=0.0),
         "ttl 1 min": FixedTtl(60.0),
         "ttl 10 min": FixedTtl(600.0),
         "never": Lru(),

@@ -432,8 +432,8 @@ class Expected(Planned):
         estimator: Estimator,
         prices: Prices | None = None,
         *,
-        felt: float = 5.0,
-        share: float = 0.5,
+        felt: float = 10.0,
+        share: float = 0.7,
         prior: float = 20.0,
     ) -> None:
         super().__init__()
