@@ -79,7 +79,7 @@ def test_lru_ends_who_was_used_longest_ago() -> None:
 def test_greedy_dual_weighs_frequency_cost_and_size_and_ages_by_its_clock() -> None:
     view, estimator = one_node(10, 10, 60), Estimator()
     for name in view.models:
-        estimator.observe(Observed(name, name, "a", "cold", 10.0))
+        estimator.observe(Observed(name, name, "a", "cold", 10.0), view)
     policy = GreedyDual(estimator)
     for name, requests in (("m0", 5), ("m1", 1), ("m2", 5)):
         used(policy, view, [float(at) for at in range(requests)], name)

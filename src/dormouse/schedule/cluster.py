@@ -21,6 +21,7 @@ from dormouse.errors import ConfigError
 
 StartPath = Literal["hot", "sleep", "snapshot", "template", "cold"]
 PhaseName = Literal["process", "ready"]
+Moved = Literal["weights", "image"]
 
 NETWORK = "network"
 DISK = "disk"
@@ -158,7 +159,8 @@ class Running:
 class Replica:
     """One worker of a model. `since` is when it entered its state; `ready_at` when one that starts should be ready.
 
-    `expected` is when its present requests should be done: what a request would wait for that queues behind them."""
+    `expected` is when it should be done with all that it has, those that wait included: from then on it may go, and at
+    the latest then a request that queues behind them begins."""
 
     name: str
     model: str
@@ -204,7 +206,7 @@ class Move:
     """A transfer that a start needs: `size` bytes, pipelined over `links` (the slowest one decides). The links of
     several GPUs each carry their share."""
 
-    name: Literal["weights", "image"]
+    name: Moved
     key: str
     size: int
     source: Tier

@@ -4,8 +4,8 @@
     Observed -> rates of links, phases of models -> the next Estimate
 
 A start is weights that move while a process comes back, then what follows both (cluster.StartPlan). Bytes take
-(queued ahead + size) / rate on the slowest link of their way. Rates are learned for each link of each node, phases for
-each (model, path, kind of node); a model that has never started so takes its engine's. Both are medians of the last
+(queued ahead + size) / rate on the slowest link of their way. Rates are learned for each link of each node and what
+moves over it (weights are decoded as they come, an image is fed to CRIU), phases for each (model, path, kind of node); a model that has never started so takes its engine's. Both are medians of the last
 samples: an outlier, or a third of them, moves nothing; a lasting change is followed after a few starts.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from dormouse.schedule.cluster import Cluster, ModelCost, Move, PhaseName, StartPath, StartPlan, share
+from dormouse.schedule.cluster import Cluster, ModelCost, Move, Moved, PhaseName, StartPath, StartPlan, share
 
 _WINDOW = 32
 _RUN = 6  # so many samples in a row on the same side, far away, are no outliers but a change
@@ -45,7 +45,7 @@ class Transferred:
     """A move that happened: `ahead` is what `Link.ahead` said of the slowest link when it began. Who can tell the links
     of a way apart gives one of these for each of them, with `size` its share."""
 
-    name: str
+    name: Moved
     links: tuple[str, ...]
     size: int
     seconds: float
@@ -141,7 +141,7 @@ class Estimator:
     """What has been learned so far. `observe` is all that changes it."""
 
     def __init__(self) -> None:
-        self._per_byte: dict[tuple[str, str], Median] = {}
+        self._per_byte: dict[tuple[str, str], dict[str, Median]] = {}  # of each link, by what moves
         self._phases: dict[tuple[str, str, str, str], Median] = {}
         self._returns: dict[str, Median] = {}
         self._errors: dict[str, _Errors] = {"": _Errors()}
@@ -159,19 +159,19 @@ class Estimator:
 
     def move_seconds(self, node: str, move: Move, view: Cluster) -> float:
         """How long the slowest link of its way takes for it, with what goes before it."""
-        return max(self.link_seconds(node, link, move.size_on(link), view) for link in move.links)
+        return max(self.link_seconds(node, link, move.size_on(link), view, move.name) for link in move.links)
 
-    def link_seconds(self, node: str, name: str, size: int, view: Cluster) -> float:
+    def link_seconds(self, node: str, name: str, size: int, view: Cluster, what: Moved = "weights") -> float:
         """How long one link takes for so many bytes more."""
         link = view.link(node, name)
-        learned = self._per_byte.get((node, name))
-        total = link.ahead(size) + size
-        return total * learned.value if learned else total / link.rate
+        return (link.ahead(size) + size) / self.rate(node, name, link.rate, what)
 
-    def rate(self, node: str, link: str, declared: float) -> float:
-        """Bytes a second, as learned, or else as declared."""
+    def rate(self, node: str, link: str, declared: float, what: Moved = "weights") -> float:
+        """Bytes a second, as learned for what moves, or for anything else that does, or else as declared."""
         learned = self._per_byte.get((node, link))
-        return 1.0 / learned.value if learned else declared
+        if not learned:
+            return declared
+        return 1.0 / (learned.get(what) or next(iter(learned.values()))).value
 
     def phase_seconds(self, model: ModelCost, path: StartPath, name: str, kind: str) -> float:
         """The model's own, or its engine's, or what was guessed for it."""
@@ -189,10 +189,10 @@ class Estimator:
             return learned.value
         return _GUESSED_START + model.weights.coded_bytes / _GUESSED_RATE
 
-    def observe(self, started: Observed) -> None:
-        """Learn from a start."""
+    def observe(self, started: Observed, view: Cluster) -> None:
+        """Learn from a start. `view` knows the declared rates of the links that its bytes came over."""
         for transfer in started.transfers:
-            self._learn_rate(started.node, transfer)
+            self._learn_rate(started.node, transfer, view)
         for name, seconds in started.phases:
             self._learn_phase(started, name, seconds)
         self._learn_phase(started, "rest", max(started.seconds - _accounted(started), 0.0))
@@ -205,7 +205,7 @@ class Estimator:
     def saved(self) -> dict[str, list[list[Any]]]:
         """What it has learned (not its errors), for JSON."""
         return {
-            "rates": [[*key, one.samples] for key, one in self._per_byte.items()],
+            "rates": [[*key, what, one.samples] for key, kinds in self._per_byte.items() for what, one in kinds.items()],
             "phases": [[*key, one.samples] for key, one in self._phases.items()],
             "returns": [[model, one.samples] for model, one in self._returns.items()],
         }
@@ -214,7 +214,8 @@ class Estimator:
     def restored(cls, saved: Mapping[str, list[list[Any]]]) -> Estimator:
         """One that knows what another had `saved`."""
         found = cls()
-        found._per_byte = {(node, link): Median(samples) for node, link, samples in saved["rates"]}
+        for node, link, what, samples in saved["rates"]:
+            found._per_byte.setdefault((node, link), {})[what] = Median(samples)
         found._phases = {(who, path, name, kind): Median(samples) for who, path, name, kind, samples in saved["phases"]}
         found._returns = {model: Median(samples) for model, samples in saved["returns"]}
         return found
@@ -237,18 +238,19 @@ class Estimator:
         after = [(name, self.phase_seconds(model, plan.path, name, kind)) for name in ("ready", "rest")]
         return [part for part in (*branch, *after) if part[1] > 0.0]
 
-    def _learn_rate(self, node: str, transfer: Transferred) -> None:
+    def _learn_rate(self, node: str, transfer: Transferred, view: Cluster) -> None:
         """What is learned goes to the link of the way that is thought the slowest."""
         if transfer.size <= 0 or transfer.seconds <= 0.0 or not transfer.links:
             return
-        link = max(transfer.links, key=lambda name: self._known_per_byte(node, name, transfer))
+        link = max(transfer.links, key=lambda name: self._thought_seconds(node, name, transfer, view))
         carried = share(transfer.size, link, transfer.links) + transfer.ahead
-        self._per_byte.setdefault((node, link), Median()).add(transfer.seconds / carried)
+        kinds = self._per_byte.setdefault((node, link), {})
+        kinds.setdefault(transfer.name, Median()).add(transfer.seconds / carried)
 
-    def _known_per_byte(self, node: str, link: str, transfer: Transferred) -> float:
-        """What a byte of the transfer takes on a link; what is not known yet is thought slow."""
-        known = self._per_byte.get((node, link))
-        return known.value * share(transfer.size, link, transfer.links) if known else float("inf")
+    def _thought_seconds(self, node: str, link: str, transfer: Transferred, view: Cluster) -> float:
+        """What its share of a transfer takes on a link, as far as is known or declared."""
+        size = share(transfer.size, link, transfer.links)
+        return size / self.rate(node, link, view.link(node, link).rate, transfer.name)
 
     def _learn_phase(self, started: Observed, name: str, seconds: float) -> None:
         for who in (started.model, "engine " + started.engine):

@@ -447,7 +447,7 @@ class World:
             worker.predicted,
             self.view.node(worker.node).kind,
         )
-        self.estimator.observe(started)
+        self.estimator.observe(started, self.view)
 
     # --- requests
 
