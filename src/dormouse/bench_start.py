@@ -42,9 +42,10 @@ from dormouse.errors import DormouseError, EngineError, HostError
 from dormouse.node.assemble import assemble_node
 from dormouse.node.node import Node
 from dormouse.node.parts import Evicted
-from dormouse.node.replica import Start, StartPath
+from dormouse.node.replica import Start
 from dormouse.node.runner import Lease
 from dormouse.phases import Phases, host_clock
+from dormouse.schedule.cluster import StartPath
 from dormouse.snapshot.service import CaptureResult
 from dormouse.store.store import Store
 
@@ -111,6 +112,9 @@ class _Watch:
 
     def start_failed(self, model: str, error: DormouseError) -> None:
         self.error = error
+
+    def foretold(self, model: str, path: StartPath, expected: float, took: float) -> None:
+        pass
 
     def fell_back(self, model: str, path: StartPath, error: DormouseError) -> None:
         self.error = error

@@ -22,7 +22,7 @@ from dormouse.checkpoint.tensors import NewTensor, lay_out
 from dormouse.config import ModelConfig, ServeConfig
 from dormouse.errors import ConfigError, DormouseError, IncompatibleError, NotFoundError
 from dormouse.node.node import Node
-from dormouse.node.parts import Model
+from dormouse.node.parts import Model, OnDisk
 from dormouse.phases import Phase, Phases, host_clock
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
 from dormouse.snapshot.compatibility import first_mismatch
@@ -174,6 +174,9 @@ class StandInHost:
 
     def canary(self, snapshot_id: str) -> str | None:
         return self.snapshots[snapshot_id].get("canary")
+
+    def on_disk(self, manifest_id: str) -> OnDisk:
+        return OnDisk(1000, 300, ())
 
     def drop_older(self, name: str, snapshot_id: str, *, kind: str = SNAPSHOT_KIND) -> None:
         if self.clean_up_gates:

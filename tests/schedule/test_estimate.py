@@ -106,7 +106,9 @@ def test_known_rates_are_recovered(rate: float, declared: float, noise: float, o
         seconds = max(disk, took + process) + 0.3
         transfers = (Transferred("weights", ("disk",), 10 * GB, disk, ahead),)
         phases = (("process", process), ("ready", 0.3))
-        estimator.observe(Observed("m", "transformers", "a", "snapshot", seconds, transfers, phases, estimate.mean), view)
+        estimator.observe(
+            Observed("m", "transformers", "a", "snapshot", seconds, transfers, phases, estimate.mean), view
+        )
         if number >= 50 and not slow:
             errors.append(abs(estimate.mean - seconds) / seconds)
     errors.sort()

@@ -92,8 +92,10 @@ class ModelCost:
     kv_bytes: int = 0
     gpus: int = 1
     process_bytes: int = 0  # host memory of its process, asleep or ready
+    asleep_bytes: int = 0  # of each of its GPUs, of its process while it sleeps (CUDA's context)
     image: Artifact | None = None  # its snapshot
     template: Artifact | None = None  # its engine's
+    programs: Artifact | None = None  # what a cold start reads of its engine: libraries
     image_kinds: frozenset[str] = frozenset({""})
     slots: int = 1  # requests that a replica runs at once
     phases: Mapping[StartPath, Mapping[PhaseName, float]] = field(default_factory=lambda: MappingProxyType({}))
@@ -465,7 +467,7 @@ class Cluster:
         """Bytes of each of its GPUs, and of the host."""
         model = self._models[replica.model]
         if replica.state is State.SLEEPING:
-            return 0, model.process_bytes
+            return model.asleep_bytes, model.process_bytes
         return model.device_bytes, model.host_bytes
 
     def _take(self, replica: Replica, sign: int) -> None:
@@ -623,8 +625,11 @@ class Cluster:
         return Move("weights", model.weights.key, model.weights.coded_bytes, tier, (*_BEFORE[tier], *last))
 
     def image_move(self, model: ModelCost, node: str, path: StartPath) -> Move | None:
-        """The image that a path needs, from its nearest tier; None when it needs none, or it can't be had or used."""
-        image = model.image if path == "snapshot" else model.template if path == "template" else None
+        """The image that a path needs (a cold start: its engine's files) from its nearest tier; None when it needs none
+        or can't have or use it."""
+        images: dict[StartPath, Artifact | None]
+        images = {"snapshot": model.image, "template": model.template, "cold": model.programs}
+        image = images.get(path)
         if image is None or (path == "snapshot" and self._sites[node].node.kind not in model.image_kinds):
             return None
         tier = self.nearest(image.key, node)

@@ -5,8 +5,9 @@
 
 A start is weights that move while a process comes back, then what follows both (cluster.StartPlan). Bytes take
 (queued ahead + size) / rate on the slowest link of their way. Rates are learned for each link of each node and what
-moves over it (weights are decoded as they come, an image is fed to CRIU), phases for each (model, path, kind of node); a model that has never started so takes its engine's. Both are medians of the last
-samples: an outlier, or a third of them, moves nothing; a lasting change is followed after a few starts.
+moves over it (weights are decoded as they come, an image is fed to CRIU), phases for each (model, path, kind of node);
+a model that has never started so takes its engine's. Both are medians of the last samples: an outlier, or a third of
+them, moves nothing; a lasting change is followed after a few starts.
 """
 
 from __future__ import annotations
@@ -205,7 +206,9 @@ class Estimator:
     def saved(self) -> dict[str, list[list[Any]]]:
         """What it has learned (not its errors), for JSON."""
         return {
-            "rates": [[*key, what, one.samples] for key, kinds in self._per_byte.items() for what, one in kinds.items()],
+            "rates": [
+                [*key, what, one.samples] for key, kinds in self._per_byte.items() for what, one in kinds.items()
+            ],
             "phases": [[*key, one.samples] for key, one in self._phases.items()],
             "returns": [[model, one.samples] for model, one in self._returns.items()],
         }

@@ -584,7 +584,7 @@ class Provisioned(Basic):
         return math.inf if self._needed(replica, view, now) else self._policy.worth(replica, view, now)
 
     def _needed(self, replica: Replica, view: Cluster, now: float) -> bool:
-        return _ready(replica.model, view) <= self.least(replica.model, now)
+        return _ready(replica.model, view) <= self.least(replica.model, now) > 0
 
 
 def _ready(model: str, view: Cluster) -> int:

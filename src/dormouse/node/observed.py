@@ -1,0 +1,89 @@
+"""What a start of this node has to teach: its phases, cut into the parts that estimates are made of.
+
+    room | host, load ... (a process comes back)  | resume, canary ...
+         | weights segment .............. |       |
+         0                    process and image -> |  ready -> the end
+
+A start begins when there is room for it. The process is there when it waits for its weights (the step `….weights`) or,
+where none are waited for, when the host is done with it. What of this was reading and feeding images is the image's,
+the rest the process'. All that follows both is "ready". So the parts add up to the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dormouse.phases import Phase, Phases
+from dormouse.schedule.cluster import Link, ModelCost, Move, PhaseName, StartPath, StartPlan
+from dormouse.schedule.estimate import Observed, Transferred
+
+_IMAGE: dict[StartPath, tuple[str, ...]] = {
+    "snapshot": ("host.criu images", "host.fill ahead", "host.criu finish", "host.fill"),
+    "template": ("host.criu images", "host.fill ahead", "host.criu finish", "host.fill"),
+    "cold": ("load.import",),
+}
+"""The steps in which an image is read, by path."""
+
+
+def seconds_of(phases: Phases) -> float:
+    """How long a start took once there was room for it."""
+    return _end(phases.steps) - _began(phases.steps)
+
+
+def observed(
+    model: ModelCost,
+    node: str,
+    plan: StartPlan,
+    phases: Phases,
+    *,
+    predicted: float | None = None,
+    links: dict[str, Link] | None = None,
+) -> Observed:
+    """A start by `plan`, from its phases. `links` are those of the node as they were when it began."""
+    steps, began = phases.steps, _began(phases.steps)
+    there = _process_end(steps)
+    weights_end = max((step.end for step in steps if step.name.endswith(".segment")), default=began)
+    image = _overlapped(step for step in steps if step.name in _IMAGE.get(plan.path, ()))
+    image = min(image, there - began) if plan.image is not None and plan.image.size else 0.0
+    transfers = []
+    if plan.image is not None and image:
+        transfers.append(_transferred(plan.image, image, links))
+    if plan.weights is not None and plan.weights.size and weights_end > began:
+        transfers.append(_transferred(plan.weights, weights_end - began, links))
+    parts: tuple[tuple[PhaseName, float], ...] = (
+        ("process", there - began - image),
+        ("ready", max(_end(steps) - max(there, weights_end), 0.0)),
+    )
+    seconds = _end(steps) - began
+    return Observed(model.name, model.engine, node, plan.path, seconds, tuple(transfers), parts, predicted)
+
+
+def _transferred(move: Move, seconds: float, links: dict[str, Link] | None) -> Transferred:
+    """The seconds are the first link's, where the bytes come from; what follows keeps up with it or is counted in."""
+    link = (links or {}).get(move.links[0])
+    return Transferred(move.name, move.links[:1], move.size, seconds, link.ahead(move.size) if link else 0)
+
+
+def _began(steps: Iterable[Phase]) -> float:
+    return next((step.end for step in steps if step.name == "room"), 0.0)
+
+
+def _end(steps: Iterable[Phase]) -> float:
+    return max((step.end for step in steps), default=0.0)
+
+
+def _process_end(steps: list[Phase]) -> float:
+    """When the process was there: when it began to wait for its weights."""
+    began = _began(steps)
+    waits = [step.start for step in steps if step.name in ("load.weights", "resume.weights")]
+    hosts = [step.end for step in steps if step.name in ("host", "segments", "load")]
+    return max(began, min(waits)) if waits else max(hosts, default=_end(steps))
+
+
+def _overlapped(steps: Iterable[Phase]) -> float:
+    """The seconds in which any of these steps ran."""
+    total, until = 0.0, float("-inf")
+    for step in sorted(steps, key=lambda one: one.start):
+        total += max(step.end - max(step.start, until), 0.0)
+        until = max(until, step.end)
+    return total
