@@ -99,7 +99,7 @@ class Result:
         return len({run.text for runs in self.runs.values() for run in runs}) == 1
 
 
-class _Watch:
+class Watch:
     """The node's observer: keeps the latest start's phases and the latest capture."""
 
     def __init__(self) -> None:
@@ -150,14 +150,14 @@ async def measure(data_dir: DataDir, name: str, *, runs: int, prompt: str, step:
     if not os.access(_DROP_CACHES, os.W_OK):
         raise HostError("the page cache can't be dropped by this user", remedy="Run the benchmark as root")
     result = Result(name)
-    with _scratch(data_dir, model.checkpoint) as folder:
+    with scratch(data_dir, model.checkpoint) as folder:
         async with await _node(folder, name, snapshot=False) as node:
             for number in range(runs):
                 step(f"cold start {number + 1} of {runs}")
                 result.runs[COLD.name].append(await _run(node, name, prompt, COLD))
         async with await _node(folder, name, snapshot=True) as node:
             step("capture")
-            watch = _Watch()
+            watch = Watch()
             node.observe(watch)
             await _run(node, name, prompt, COLD)
             result.capture = watch.capture
@@ -170,7 +170,7 @@ async def measure(data_dir: DataDir, name: str, *, runs: int, prompt: str, step:
 
 
 @contextmanager
-def _scratch(data_dir: DataDir, checkpoint: str | None) -> Iterator[Path]:
+def scratch(data_dir: DataDir, checkpoint: str | None) -> Iterator[Path]:
     """A data folder beside the real one that shares its models and CRIU, has a copy of the model's weights, and leaves
     no snapshot behind."""
     data_dir.create()
@@ -204,11 +204,11 @@ async def _get_ready(node: Node, name: str, prompt: str, way: Way) -> None:
 
 async def _run(node: Node, name: str, prompt: str, way: Way) -> Run:
     """Start the model in this way, ask twice, and put it to sleep."""
-    watch = _Watch()
+    watch = Watch()
     node.observe(watch)
     if way.dropped:
         await node.free_weights()
-        await asyncio.to_thread(_drop_page_cache)
+        await asyncio.to_thread(drop_page_cache)
     begin = host_clock()
     async with node.replica(name) as lease:
         ready = host_clock()
@@ -224,7 +224,7 @@ async def _run(node: Node, name: str, prompt: str, way: Way) -> Run:
     return Run(first_token, watch.phases, second - again, text)
 
 
-def _drop_page_cache() -> None:
+def drop_page_cache() -> None:
     os.sync()
     _DROP_CACHES.write_text("1\n")
 

@@ -31,8 +31,8 @@ def plan_of(view: Cluster, path: str = "snapshot", name: str = "m", gpus: tuple[
 def test_parts_are_the_critical_path() -> None:
     view = view_with()
     estimate = Estimator().estimate(view.model("m"), "a", plan_of(view), view)
-    assert estimate.parts == (("weights from disk", 2.0), ("ready", 0.4))
-    assert estimate.mean == pytest.approx(2.4) and estimate.p95 > estimate.mean
+    assert estimate.parts == (("weights from disk", 2.05), ("ready", 0.4)), "the image goes over the disk, too"
+    assert estimate.mean == pytest.approx(2.45) and estimate.p95 > estimate.mean
     cold = Estimator().estimate(view.model("m"), "a", plan_of(view, "cold"), view)
     assert cold.parts == (("process", 12.0), ("ready", 6.0))
 
@@ -55,7 +55,7 @@ def test_what_is_queued_ahead_counts() -> None:
     view = view_with()
     view.set_link("a", "disk", 30 * GB, 2)
     estimate = Estimator().estimate(view.model("m"), "a", plan_of(view), view)
-    assert estimate.parts[0] == ("weights from disk", 6.0)
+    assert estimate.parts[0] == ("weights from disk", 6.05)
 
 
 def test_a_model_that_has_never_started_takes_its_engines_phases() -> None:
@@ -143,7 +143,7 @@ def test_the_upper_quantile_and_the_errors_come_from_what_happened() -> None:
 def test_what_was_learned_outlives_the_process() -> None:
     view = view_with()
     estimator = Estimator()
-    transfers = (Transferred("weights", ("disk",), 10 * GB, 5.0),)
+    transfers = (Transferred("weights", ("disk",), 10 * GB, 5.0, ahead=GB // 4),)
     for _ in range(3):
         estimator.observe(
             Observed("m", "transformers", "a", "snapshot", 6.0, transfers, (("process", 0.5), ("ready", 0.2))), view

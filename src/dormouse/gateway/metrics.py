@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from dormouse.errors import DormouseError
@@ -196,4 +196,20 @@ class _NodeGauges:
             "Weights in memory that no worker uses.",
             value=sum(self._node.kept_weights().values()),
         )
-        yield from (waiting, in_flight, memory, state, kept)
+        yield from (waiting, in_flight, memory, state, kept, *self._scheduling())
+
+    def _scheduling(self) -> Iterator[Metric]:
+        error = GaugeMetricFamily(
+            "dormouse_start_estimate_error",
+            "How far estimates of the last starts were off, as a share of what these took: median and 99th percentile.",
+            labels=["path", "quantile"],
+        )
+        for path, errors in self._node.estimate_errors().items():
+            error.add_metric([path, "0.5"], errors.median)
+            error.add_metric([path, "0.99"], errors.p99)
+        prewarms = CounterMetricFamily(
+            "dormouse_prewarms", "Times that a model was made ready before anybody asked.", labels=["model"]
+        )
+        for model, count in self._node.prewarms.items():
+            prewarms.add_metric([model], count)
+        yield from (error, prewarms)

@@ -266,22 +266,24 @@ class Forecast:
 
     def _cost(self, one: Standing) -> ModelCost:
         """Its figures, so that a replica takes exactly what it holds now, or a start what it needs."""
-        host, device = one.needs_host, one.needs_gpu
-        process = one.process_bytes
+        host, device, process = one.needs_host, one.needs_gpu, one.process_bytes
         if one.doing is Doing.DOZING:
             process = one.host_bytes
         elif one.doing is not Doing.ASLEEP:
             host, device = one.host_bytes, one.gpu_bytes
         weights = min(one.weight_bytes, device if one.gpu else host)
-        process = min(process, host - (0 if one.gpu else weights))
         if one.gpu:
-            process = host  # all that it takes of the host is its process'
+            process = one.host_bytes if one.doing is Doing.DOZING else host  # of the host it takes nothing else
+            kv = device - weights
+        else:
+            process = process if one.doing is Doing.DOZING else min(process, host - weights)
+            kv = max(host - process - weights, 0)
         coded = self._found[one.checkpoint].stored_bytes if one.checkpoint in self._found else one.weight_bytes
         return ModelCost(
             one.name,
             Artifact(_weights(one), weights, coded),
             one.engine,
-            kv_bytes=device - weights if one.gpu else host - process - weights,
+            kv_bytes=kv,
             gpus=len(one.gpus),
             process_bytes=process,
             asleep_bytes=one.gpu_bytes if one.doing is Doing.DOZING else one.context_bytes,

@@ -32,8 +32,8 @@ class _Learned(msgspec.Struct, forbid_unknown_fields=True):
     """`schedule.estimate.Estimator.saved`."""
 
     version: int
-    rates: list[tuple[_Name, _Name, Moved, _Samples]]
-    phases: list[tuple[_Name, _Name, _Name, _Name, _Samples]]
+    rates: list[tuple[_Name, _Name, Moved, _Name, _Samples]]
+    phases: list[tuple[_Name, _Name, _Name, _Name, _Name, _Samples]]
     returns: list[tuple[_Name, _Samples]]
 
 
@@ -67,8 +67,8 @@ def _checked(text: bytes) -> _Learned:
     learned = msgspec.json.decode(text, type=_Learned)
     if learned.version != _VERSION:
         raise ValueError(f"it has version {learned.version}, not {_VERSION}")
-    _check((row[3] for row in learned.rates), above=0.0)
-    _check((row[4] for row in learned.phases), above=_JUST_BELOW)
+    _check((row[4] for row in learned.rates), above=0.0)
+    _check((row[5] for row in learned.phases), above=_JUST_BELOW)
     _check((row[1] for row in learned.returns), above=_JUST_BELOW)
     return learned
 

@@ -28,6 +28,7 @@ from dormouse.errors import (
     StoppingError,
 )
 from dormouse.node.adapters import OpenAdapter, Served, Shelf
+from dormouse.node.explain import PATHS, explanation, outlook
 from dormouse.node.forecast import Expected, Forecast, Limits, Standing, with_needs
 from dormouse.node.history import History
 from dormouse.node.keeping import Hooks, Keeping
@@ -40,6 +41,7 @@ from dormouse.node.runner import AbandonedError, Lease, ModelStatus, Runner, Sur
 from dormouse.node.templates import Templates, TemplateSpec, spec_of
 from dormouse.phases import Phases
 from dormouse.schedule.cluster import Cluster, StartPath
+from dormouse.schedule.estimate import Errors
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
 from dormouse.trace import Operation
 
@@ -264,6 +266,28 @@ class Node:
     def operations(self, name: str) -> list[Operation]:
         """The latest starts and captures of a model, oldest first. Raises NotFoundError."""
         return self._history.of(self._runner(name).model.name)
+
+    async def outlooks(self) -> list[dict[str, Any]]:
+        """Of every model: how its next start would go and take, when it will step down, and why."""
+        await self._forecast.look(self._standings())
+        view = self.view()
+        return [
+            outlook(one, self._runners[one.name].replica.next_path, view, self._forecast, self._keeping)
+            for one in sorted(self._standings(), key=lambda one: one.name)
+        ]
+
+    async def explain(self, name: str) -> dict[str, Any]:
+        """The decision that a request for a model would get now, with its alternatives, and what the latest starts were
+        estimated to take and took. Raises NotFoundError."""
+        runner = self._runner(name)
+        await self._forecast.look(self._standings())
+        own, path = runner.standing(self._shift), runner.replica.next_path
+        return explanation(own, path, self.view(), self._forecast, self._keeping, self._now())
+
+    def estimate_errors(self) -> dict[str, Errors]:
+        """How far estimates were off lately, by start path."""
+        found = {path: self._forecast.estimator.errors(path) for path in PATHS}
+        return {path: errors for path, errors in found.items() if errors.count}
 
     async def snapshots(self) -> list[dict[str, Any]]:
         """All snapshots and templates on disk."""

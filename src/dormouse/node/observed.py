@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from dormouse.phases import Phase, Phases
 from dormouse.schedule.cluster import Link, ModelCost, Move, PhaseName, StartPath, StartPlan
-from dormouse.schedule.estimate import Observed, Transferred
+from dormouse.schedule.estimate import Observed, Transferred, shared, sources
 
 _IMAGE: dict[StartPath, tuple[str, ...]] = {
     "snapshot": ("host.criu images", "host.fill ahead", "host.criu finish", "host.fill"),
@@ -27,7 +27,7 @@ _IMAGE: dict[StartPath, tuple[str, ...]] = {
 
 def seconds_of(phases: Phases) -> float:
     """How long a start took once there was room for it."""
-    return _end(phases.steps) - _began(phases.steps)
+    return max(_end(phases.steps) - _began(phases.steps), 0.0)
 
 
 def observed(
@@ -41,27 +41,38 @@ def observed(
 ) -> Observed:
     """A start by `plan`, from its phases. `links` are those of the node as they were when it began."""
     steps, began = phases.steps, _began(phases.steps)
-    there = _process_end(steps)
-    weights_end = max((step.end for step in steps if step.name.endswith(".segment")), default=began)
+    end = max(_end(steps), began)
+    there = min(_process_end(steps), end)
+    weights_end = max([began, *(step.end for step in steps if step.name.endswith(".segment"))])
     image = _overlapped(step for step in steps if step.name in _IMAGE.get(plan.path, ()))
     image = min(image, there - began) if plan.image is not None and plan.image.size else 0.0
     transfers = []
     if plan.image is not None and image:
-        transfers.append(_transferred(plan.image, image, links))
+        transfers.append(_transferred(plan.image, image, links, plan.weights))
     if plan.weights is not None and plan.weights.size and weights_end > began:
-        transfers.append(_transferred(plan.weights, weights_end - began, links))
+        transfers.append(_transferred(plan.weights, weights_end - began, links, plan.image))
     parts: tuple[tuple[PhaseName, float], ...] = (
         ("process", there - began - image),
-        ("ready", max(_end(steps) - max(there, weights_end), 0.0)),
+        ("ready", end - max(there, weights_end)),
     )
-    seconds = _end(steps) - began
-    return Observed(model.name, model.engine, node, plan.path, seconds, tuple(transfers), parts, predicted)
+    return Observed(
+        model.name,
+        model.engine,
+        node,
+        plan.path,
+        end - began,
+        tuple(transfers),
+        parts,
+        predicted,
+        sources=sources(plan),
+    )
 
 
-def _transferred(move: Move, seconds: float, links: dict[str, Link] | None) -> Transferred:
+def _transferred(move: Move, seconds: float, links: dict[str, Link] | None, beside: Move | None) -> Transferred:
     """The seconds are the first link's, where the bytes come from; what follows keeps up with it or is counted in."""
     link = (links or {}).get(move.links[0])
-    return Transferred(move.name, move.links[:1], move.size, seconds, link.ahead(move.size) if link else 0)
+    ahead = (link.ahead(move.size) if link else 0) + shared(beside, move.links[0], move.size)
+    return Transferred(move.name, move.links[:1], move.size, seconds, ahead)
 
 
 def _began(steps: Iterable[Phase]) -> float:

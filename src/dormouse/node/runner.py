@@ -443,6 +443,8 @@ class Runner:
         with phases.time("room"):
             await self._room_for(operation)
         self._oom_kills = oom_kills()
+        if self._giving_back is not None:
+            await asyncio.wait([self._giving_back])  # else nobody knows where its weights are
         expected = await self._around.foresee(self, machine.path_of(operation))
         try:
             async with asyncio.timeout(self._around.step_timeout):

@@ -32,7 +32,7 @@ from dormouse.schedule.cluster import (
     State,
     Tier,
 )
-from dormouse.schedule.estimate import Estimator, Observed, Transferred
+from dormouse.schedule.estimate import Estimator, Observed, Transferred, shared
 from dormouse.sim.events import Clock, Event
 from dormouse.sim.links import Flow, Link, Network, Way
 from dormouse.sim.scenario import Loading, Phases
@@ -356,25 +356,33 @@ class World:
         if plan.image is None:
             self._process(worker)
         else:  # before the weights: it is small, and much waits for it
-            self._bring(worker, plan.image, lambda: self._process(worker))
+            self._bring(worker, plan.image, lambda: self._process(worker), beside=plan.weights)
         if plan.weights is None:
             self._part_done(worker)
         else:
-            self._bring_weights(worker, plan.weights)
+            self._bring_weights(worker, plan.weights, plan.image)
 
-    def _bring_weights(self, worker: Worker, move: Move) -> None:
+    def _bring_weights(self, worker: Worker, move: Move, beside: Move | None) -> None:
         loading = self.habits.loading
         cap = loading.rate * max(len(worker.gpus), 1) if loading.rate else math.inf
         if move.source is not Tier.REMOTE or not loading.download_first:
-            self._bring(worker, move, lambda: self._part_done(worker), cap)
+            self._bring(worker, move, lambda: self._part_done(worker), cap, beside)
             return
         first = Move("weights", move.key, move.size, Tier.REMOTE, move.links[:1])
         second = Move("weights", move.key, move.size, Tier.DISK, ("disk", *move.links[1:]))
         self._bring(worker, first, lambda: self._bring(worker, second, lambda: self._part_done(worker), cap))
 
-    def _bring(self, worker: Worker, move: Move, then: Callable[[], None], cap: float = math.inf) -> None:
+    def _bring(
+        self,
+        worker: Worker,
+        move: Move,
+        then: Callable[[], None],
+        cap: float = math.inf,
+        beside: Move | None = None,
+    ) -> None:
         node = worker.node
         slowest, size, ahead = self._slowest(node, move)
+        ahead += shared(beside, slowest, size)
         began = self.now
         way: Way = tuple((self.link(node, name), move.size_on(name) / move.size) for name in move.links)
 
