@@ -79,10 +79,10 @@ def test_a_cold_start_reads_its_libraries_while_its_weights_come() -> None:
         ("load.import", 0.1, 5.0),
         ("load.weights", 5.2, 5.2),
     )
-    programs = Move("image", "libraries", 400, Tier.DRAM, (MEMORY,))
+    programs = Move("libraries", "libraries of transformers", 400, Tier.DRAM, (MEMORY,))
     seen = observed(MODEL, HERE, StartPlan("cold", WEIGHTS, programs), phases)
     image, weights = seen.transfers
-    assert (image.name, image.links, image.seconds) == ("image", (MEMORY,), pytest.approx(4.9))
+    assert (image.name, image.links, image.seconds) == ("libraries", (MEMORY,), pytest.approx(4.9))
     assert (weights.seconds, seen.seconds) == (pytest.approx(1.1), pytest.approx(5.5))
     assert dict(seen.phases) == {"process": pytest.approx(0.3), "ready": pytest.approx(0.3)}
 

@@ -42,7 +42,7 @@ def observed(
     """A start by `plan`, from its phases. `links` are those of the node as they were when it began."""
     steps, began = phases.steps, _began(phases.steps)
     end = max(_end(steps), began)
-    there = min(_process_end(steps), end)
+    there = max(began, min(_process_end(steps), end))
     weights_end = max([began, *(step.end for step in steps if step.name.endswith(".segment"))])
     image = _overlapped(step for step in steps if step.name in _IMAGE.get(plan.path, ()))
     image = min(image, there - began) if plan.image is not None and plan.image.size else 0.0
@@ -85,10 +85,9 @@ def _end(steps: Iterable[Phase]) -> float:
 
 def _process_end(steps: list[Phase]) -> float:
     """When the process was there: when it began to wait for its weights."""
-    began = _began(steps)
     waits = [step.start for step in steps if step.name in ("load.weights", "resume.weights")]
     hosts = [step.end for step in steps if step.name in ("host", "segments", "load")]
-    return max(began, min(waits)) if waits else max(hosts, default=_end(steps))
+    return min(waits) if waits else max(hosts, default=_end(steps))
 
 
 def _overlapped(steps: Iterable[Phase]) -> float:

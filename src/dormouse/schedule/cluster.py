@@ -21,7 +21,7 @@ from dormouse.errors import ConfigError
 
 StartPath = Literal["hot", "sleep", "snapshot", "template", "cold"]
 PhaseName = Literal["process", "ready"]
-Moved = Literal["weights", "image"]
+Moved = Literal["weights", "image", "libraries"]
 
 NETWORK = "network"
 DISK = "disk"
@@ -635,4 +635,6 @@ class Cluster:
         tier = self.nearest(image.key, node)
         if tier is None:
             return None
-        return Move("image", image.key, image.coded_bytes, tier, (*_BEFORE[tier], MEMORY))
+        return Move(
+            "libraries" if path == "cold" else "image", image.key, image.coded_bytes, tier, (*_BEFORE[tier], MEMORY)
+        )

@@ -195,12 +195,10 @@ class Estimator:
     def rate(
         self, node: str, link: str, declared: float, what: Moved = "weights", path: StartPath | None = None
     ) -> float:
-        """Bytes a second, as learned for what moves in starts by `path`, or in any, or for anything else that moves, or
-        else as declared."""
-        learned = self._per_byte.get((node, link))
-        if not learned:
-            return declared
-        return 1.0 / (learned.get((what, path or "")) or learned.get((what, "")) or next(iter(learned.values()))).value
+        """Bytes a second, as learned for what moves in starts by `path`, or in any, or else as declared."""
+        learned = self._per_byte.get((node, link), {})
+        found = learned.get((what, path or "")) or learned.get((what, ""))
+        return 1.0 / found.value if found else declared
 
     def phase_seconds(self, model: ModelCost, path: StartPath, name: str, kind: str, origin: str = "") -> float:
         """The model's own, or its engine's, or what was guessed for it; of starts whose bytes came from the same
@@ -264,7 +262,7 @@ class Estimator:
         process: list[tuple[str, float]] = []
         if plan.image:
             seconds = self.move_seconds(node, plan.image, view, plan.path, plan.weights)
-            process.append((f"image from {plan.image.source.name.lower()}", seconds))
+            process.append((f"{plan.image.name} from {plan.image.source.name.lower()}", seconds))
         origin = sources(plan)
         process.append(("process", self.phase_seconds(model, plan.path, "process", kind, origin)))
         branch = process
@@ -303,5 +301,5 @@ def _accounted(started: Observed) -> float:
     took: dict[str, float] = {}
     for transfer in started.transfers:
         took[transfer.name] = max(took.get(transfer.name, 0.0), transfer.seconds)
-    process = took.get("image", 0.0) + phases.get("process", 0.0)
-    return max(took.get("weights", 0.0), process) + phases.get("ready", 0.0)
+    weights = took.pop("weights", 0.0)
+    return max(weights, max(took.values(), default=0.0) + phases.get("process", 0.0)) + phases.get("ready", 0.0)
