@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -248,6 +249,7 @@ async def run_node(
     host: StandInHost,
     models: dict[str, FakeModel] | None = None,
     key: Callable[[Model, ModelConfig], dict[str, str]] = lambda model, settings: {"kernel": "6"},
+    wall_clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Node]:
     """A node over the stand-in; at its end no worker may be left."""
 
@@ -256,7 +258,14 @@ async def run_node(
 
     chosen = models or {name: FakeModel(name) for name in config.models}
     async with Node(
-        config, start_host, chosen, host, key, lambda spec: {"template of": spec.engine}, open_adapter=fake_adapter
+        config,
+        start_host,
+        chosen,
+        host,
+        key,
+        lambda spec: {"template of": spec.engine},
+        open_adapter=fake_adapter,
+        wall_clock=wall_clock,
     ) as node:
         yield node
     assert host.alive() == 0

@@ -290,6 +290,7 @@ class Forecast:
             image=self._artifact(one.snapshot_id),
             template=self._artifact(one.template_id),
             programs=self._artifact(_programs(one.engine)),
+            paths=(_first_path(one),),
             slots=one.slots,
             phases=_GUESSES,
         )
@@ -381,6 +382,11 @@ class Forecast:
         """Forget what is more than the loader may hold."""
         while sum(self._in_tier.values()) > budget:
             del self._in_tier[next(iter(self._in_tier))]
+
+
+def _first_path(one: Standing) -> StartPath:
+    """The only one that a node takes without a process, unless it fails."""
+    return "snapshot" if one.snapshot_id else "template" if one.template_id else "cold"
 
 
 def _weights(one: Standing) -> str:

@@ -97,6 +97,7 @@ class ModelCost:
     template: Artifact | None = None  # its engine's
     programs: Artifact | None = None  # what a cold start reads of its engine: libraries
     image_kinds: frozenset[str] = frozenset({""})
+    paths: tuple[StartPath, ...] = ("snapshot", "template", "cold")  # that a start without a process may take
     slots: int = 1  # requests that a replica runs at once
     phases: Mapping[StartPath, Mapping[PhaseName, float]] = field(default_factory=lambda: MappingProxyType({}))
     token_seconds: float = 0.03  # between two tokens of one request

@@ -22,7 +22,6 @@ from dormouse.schedule.room import Eviction, Room, Worth, ends, find_room
 
 Action = Literal["queue", "start", "wait"]
 
-_PATHS: tuple[StartPath, ...] = ("snapshot", "template", "cold")
 _NEAR = (Tier.GPU, Tier.DRAM, Tier.DISK)
 _SCAN = 25  # for each candidate wanted, so many nodes are looked at to find it
 _USUAL = 16  # more candidates than that are wanted for one that is out of patience
@@ -289,7 +288,7 @@ class _Search:
         source = SOURCE_LINK.get(tier)
         weights = estimator.link_seconds(node, source, model.weights.coded_bytes, view) if source else 0.0
         ways: list[tuple[StartPath, float, float]] = []
-        for path in _PATHS:
+        for path in model.paths:
             image = view.image_move(model, node, path)
             if image is not None or path == "cold":
                 process, after = self._phase_seconds(model, path, view.node(node).kind)
