@@ -275,13 +275,27 @@ def stop(name: str, grace: float, data_dir: DataDir, as_json: bool, reporter: Re
 
 
 @cli.command("ls")
+@click.option("--why", is_flag=True, help="How each served model would start next, and when and why it steps down.")
 @common
-def list_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+def list_(why: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """List models, snapshots, their sizes and states."""
     from dormouse import catalogue
 
     listing = catalogue.listing(data_dir)
+    if why:
+        listing["outlook"] = ask_node(data_dir.run, "GET", "outlook")["data"]
     emit(listing) if as_json else out.print(catalogue.render(listing))
+
+
+@cli.command()
+@click.argument("model")
+@common
+def explain(model: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Show what a request for a served model would get now and why, and how well its latest starts were estimated."""
+    from dormouse import catalogue
+
+    details = ask_node(data_dir.run, "GET", "models", model, "explain")
+    emit(details) if as_json else out.print(catalogue.render_explanation(details))
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]

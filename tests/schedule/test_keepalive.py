@@ -79,7 +79,7 @@ def test_lru_ends_who_was_used_longest_ago() -> None:
 def test_greedy_dual_weighs_frequency_cost_and_size_and_ages_by_its_clock() -> None:
     view, estimator = one_node(10, 10, 60), Estimator()
     for name in view.models:
-        estimator.observe(Observed(name, name, "a", "cold", 10.0))
+        estimator.observe(Observed(name, name, "a", "cold", 10.0), view)
     policy = GreedyDual(estimator)
     for name, requests in (("m0", 5), ("m1", 1), ("m2", 5)):
         used(policy, view, [float(at) for at in range(requests)], name)
@@ -252,3 +252,11 @@ def test_ours_costs_least_at_the_price_of_memory(kind: str) -> None:
         found[name] = waited + 0.004 * wasted
     ours = found.pop("ours")
     assert ours <= 1.05 * min(found.values()), (kind, ours, found)
+
+
+def test_a_model_without_a_minimum_is_worth_what_the_policy_says() -> None:
+    view, provisioned = one_node(10), Provisioned(FixedTtl(), {})
+    (name,) = view.models
+    view.put(asleep := Replica("r", name, "a", (0,), State.SLEEPING, 0.0))
+    assert provisioned.worth(asleep, view, 5.0) == FixedTtl().worth(asleep, view, 5.0) < math.inf
+    assert provisioned.on_idle(asleep, view, 5.0) == FixedTtl().on_idle(asleep, view, 5.0)

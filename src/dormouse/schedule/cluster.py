@@ -21,6 +21,7 @@ from dormouse.errors import ConfigError
 
 StartPath = Literal["hot", "sleep", "snapshot", "template", "cold"]
 PhaseName = Literal["process", "ready"]
+Moved = Literal["weights", "image", "libraries"]
 
 NETWORK = "network"
 DISK = "disk"
@@ -92,9 +93,12 @@ class ModelCost:
     kv_bytes: int = 0
     gpus: int = 1
     process_bytes: int = 0  # host memory of its process, asleep or ready
+    asleep_bytes: int = 0  # of each of its GPUs, of its process while it sleeps (CUDA's context)
     image: Artifact | None = None  # its snapshot
     template: Artifact | None = None  # its engine's
+    programs: Artifact | None = None  # what a cold start reads of its engine: libraries
     image_kinds: frozenset[str] = frozenset({""})
+    paths: tuple[StartPath, ...] = ("snapshot", "template", "cold")  # that a start without a process may take
     slots: int = 1  # requests that a replica runs at once
     phases: Mapping[StartPath, Mapping[PhaseName, float]] = field(default_factory=lambda: MappingProxyType({}))
     token_seconds: float = 0.03  # between two tokens of one request
@@ -165,7 +169,8 @@ class Running:
 class Replica:
     """One worker of a model. `since` is when it entered its state; `ready_at` when one that starts should be ready.
 
-    `expected` is when its present requests should be done: what a request would wait for that queues behind them."""
+    `expected` is when it should be done with all that it has, those that wait included: from then on it may go, and at
+    the latest then a request that queues behind them begins."""
 
     name: str
     model: str
@@ -217,7 +222,7 @@ class Move:
     several GPUs each carry their share. `behind`: it begins when another one, which brings the same bytes into DRAM,
     has come to its end: that one's first link, and what it has still to bring."""
 
-    name: Literal["weights", "image"]
+    name: Moved
     key: str
     size: int
     source: Tier
@@ -496,7 +501,7 @@ class Cluster:
         """Bytes of each of its GPUs, and of the host."""
         model = self._models[replica.model]
         if replica.state is State.SLEEPING:
-            return 0, model.process_bytes
+            return model.asleep_bytes, model.process_bytes
         return model.device_bytes, model.host_bytes
 
     def _take(self, replica: Replica, sign: int) -> None:
@@ -688,24 +693,25 @@ class Cluster:
             return None
         return self._move("weights", model.weights, node, tier, tuple(pcie(gpu) for gpu in gpus) or (MEMORY,))
 
-    def _move(
-        self, name: Literal["weights", "image"], artifact: Artifact, node: str, tier: Tier, last: tuple[str, ...]
-    ) -> Move:
+    def _move(self, name: Moved, artifact: Artifact, node: str, tier: Tier, last: tuple[str, ...]) -> Move:
         behind = self.arriving(artifact.key, node)
         if behind:
             return Move(name, artifact.key, artifact.coded_bytes, Tier.DRAM, last, behind)
         return Move(name, artifact.key, artifact.coded_bytes, tier, (*_BEFORE[tier], *last))
 
     def image_move(self, model: ModelCost, node: str, path: StartPath) -> Move | None:
-        """The image that a path needs, from its nearest tier; None when it needs none, or it can't be had or used."""
+        """The image that a path needs (a cold start: its engine's files) from its nearest tier; None when it needs none
+        or can't have or use it."""
         image, tier = self.image_of(model, node, path)
         if image is None or tier is None:
             return None
-        return self._move("image", image, node, tier, (MEMORY,))
+        return self._move("libraries" if path == "cold" else "image", image, node, tier, (MEMORY,))
 
     def image_of(self, model: ModelCost, node: str, path: StartPath) -> tuple[Artifact | None, Tier | None]:
         """The image that a path needs, and its nearest tier; None where there is none, or it can't be had or used."""
-        image = model.image if path == "snapshot" else model.template if path == "template" else None
+        images: dict[StartPath, Artifact | None]
+        images = {"snapshot": model.image, "template": model.template, "cold": model.programs}
+        image = images.get(path)
         if image is None or (path == "snapshot" and self._sites[node].node.kind not in model.image_kinds):
             return None, None
         return image, self.nearest(image.key, node)

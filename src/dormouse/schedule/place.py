@@ -23,7 +23,6 @@ from dormouse.schedule.room import MORE_GPUS, Eviction, Room, Worth, ends, find_
 
 Action = Literal["queue", "start", "wait"]
 
-_PATHS: tuple[StartPath, ...] = ("snapshot", "template", "cold")
 _NEAR = (Tier.GPU, Tier.DRAM, Tier.DISK)
 _SCAN = 25  # for each candidate wanted, so many nodes are looked at to find it
 _USUAL = 16  # more candidates than that are wanted for one that is out of patience
@@ -366,7 +365,7 @@ class _Search:
             return None
         weights = estimator.fetch_seconds(model.weights, node, view)
         ways: list[tuple[StartPath, float, float]] = []
-        for path in _PATHS:
+        for path in model.paths:
             moved = self._image_seconds(model, node, path)
             if moved is not None:
                 process, after = self._phase_seconds(model, path, view.node(node).kind)
@@ -375,11 +374,9 @@ class _Search:
 
     def _image_seconds(self, model: ModelCost, node: str, path: StartPath) -> float | None:
         """What the image of a path takes to a node; None when that path is not open there."""
-        if path == "cold":
-            return 0.0
         image, tier = self.view.image_of(model, node, path)
         if image is None or tier is None:
-            return None
+            return 0.0 if path == "cold" else None
         one = partial(self.estimator.link_seconds, node, size=image.coded_bytes, view=self.view)
         return max(self.estimator.fetch_seconds(image, node, self.view), one(MEMORY))
 

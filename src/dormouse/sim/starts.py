@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dormouse.schedule.cluster import Cluster, Move, PhaseName, Tier
-from dormouse.schedule.estimate import Estimator, Observed, Transferred
+from dormouse.schedule.estimate import Estimator, Observed, Transferred, shared
 from dormouse.sim.events import Clock
 from dormouse.sim.links import Flow, Way
 from dormouse.sim.records import Counts
@@ -64,11 +64,11 @@ class Starts:
         if plan.image is None:
             self._process(worker)
         else:  # before the weights: it is small, and much waits for it
-            self._bring(worker, plan.image, lambda: self._process(worker))
+            self._bring(worker, plan.image, lambda: self._process(worker), beside=plan.weights)
         if plan.weights is None:
             self._part_done(worker)
         else:
-            self._bring_weights(worker, plan.weights)
+            self._bring_weights(worker, plan.weights, plan.image)
 
     def stop(self, worker: Worker) -> None:
         """It goes; what is under way for it ends."""
@@ -84,22 +84,25 @@ class Starts:
 
     # --- bytes
 
-    def _bring_weights(self, worker: Worker, move: Move) -> None:
+    def _bring_weights(self, worker: Worker, move: Move, beside: Move | None) -> None:
         loading = self._habits.loading
         cap = loading.rate or math.inf
         if move.source is not Tier.REMOTE or not loading.download_first:
-            self._bring(worker, move, lambda: self._part_done(worker), cap)
+            self._bring(worker, move, lambda: self._part_done(worker), cap, beside)
             return
         first = Move("weights", move.key, move.size, Tier.REMOTE, move.links[:1])
         second = Move("weights", move.key, move.size, Tier.DISK, ("disk", *move.links[1:]))
         self._bring(worker, first, lambda: self._bring(worker, second, lambda: self._part_done(worker), cap))
 
-    def _bring(self, worker: Worker, move: Move, then: Callable[[], None], cap: float = math.inf) -> None:
+    def _bring(
+        self, worker: Worker, move: Move, then: Callable[[], None], cap: float = math.inf, beside: Move | None = None
+    ) -> None:
         if move.behind:
             self._follow(worker, move, then, cap)
             return
         node = worker.node
         slowest, size, ahead = self._slowest(node, move)
+        ahead += shared(beside, slowest, size)
         began = self._clock.now
         way: Way = tuple((self.wires.link(node, name), move.size_on(name) / move.size) for name in move.links)
 
@@ -197,6 +200,7 @@ class Starts:
                 tuple(worker.phases),
                 worker.predicted,
                 self._view.node(worker.node).kind,
-            )
+            ),
+            self._view,
         )
         self._ready(worker)
