@@ -623,12 +623,12 @@ def standing(model: str, view: Cluster, least: int) -> frozenset[str]:
     return frozenset(one.name for one in there[:least])
 
 
-class Provisioned(Basic):
+class Provisioned(Minima, Basic):
     """Another policy, and models of which some replicas are always ready, or at some times of the day."""
 
     def __init__(self, policy: Basic, minima: Mapping[str, Sequence[Minimum]]) -> None:
+        super().__init__(minima)
         self._policy = policy
-        self._minima = Minima(minima)
 
     def on_request(self, model: str, now: float) -> None:
         self._policy.on_request(model, now)
@@ -649,12 +649,8 @@ class Provisioned(Basic):
     def next_prewarm(self) -> float | None:
         return self._policy.next_prewarm()
 
-    def missing(self, view: Cluster, now: float) -> dict[str, int]:
-        """How many replicas of each model must be started to have its minimum."""
-        return self._minima.missing(view, now)
-
     def worth(self, replica: Replica, view: Cluster, now: float) -> float:
         return math.inf if self._needed(replica, view, now) else self._policy.worth(replica, view, now)
 
     def _needed(self, replica: Replica, view: Cluster, now: float) -> bool:
-        return view.ready_count(replica.model) <= self._minima.least(replica.model, now) > 0
+        return view.ready_count(replica.model) <= self.least(replica.model, now) > 0

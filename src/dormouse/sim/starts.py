@@ -74,8 +74,8 @@ class Starts:
         """It goes; what is under way for it ends."""
         if worker.event:
             worker.event.cancel()
-        for shared in self.wires.shared.values():
-            shared.waiting.pop(worker, None)
+        for other in self.wires.shared.values():
+            other.waiting.pop(worker, None)
         flows, worker.flows = worker.flows, {}
         for flow, key in flows.items():
             self.wires.network.stop(flow)
