@@ -21,7 +21,8 @@ A Llama of random bfloat16 weights is made and imported; its engine takes 80 % o
 Seconds of a restore end at the first token of an answer, which must be what it was before the capture. The command
 line's own time counts. `peak` is the most host memory taken beyond what was before, page cache left out. Rows are
 independent: one that fails says why, and after `--row-seconds` it has failed. Figures are written after every row; rows
-of an earlier run in the same file stay, marked with its date, unless they run again. Needs root and CRIU.
+of an earlier run in the same file stay, marked with its date and the file system of its store, unless they run again.
+Needs root and CRIU.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from dormouse.phases import Phase, Phases
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.store.store import Store
 from dormouse.trace import gigabytes_per_second
-from gpu_machine import Gpu, facts, find_gpu, measure_limits, peak_memory
+from gpu_machine import Gpu, facts, filesystem, find_gpu, measure_limits, peak_memory
 from gpu_model import SIZES, Made, make_model
 from gpu_ways import (
     Cuda,
@@ -399,10 +400,11 @@ def row_transparent(bench: Bench, deadline: Deadline) -> Row:
     """Ours, of a program that knows nothing of it."""
     bench.stop_server()
     job = Transparent(bench.llama("transparent"), bench.home.root, "bench-llama")
-    return _transparent(bench, job, deadline)
+    return _transparent(bench, job, deadline, empty=bench.options.kv_gigabytes * 1e9)
 
 
-def _transparent(bench: Bench, job: Transparent, deadline: Deadline) -> Row:
+def _transparent(bench: Bench, job: Transparent, deadline: Deadline, *, empty: float = 0) -> Row:
+    """`empty` bytes of its memory are zero, and need no room."""
     subject = job.subject
     with contextlib.closing(job):
         drop_page_cache()
@@ -412,7 +414,7 @@ def _transparent(bench: Bench, job: Transparent, deadline: Deadline) -> Row:
         row: Row = {"cold_s": subject.first_token(deadline, job.alive) - begin}
         text = subject.answer(deadline, job.alive)
         row |= {"gpu_bytes": bench.gpu_bytes(), "host_bytes": resident_bytes(job.pid)}
-        bench.need_disk(1.2 * ((row["gpu_bytes"] or 0) + row["host_bytes"]))
+        bench.need_disk(1.2 * ((row["gpu_bytes"] or 0) + row["host_bytes"] - empty))
         begin = time.monotonic()
         with peak_memory() as peak:
             captured = job.capture(deadline)
@@ -608,7 +610,7 @@ def finish(bench: Bench, result: dict[str, Any]) -> None:
     """Write what there is so far."""
     rows = {name: {key: value for key, value in row.items() if key[0] != "_"} for name, row in bench.rows.items()}
     for name, row in rows.items():
-        row["date"] = result["machine"]["date"]
+        row |= {"date": result["machine"]["date"], "store": filesystem(bench.scratch)}
         for kind in ("capture", "restore"):
             if f"{kind}_steps" in row:
                 steps = [_with_gpu_bytes(name, row, fields) for fields in row[f"{kind}_steps"]]
