@@ -285,8 +285,13 @@ class _Search:
         slots.sort(key=lambda slot: slot[0])
         rounds, turn = divmod(ahead, len(slots))
         wait, replica = slots[turn]
-        usual = self.request.expected_tokens * model.token_seconds
-        return replica, wait + rounds * max(usual, slots[-1][0])
+        return replica, wait + rounds * max(self._usual(replicas), slots[-1][0])
+
+    def _usual(self, replicas: list[Replica]) -> float:
+        """How long a slot is taken: by what the request is expected to be, or as those before it."""
+        if self.request.expected_tokens:
+            return self.request.expected_tokens * self.model.token_seconds
+        return max(one.expected - min((r.began for r in one.requests), default=one.expected) for one in replicas)
 
     def _wake(self, replica: Replica) -> Option | None:
         node, model = replica.node, self.model
