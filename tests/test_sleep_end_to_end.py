@@ -155,7 +155,7 @@ def test_a_process_that_dozes_goes_when_another_model_needs_its_room(
         assert asked(server, "other")[0] == "cold"
         assert server.state() in ("stopping", "asleep")
         assert server.metric("dormouse_evictions_total", model="null", what="process") == 1
-        assert server.metric("dormouse_evictions_total", model="null", what="weights") == 1
+        assert server.metric("dormouse_evictions_total", model="null", what="weights") == 0, "that was enough"
         until_dozing(server, "other")
         assert asked(server)[0] == "snapshot"
 

@@ -23,7 +23,7 @@ _THERE = (Doing.READY, Doing.STARTING, Doing.RESTORING, Doing.WAKING, Doing.RESU
 def outlook(one: Standing, path: StartPath, view: Cluster, forecast: Forecast, keeping: Keeping) -> dict[str, Any]:
     """The path of its next start, how long that should take, and what it steps down to while nobody asks."""
     idle = one.doing in _STEPS_DOWN and not (one.running or one.waiting)
-    step = keeping.next_step(one.name) if idle else None
+    step = keeping.next_step(one.name, asleep=one.doing is Doing.DOZING) if idle else None
     why = keeping.why(one.name)
     return {
         "name": one.name,
