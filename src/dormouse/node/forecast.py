@@ -23,8 +23,8 @@ from typing import Any
 from dormouse.errors import DormouseError
 from dormouse.node import learned
 from dormouse.node.observed import observed, seconds_of
-from dormouse.node.page_cache import Stretch, cached_bytes
-from dormouse.node.parts import Catalog, OnDisk
+from dormouse.node.page_cache import OnDisk, Stretch, cached_bytes
+from dormouse.node.parts import Catalog
 from dormouse.node.replica import State as Doing
 from dormouse.phases import Phases
 from dormouse.schedule.cluster import (
