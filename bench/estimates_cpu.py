@@ -26,7 +26,8 @@ from rich.table import Table
 
 from dormouse.bench_start import Watch, drop_page_cache, host_facts, scratch
 from dormouse.checkpoint.models import open_model
-from dormouse.config import DataDir, ModelConfig, ServeConfig, default_data_dir
+from dormouse.config import ModelConfig, ServeConfig
+from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.engine.messages import ChatPrompt, Sampling
 from dormouse.errors import EngineError
 from dormouse.node.assemble import assemble_node

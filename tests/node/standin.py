@@ -23,7 +23,8 @@ from dormouse.checkpoint.tensors import NewTensor, lay_out
 from dormouse.config import ModelConfig, ServeConfig
 from dormouse.errors import ConfigError, DormouseError, IncompatibleError, NotFoundError
 from dormouse.node.node import Node
-from dormouse.node.parts import Model, OnDisk
+from dormouse.node.page_cache import OnDisk
+from dormouse.node.parts import Model
 from dormouse.phases import Phase, Phases, host_clock
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
 from dormouse.snapshot.compatibility import first_mismatch

@@ -233,7 +233,8 @@ async def test_the_outlook_says_how_it_starts_next_and_when_it_goes(tmp_path: Pa
         assert (found["path"], found["step"]["to"]) == ("hot", "sleep")
         assert found["step"]["at"] - node.started == pytest.approx(50.0, abs=5.0)
         await node.sleep("mouse", keep=True)
-        assert (await outlook_of(node))["path"] == "sleep"
+        found = await outlook_of(node)
+        assert (found["path"], found["why"]) == ("sleep", "policy fixed, until its room is needed")
         await node.sleep("mouse")
         found = await node.explain("mouse")
         assert found["path"] == "snapshot" and [row["path"] for row in found["paths"]] == ["snapshot", "cold"]

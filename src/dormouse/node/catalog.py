@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 from dormouse.errors import ConfigError, DamagedError, NotFoundError
 from dormouse.node import canary
-from dormouse.node.page_cache import Stretch, joined
-from dormouse.node.parts import OnDisk
+from dormouse.node.page_cache import OnDisk, Stretch, joined
 from dormouse.snapshot.capture import PROCESS_KIND, SNAPSHOT_KIND, TEMPLATE_KIND
 from dormouse.snapshot.images import decode_body
 from dormouse.store.pack import pack_name

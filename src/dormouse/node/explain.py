@@ -22,14 +22,16 @@ _THERE = (Doing.READY, Doing.STARTING, Doing.RESTORING, Doing.WAKING, Doing.RESU
 
 def outlook(one: Standing, path: StartPath, view: Cluster, forecast: Forecast, keeping: Keeping) -> dict[str, Any]:
     """The path of its next start, how long that should take, and what it steps down to while nobody asks."""
-    step = keeping.next_step(one.name)
+    idle = one.doing in _STEPS_DOWN and not (one.running or one.waiting)
+    step = keeping.next_step(one.name, asleep=one.doing is Doing.DOZING) if idle else None
+    why = keeping.why(one.name)
     return {
         "name": one.name,
         "state": one.doing.value,
         "path": path,
         **estimate_json(forecast.estimate(one, path, view)),
-        "step": {"to": step.to, "at": step.at} if step is not None and one.doing in _STEPS_DOWN else None,
-        "why": keeping.why(one.name),
+        "step": {"to": step.to, "at": step.at} if step is not None else None,
+        "why": f"{why}, until its room is needed" if idle and step is None and not one.pinned else why,
     }
 
 

@@ -23,8 +23,8 @@ from typing import Any
 from dormouse.errors import DormouseError
 from dormouse.node import learned
 from dormouse.node.observed import observed, seconds_of
-from dormouse.node.page_cache import Stretch, cached_bytes
-from dormouse.node.parts import Catalog, OnDisk
+from dormouse.node.page_cache import OnDisk, Stretch, cached_bytes
+from dormouse.node.parts import Catalog
 from dormouse.node.replica import State as Doing
 from dormouse.phases import Phases
 from dormouse.schedule.cluster import (
@@ -51,8 +51,9 @@ HERE = "this host"
 KEPT = 20
 """Starts per model that are remembered with their estimates."""
 
-_LINKS: Mapping[str, Link] = MappingProxyType({DISK: Link(1e9), MEMORY: Link(4e9), "pcie": Link(2e10)})
-"""First guesses; the estimator learns the true rates."""
+_LINKS: Mapping[str, Link] = MappingProxyType({DISK: Link(1e9), MEMORY: Link(5e10), "pcie": Link(5e10)})
+"""First guesses; the estimator learns the true rates. What comes from further away teaches only its first link, so the
+last one must be thought fast."""
 _GUESSES: Mapping[StartPath, Mapping[PhaseName, float]] = MappingProxyType(
     {
         "sleep": {"ready": 0.05},
@@ -232,6 +233,10 @@ class Forecast:
         """It is gone."""
         self._found.pop(snapshot_id, None)
         self._near.discard(snapshot_id)
+
+    async def know(self, snapshot_id: str) -> None:
+        """It is new: find out its size now, not when it is needed."""
+        await asyncio.to_thread(self._look, {snapshot_id: snapshot_id})
 
     # The view
 

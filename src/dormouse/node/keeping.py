@@ -133,10 +133,11 @@ class Keeping:
         now = self._clock()
         return lambda replica: self.policy.worth(replica, view, now)
 
-    def next_step(self, model: str) -> Step | None:
-        """What an idle model steps down to next."""
+    def next_step(self, model: str, *, asleep: bool) -> Step | None:
+        """What an idle model steps down to next, ready or with its process asleep."""
         now = self._clock()
-        ahead = [step for step in self._steps.get(model, ()) if step.at > now and math.isfinite(step.at)]
+        below = [step for step in self._steps.get(model, ()) if not (asleep and step.to == "sleep")]
+        ahead = [step for step in below if step.at > now and math.isfinite(step.at)]
         return min(ahead, key=lambda step: step.at, default=None)
 
     def why(self, model: str) -> str:

@@ -144,6 +144,7 @@ class Node:
             self._templates = await self._find_templates(host)
             self._publisher = asyncio.create_task(self._publish(), name="publish")
             self._keeping.begin()
+            self._in_background(self._forecast.look(self._standings()), "what lies on disk could not be seen: %s")
             self._exits = exits.pop_all()
         return self
 
@@ -673,6 +674,7 @@ class Node:
             asyncio.to_thread(self._catalog.drop_older, name, snapshot_id, kind=kind),
             "older snapshots could not be removed: %s",
         )
+        self._in_background(self._forecast.know(snapshot_id), "the size of a snapshot is not known: %s")
 
     def _quarantine(self, snapshot_id: str, error: DormouseError) -> None:
         """Called in the middle of a replica's effects: what may give it a new event comes later."""

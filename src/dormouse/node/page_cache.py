@@ -28,6 +28,15 @@ class Stretch:
     length: int
 
 
+@dataclass(frozen=True)
+class OnDisk:
+    """The chunks of a snapshot or a checkpoint: their bytes, plain and stored, and where these lie."""
+
+    plain_bytes: int
+    stored_bytes: int
+    stretches: tuple[Stretch, ...]
+
+
 class _Range(ctypes.Structure):
     _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
 

@@ -6,12 +6,11 @@ Each is the smallest interface the node needs; the product's own parts fit as th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from dormouse.errors import DormouseError
-from dormouse.node.page_cache import Stretch
+from dormouse.node.page_cache import OnDisk
 from dormouse.node.replica import Start
 from dormouse.phases import Phases
 from dormouse.schedule.cluster import StartPath
@@ -21,15 +20,6 @@ from dormouse.transfer.handles import SegmentHandle
 
 Evicted = Literal["weights", "process", "model"]
 """What went to make room: kept weights, a process that dozed, an idle model that was ready."""
-
-
-@dataclass(frozen=True)
-class OnDisk:
-    """The chunks of a snapshot or a checkpoint: their bytes, plain and stored, and where these lie."""
-
-    plain_bytes: int
-    stored_bytes: int
-    stretches: tuple[Stretch, ...]
 
 
 class Host(Protocol):
