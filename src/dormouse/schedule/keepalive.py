@@ -78,9 +78,11 @@ class Policy(Protocol):
 
     def on_gone(self, replica: Replica, view: Cluster, now: float) -> None: ...
 
-    def on_room(self, slept: Sequence[Replica], ended: Sequence[Replica], view: Cluster, now: float) -> None:
-        """A replica starts or wakes. These idle ones, as they were, gave up their GPUs or all they had for it; nobody,
-        when there was room."""
+    def on_room(
+        self, model: str, slept: Sequence[Replica], ended: Sequence[Replica], view: Cluster, now: float
+    ) -> None:
+        """A replica of `model` starts or wakes. These idle ones, as they were, give up their GPUs or all they have for
+        it. Comes before the view knows."""
 
     def prewarm(self, now: float) -> list[Warm]:
         """Those due by now, each once. One whose model got a request meanwhile is none any more."""
@@ -116,7 +118,7 @@ class Basic(ABC):
         """Nothing to forget."""
 
     def on_room(  # noqa: B027
-        self, slept: Sequence[Replica], ended: Sequence[Replica], view: Cluster, now: float
+        self, model: str, slept: Sequence[Replica], ended: Sequence[Replica], view: Cluster, now: float
     ) -> None:
         """Nothing to learn."""
 
@@ -422,9 +424,9 @@ class Expected(Planned):
     before the next one.
 
     Nobody sets the price of memory: it is learned from what is lost for want of it. Each start tells what the most
-    valuable of those was worth that went for it, by their bytes, and nothing when there was room; the price is `share`
-    of the mean over the last starts, so near 0 while memory is ample (`prices` are the least), and near the value of
-    what is evicted next when it is short. Then those who are worth less go before anybody has to wait for them."""
+    valuable of those was worth that went for it, by their bytes, or nothing when there was room anywhere; the price is
+    `share` of the mean over the last starts, so near 0 while memory is ample (`prices` are the least), and near the
+    value of what is evicted next when it is short. Then those who are worth less go before they are in the way."""
 
     def __init__(
         self,
@@ -458,9 +460,13 @@ class Expected(Planned):
         self._times.ended(model, idle, now)
         self._last.setdefault(model, deque(maxlen=_LAST)).append(idle)
 
-    def on_room(self, slept: Sequence[Replica], ended: Sequence[Replica], view: Cluster, now: float) -> None:
-        gone = [*slept, *ended]
-        gpu = max((self._value("hot", one, view, now) for one in gone if one.state is State.HOT), default=0.0)
+    def on_room(
+        self, model: str, slept: Sequence[Replica], ended: Sequence[Replica], view: Cluster, now: float
+    ) -> None:
+        gpu = 0.0
+        if not _has_room(view.model(model), view):
+            hot = [one for one in (*slept, *ended) if one.state is State.HOT]
+            gpu = max((self._value("hot", one, view, now) for one in hot), default=0.0)
         host = max((self._value("sleep", one, view, now) for one in ended), default=0.0)
         self._lost = Prices(
             self._lost.gpu + (gpu - self._lost.gpu) / _STARTS, self._lost.host + (host - self._lost.host) / _STARTS
@@ -518,6 +524,11 @@ class Expected(Planned):
         """What its return takes, by the chance that it is asked for soon."""
         back = self._felt + self._estimator.return_seconds(view.model(replica.model))
         return back * -math.expm1(-_SOON * self._index(replica, now))
+
+
+def _has_room(model: ModelCost, view: Cluster) -> bool:
+    """Whether there are GPUs anywhere on which it could be without anybody going."""
+    return next(view.most_free(model.gpus), (0.0, ""))[0] >= model.device_bytes
 
 
 def _return_window(late: list[float], saves: float, price: float) -> tuple[float, float] | None:
@@ -610,8 +621,10 @@ class Provisioned(Basic):
     def on_gone(self, replica: Replica, view: Cluster, now: float) -> None:
         self._policy.on_gone(replica, view, now)
 
-    def on_room(self, slept: Sequence[Replica], ended: Sequence[Replica], view: Cluster, now: float) -> None:
-        self._policy.on_room(slept, ended, view, now)
+    def on_room(
+        self, model: str, slept: Sequence[Replica], ended: Sequence[Replica], view: Cluster, now: float
+    ) -> None:
+        self._policy.on_room(model, slept, ended, view, now)
 
     def prewarm(self, now: float) -> list[Warm]:
         return self._policy.prewarm(now)
