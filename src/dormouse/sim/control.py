@@ -75,7 +75,7 @@ class Ours:
         assert option is not None
         self.decided += 1
         if option.action == "start":
-            self.keeper.makes_room(decision.request.model, option.evict)
+            self.keeper.starting(decision.request.model, option.evict)
         for eviction in option.evict:
             self._evict(eviction)
         for move in option.migrate:
