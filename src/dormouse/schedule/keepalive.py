@@ -452,6 +452,8 @@ class Expected(Planned):
 
     def on_request(self, model: str, now: float) -> None:
         self._times.request(model, now)
+        if self._hot_until.get(model, 0.0) > now:
+            del self._hot_until[model]
         super().on_request(model, now)
 
     def learn(self, model: str, idle: float, now: float) -> None:
