@@ -29,7 +29,7 @@ from rich.table import Table
 
 from dormouse.bench_start import host_facts
 from dormouse.checkpoint.models import open_model
-from dormouse.config import default_data_dir
+from dormouse.data_dir import default_data_dir
 from dormouse.errors import DormouseError
 from dormouse.store import floats
 from dormouse.store.codec import Codec

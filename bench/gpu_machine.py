@@ -28,6 +28,7 @@ from dormouse import host_memory
 from dormouse.bench_load import limits
 from measuring import drop_page_cache
 
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _INTERVAL = 0.02
 _LINK_TIMEOUT = 60.0
 
@@ -74,6 +75,13 @@ class Gpu:
             raise OSError(f"{name} failed with {code}")
 
 
+def filesystem(folder: Path) -> str:
+    """The kind of file system that a folder is on, such as ext4 or tmpfs."""
+    mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    above = [(len(place), kind) for place, kind in mounts if folder.resolve().is_relative_to(place)]
+    return max(above, default=(0, "unknown"))[1]
+
+
 def find_gpu(device: str) -> Gpu | None:
     """The GPU of a device such as cuda:0; None for the CPU. Raises OSError."""
     return Gpu(int(device.partition(":")[2] or 0)) if device.startswith("cuda") else None
@@ -87,6 +95,7 @@ def facts(gpu: Gpu | None, criu: str) -> dict[str, Any]:
         "machine": f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}",
         "memory_bytes": host_memory.total(),
         "kernel": platform.release(),
+        "huge_pages": re.sub(r".*\[(.*)\].*", r"\1", _HUGE_PAGES.read_text().strip()),
         "python": platform.python_version(),
         "criu": criu,
         **{name: _version(name) for name in ("dormouse", "torch", "transformers", "triton", "cuda-bindings")},

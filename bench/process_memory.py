@@ -41,7 +41,7 @@ from rich.table import Table
 
 from dormouse import host_memory
 from dormouse.bench_start import host_facts
-from dormouse.config import default_data_dir
+from dormouse.data_dir import default_data_dir
 from dormouse.snapshot.capture import PROCESS_KIND, CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu

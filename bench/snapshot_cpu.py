@@ -46,7 +46,7 @@ from dormouse import disk_speed
 from dormouse.bench_start import host_facts
 from dormouse.catalogue import human
 from dormouse.checkpoint.models import open_model
-from dormouse.config import DataDir, default_data_dir
+from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.errors import DormouseError
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from measuring import OperationFailed, run_operation

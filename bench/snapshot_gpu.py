@@ -21,7 +21,8 @@ A Llama of random bfloat16 weights is made and imported; its engine takes 80 % o
 Seconds of a restore end at the first token of an answer, which must be what it was before the capture. The command
 line's own time counts. `peak` is the most host memory taken beyond what was before, page cache left out. Rows are
 independent: one that fails says why, and after `--row-seconds` it has failed. Figures are written after every row; rows
-of an earlier run in the same file stay, marked with its date, unless they run again. Needs root and CRIU.
+of an earlier run in the same file stay, marked with its date and the file system of its store, unless they run again.
+Needs root and CRIU.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dormouse.catalogue import human
-from dormouse.config import DataDir, ModelConfig, ServeConfig, default_data_dir
+from dormouse.config import ModelConfig, ServeConfig
+from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.errors import DormouseError
 from dormouse.phases import Phase, Phases
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.store.store import Store
 from dormouse.trace import gigabytes_per_second
-from gpu_machine import Gpu, facts, find_gpu, measure_limits, peak_memory
+from gpu_machine import Gpu, facts, filesystem, find_gpu, measure_limits, peak_memory
 from gpu_model import SIZES, Made, make_model
 from gpu_ways import (
     Cuda,
@@ -398,10 +400,11 @@ def row_transparent(bench: Bench, deadline: Deadline) -> Row:
     """Ours, of a program that knows nothing of it."""
     bench.stop_server()
     job = Transparent(bench.llama("transparent"), bench.home.root, "bench-llama")
-    return _transparent(bench, job, deadline)
+    return _transparent(bench, job, deadline, empty=bench.options.kv_gigabytes * 1e9)
 
 
-def _transparent(bench: Bench, job: Transparent, deadline: Deadline) -> Row:
+def _transparent(bench: Bench, job: Transparent, deadline: Deadline, *, empty: float = 0) -> Row:
+    """`empty` bytes of its memory are zero, and need no room."""
     subject = job.subject
     with contextlib.closing(job):
         drop_page_cache()
@@ -411,7 +414,7 @@ def _transparent(bench: Bench, job: Transparent, deadline: Deadline) -> Row:
         row: Row = {"cold_s": subject.first_token(deadline, job.alive) - begin}
         text = subject.answer(deadline, job.alive)
         row |= {"gpu_bytes": bench.gpu_bytes(), "host_bytes": resident_bytes(job.pid)}
-        bench.need_disk(1.2 * ((row["gpu_bytes"] or 0) + row["host_bytes"]))
+        bench.need_disk(1.2 * ((row["gpu_bytes"] or 0) + row["host_bytes"] - empty))
         begin = time.monotonic()
         with peak_memory() as peak:
             captured = job.capture(deadline)
@@ -607,7 +610,7 @@ def finish(bench: Bench, result: dict[str, Any]) -> None:
     """Write what there is so far."""
     rows = {name: {key: value for key, value in row.items() if key[0] != "_"} for name, row in bench.rows.items()}
     for name, row in rows.items():
-        row["date"] = result["machine"]["date"]
+        row |= {"date": result["machine"]["date"], "store": filesystem(bench.scratch)}
         for kind in ("capture", "restore"):
             if f"{kind}_steps" in row:
                 steps = [_with_gpu_bytes(name, row, fields) for fields in row[f"{kind}_steps"]]
@@ -657,11 +660,13 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
     def raw_of(row: Row) -> float:
         return float(row["gpu_bytes"] + row["host_bytes"])
 
-    stored = result["model"]["stored_bytes"]
+    def stored() -> float:
+        return float(result["model"]["stored_bytes"])
+
     say("restore, dram (s)", lambda: rows["dram"]["restore_s"])
     say("restore, sleep (s)", lambda: rows["sleep"]["restore_s"])
     say("restore, disk cold (s)", lambda: rows["disk-cold"]["restore_s"])
-    say("1.15 x coded bytes / disk rate + 0.6 (s)", lambda: 1.15 * stored / result["limits"]["disk read"] + 0.6)
+    say("1.15 x coded bytes / disk rate + 0.6 (s)", lambda: 1.15 * stored() / result["limits"]["disk read"] + 0.6)
     say("cold start / restore from dram", lambda: rows["cold"]["cold_s"] / rows["dram"]["restore_s"])
     say("plain CRIU / ours from dram, restore", lambda: rows["raw"]["restore_s"] / rows["dram"]["restore_s"])
     say("plain CRIU / ours from disk, restore", lambda: rows["raw"]["restore_s"] / rows["disk-cold"]["restore_s"])
@@ -669,7 +674,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
     say("image beside the weights (GB)", lambda: rows["cold"]["stored_bytes"] / 1e9)
     say("second model's snapshot, its own bytes (GB)", lambda: rows["second"]["own_bytes"] / 1e9)
     say("memory of the process / stored, transparent", lambda: raw_of(rows["transparent"]) / rows["transparent"]["stored_bytes"])  # fmt: skip  # noqa: E501
-    say("memory of the process / stored, cooperative", lambda: raw_of(rows["cold"]) / (rows["cold"]["stored_bytes"] + stored))  # fmt: skip  # noqa: E501
+    say("memory of the process / stored, cooperative", lambda: raw_of(rows["cold"]) / (rows["cold"]["stored_bytes"] + stored()))  # fmt: skip  # noqa: E501
     say("capture, first (s)", lambda: rows["cold"]["capture_s"])
     say("capture, again (s)", lambda: rows["again"]["capture_s"])
     say("block: ours / the driver's own, capture", lambda: rows["block"]["capture_s"] / rows["block"]["driver_checkpoint_s"])  # fmt: skip  # noqa: E501

@@ -23,7 +23,8 @@ import lz4.frame
 import zstandard
 
 from dormouse.checkpoint.smollm2 import fetched
-from dormouse.config import DataDir, ModelConfig, ServeConfig
+from dormouse.config import ModelConfig, ServeConfig
+from dormouse.data_dir import DataDir
 from dormouse.engine.messages import ChatPrompt, Delta, Sampling
 from dormouse.errors import DormouseError
 from dormouse.node.assemble import assemble_node

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dormouse.bench_start import host_facts
-from dormouse.config import DataDir, default_data_dir
+from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.engine.messages import Delta, Load, Sampling, TextPrompt
 from dormouse.errors import DormouseError
 from dormouse.node.catalog import StoreCatalog

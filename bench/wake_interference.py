@@ -31,7 +31,7 @@ from rich.table import Table
 from dormouse.bench_start import host_facts
 from dormouse.checkpoint.models import open_model
 from dormouse.checkpoint.writer import copy_checkpoint
-from dormouse.config import DataDir, default_data_dir
+from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.node.presence import read_node
 from dormouse.store.store import Store
 

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel, open_model
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import DormouseError
 from dormouse.store.store import Store
 from tests.gpu_turns import turn

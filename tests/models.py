@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dormouse.checkpoint.models import ImportedModel
 from dormouse.checkpoint.writer import copy_checkpoint
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.store.store import Store
 
 

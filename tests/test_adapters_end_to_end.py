@@ -17,7 +17,7 @@ from dormouse.admin_client import ask_node
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel
 from dormouse.checkpoint.pool import SegmentPool
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.engine.arena import Arena
 from dormouse.engine.transformers_model import load_model
 from dormouse.store.store import Store

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.store.store import Store
 from tests.test_end_to_end import QUESTION, Server, command_of, data_dir, serve
 

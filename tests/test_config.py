@@ -11,16 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dormouse.config import (
-    DataDir,
     ModelConfig,
     ServeConfig,
     config_schema,
-    default_data_dir,
     load_api_keys,
     load_config,
     parse_duration,
     parse_size,
 )
+from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

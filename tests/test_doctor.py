@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from dormouse import disk_speed, doctor
-from dormouse.config import default_data_dir
+from dormouse.data_dir import default_data_dir
 from dormouse.doctor import Check
 from dormouse.store.key import open_key
 

@@ -23,7 +23,7 @@ import pytest
 from dormouse.admin_client import ask_node
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel
-from dormouse.config import DataDir, default_data_dir
+from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.errors import HostError
 from dormouse.snapshot.criu_setup import find_criu
 from dormouse.store.store import Store

@@ -16,7 +16,7 @@ import pytest
 
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.store.store import Store
 from tests.models import lend, quiet
 from tests.test_end_to_end import PATIENCE, QUESTION, Server, data_dir, serve, until

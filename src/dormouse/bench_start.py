@@ -36,7 +36,8 @@ from rich.table import Table
 from dormouse.catalogue import human
 from dormouse.checkpoint.models import open_model
 from dormouse.checkpoint.writer import copy_checkpoint
-from dormouse.config import DataDir, ModelConfig, ServeConfig
+from dormouse.config import ModelConfig, ServeConfig
+from dormouse.data_dir import DataDir
 from dormouse.engine.messages import ChatPrompt, Delta, Sampling
 from dormouse.errors import DormouseError, EngineError, HostError
 from dormouse.node.assemble import assemble_node

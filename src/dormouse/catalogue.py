@@ -22,12 +22,11 @@ from rich.text import Text
 from dormouse.admin_client import ask_node
 from dormouse.checkpoint.models import ImportedModel, list_models
 from dormouse.checkpoint.writer import CHECKPOINT_KIND
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import ConfigError, NotFoundError, StoreError
 from dormouse.jobs.control import Request, ask, jobs_folder
 from dormouse.node.catalog import StoreCatalog, refuse_if_pinned, snapshot_rows, snapshots_of
-from dormouse.node.presence import read_node
-from dormouse.node.runner import ModelStatus
+from dormouse.node.presence import ModelStatus, read_node
 from dormouse.phases import Phase
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.images import SnapshotBody, decode_body

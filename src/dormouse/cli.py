@@ -24,21 +24,10 @@ from rich.console import Console
 from rich.markup import escape
 
 import dormouse
-from dormouse import catalogue, doctor
 from dormouse.admin_client import ask_node
-from dormouse.checkpoint.importer import import_model
-from dormouse.checkpoint.models import list_models, open_model, remove_model
-from dormouse.checkpoint.writer import sweep
-from dormouse.config import DataDir, default_data_dir, load_config
+from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError
 from dormouse.progress import Reporter
-from dormouse.snapshot.capture import SNAPSHOT_KIND
-from dormouse.snapshot.criu_setup import find_criu, setup_criu
-from dormouse.snapshot.pages import hex_lines
-from dormouse.store.key import Key, parse_key, read_key
-from dormouse.store.key_import import export_key, host_key, import_key
-from dormouse.store.store import Store
-from dormouse.trace import chrome_trace
 from dormouse.transfer.memory import keep_freed_memory
 
 INTERNAL_ERROR = 70
@@ -89,6 +78,7 @@ def serve(sources: tuple[str, ...], keep_alive: str | None, **flags: Any) -> Non
     Takes one configuration file (ends in .yaml or .yml), or the names of imported models to serve with default
     settings.
     """
+    from dormouse.config import load_config
     from dormouse.gateway.server import run_server
 
     files = [source for source in sources if source.endswith((".yaml", ".yml"))]
@@ -118,6 +108,9 @@ def import_(
 
     A folder with adapter_config.json is imported as a LoRA adapter of a model that is imported already.
     """
+    from dormouse import catalogue
+    from dormouse.checkpoint.importer import import_model
+
     data_dir.create()
     with reporter:
         model = import_model(source, name, data_dir, progress=reporter.progress, replace=replace, base=base)
@@ -144,6 +137,8 @@ def load(
     name: str, devices: tuple[str, ...], tensors: tuple[str, ...], data_dir: DataDir, as_json: bool, reporter: Reporter
 ) -> None:
     """Load a model's weights into memory, tell how fast that went, and let go of them."""
+    from dormouse import catalogue
+
     try:
         from dormouse.checkpoint import load as loading
     except ImportError as error:
@@ -213,6 +208,7 @@ def run(
 @common
 def checkpoint(target: str, data_dir: DataDir, as_json: bool, reporter: Reporter, **options: Any) -> None:
     """Capture a job, or any process with all its children, as a snapshot."""
+    from dormouse import catalogue
     from dormouse.jobs import launch
     from dormouse.jobs.control import Request
 
@@ -282,6 +278,8 @@ def stop(name: str, grace: float, data_dir: DataDir, as_json: bool, reporter: Re
 @common
 def list_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """List models, snapshots, their sizes and states."""
+    from dormouse import catalogue
+
     listing = catalogue.listing(data_dir)
     emit(listing) if as_json else out.print(catalogue.render(listing))
 
@@ -311,6 +309,8 @@ def inspect(
     data_dir: DataDir, as_json: bool, reporter: Reporter,
 ) -> None:  # fmt: skip
     """Show what is in a snapshot: its images, sizes, phases and compatibility key; or its memory."""
+    from dormouse import catalogue
+
     if (address is None and raw) or (address is not None and maps):
         raise click.UsageError("--raw goes with --address, and --maps without")
     if as_json and not raw and length > LONGEST_JSON:
@@ -332,6 +332,9 @@ def inspect(
 def trace(target: str, output: Path | None, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Show step by step what the latest starts and captures of a served model took, of a running job, or the capture
     of a snapshot."""
+    from dormouse import catalogue
+    from dormouse.trace import chrome_trace
+
     operations = catalogue.operations(data_dir, target)
     if output is not None:
         write_trace(output, chrome_trace(operations))
@@ -355,6 +358,8 @@ def write_trace(path: Path, trace: dict[str, Any]) -> None:
 
 def show_memory(parts: Iterator[bytes], address: int, raw: bool, as_json: bool) -> None:
     """Bytes of a snapshot's memory: as they are, as JSON in base64, or as a hex dump."""
+    from dormouse.snapshot.pages import hex_lines
+
     if raw:
         for part in parts:
             sys.stdout.buffer.write(part)
@@ -372,7 +377,10 @@ def show_memory(parts: Iterator[bytes], address: int, raw: bool, as_json: bool) 
 @common
 def export(snapshot_id: str, folder: Path, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Write a snapshot as ordinary CRIU images into a new folder, for `criu restore` and `crit`."""
+    from dormouse import catalogue
+    from dormouse.snapshot.criu_setup import find_criu
     from dormouse.snapshot.export import export as export_snapshot
+    from dormouse.store.store import Store
 
     with Store.open(data_dir.create().store) as store, reporter:
         identity = catalogue.resolve(store, snapshot_id)
@@ -405,8 +413,11 @@ def import_images_(
     folder: Path, name: str | None, externals: tuple[str, ...], data_dir: DataDir, as_json: bool, reporter: Reporter
 ) -> None:
     """Take a folder of ordinary CRIU images (of `criu dump`) in as a snapshot."""
+    from dormouse import catalogue
     from dormouse.snapshot.compatibility import system_key
+    from dormouse.snapshot.criu_setup import find_criu
     from dormouse.snapshot.import_images import import_images, parse_external
+    from dormouse.store.store import Store
 
     key = system_key(gpu=False) | {"criu": find_criu(data_dir.root).version_text}
     ties = [parse_external(text) for text in externals]
@@ -440,6 +451,12 @@ def rm(
     targets: tuple[str, ...], is_model: bool, force: bool, data_dir: DataDir, as_json: bool, reporter: Reporter
 ) -> None:
     """Remove snapshots, or with --model whole models, and free their disk space."""
+    from dormouse import catalogue
+    from dormouse.checkpoint.models import list_models, open_model, remove_model
+    from dormouse.checkpoint.writer import sweep
+    from dormouse.snapshot.capture import SNAPSHOT_KIND
+    from dormouse.store.store import Store
+
     targets = tuple(dict.fromkeys(targets))
     orphans: list[str] = []
     with Store.open(data_dir.create().store) as store:
@@ -510,6 +527,8 @@ def wake(model: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> No
 @common
 def pin(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Keep a snapshot when newer ones come; `rm` then needs --force."""
+    from dormouse import catalogue
+
     identity = catalogue.pin(data_dir, snapshot_id, True)
     emit({"id": identity, "pinned": True}) if as_json else out.print(f"Snapshot {identity} is pinned")
 
@@ -519,6 +538,8 @@ def pin(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Reporter) 
 @common
 def unpin(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Let a pinned snapshot go when a newer one comes."""
+    from dormouse import catalogue
+
     identity = catalogue.pin(data_dir, snapshot_id, False)
     emit({"id": identity, "pinned": False}) if as_json else out.print(f"Snapshot {identity} is no longer pinned")
 
@@ -528,6 +549,8 @@ def unpin(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Reporter
 @common
 def release(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Lift a snapshot's quarantine: it may be used again."""
+    from dormouse import catalogue
+
     identity = catalogue.release(data_dir, snapshot_id)
     emit({"id": identity, "quarantine": None}) if as_json else out.print(f"Snapshot {identity} may be used again")
 
@@ -537,6 +560,9 @@ def release(snapshot_id: str, data_dir: DataDir, as_json: bool, reporter: Report
 @common
 def verify(quick: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Check every stored byte. Exit status 5 when anything is damaged."""
+    from dormouse import catalogue
+    from dormouse.store.store import Store
+
     with Store.open(data_dir.create().store) as store, reporter:
         report = store.verify(deep=not quick, progress=reporter.amount("verify"))
         hit = catalogue.models_with_damaged_weights(store, report)
@@ -571,6 +597,8 @@ def key() -> None:
 @common
 def key_show(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Show the key's id, never the key."""
+    from dormouse.store.key_import import host_key
+
     key_id = host_key(data_dir.key, data_dir.store).id.hex()
     emit({"key_id": key_id}) if as_json else out.print(key_id)
 
@@ -580,6 +608,8 @@ def key_show(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
 @common
 def key_export(target: Path, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Write the key to a new file of mode 0600, or to stdout, for a host that is to read this store's snapshots."""
+    from dormouse.store.key_import import export_key, host_key
+
     found = host_key(data_dir.key, data_dir.store)
     if str(target) == "-":
         click.echo(found.text(), nl=False)
@@ -597,6 +627,10 @@ def key_export(target: Path, data_dir: DataDir, as_json: bool, reporter: Reporte
 @common
 def key_import(source: Path, force: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Make a key, exported by another host, this host's. Stop `dormouse serve` before."""
+    from dormouse.store.key import Key, parse_key, read_key
+    from dormouse.store.key_import import import_key
+    from dormouse.store.store import Store
+
     if str(source) == "-":
         taken: Key | None = parse_key(sys.stdin.buffer.read(4096), "the key on stdin")
     else:
@@ -621,6 +655,8 @@ def setup() -> None:
 @common
 def setup_criu_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Find CRIU 4.1 or newer, or unpack one into the data folder with apt's own tools."""
+    from dormouse.snapshot.criu_setup import setup_criu
+
     data_dir.create()
     with reporter:
         criu = setup_criu(data_dir.root, progress=reporter.step)
@@ -634,6 +670,8 @@ def setup_criu_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
 @common
 def doctor_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """Tell what this machine can do, and the remedy for what it cannot. Exit status 4 when the main job can't run."""
+    from dormouse import doctor
+
     with reporter:
         reporter.step("examining this machine")
         checks = doctor.examine(data_dir.root)

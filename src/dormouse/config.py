@@ -14,18 +14,17 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
+from dormouse.data_dir import HOME_VARIABLE, default_data_dir
 from dormouse.errors import ConfigError
 
 API_KEYS_VARIABLE = "DORMOUSE_API_KEYS"
-HOME_VARIABLE = "DORMOUSE_HOME"
 
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_DEPTH = 20
@@ -230,48 +229,10 @@ class ServeConfig(_Settings):
     """The models served, by the name they were imported under."""
 
 
-@dataclass(frozen=True)
-class DataDir:
-    """The folders below data_dir. `create` makes the private ones (0700)."""
-
-    root: Path
-    models: Path = field(init=False)
-    store: Path = field(init=False)
-    logs: Path = field(init=False)
-    run: Path = field(init=False)
-    criu: Path = field(init=False)
-    key: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        for name in ("models", "store", "logs", "run", "criu", "key"):
-            object.__setattr__(self, name, self.root / name)
-
-    def create(self) -> Self:
-        """Make the folders the node writes to. Raises ConfigError where that is not allowed."""
-        try:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for folder in (self.models, self.logs, self.run):
-                folder.mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"the data folder {self.root} cannot be used: {error.strerror}",
-                remedy=f"Set data_dir, or {HOME_VARIABLE}, to a folder you may write to",
-            ) from error
-        return self
-
-
 def gpus_of(config: ServeConfig) -> list[str]:
     """The GPUs that models are configured for, as "cuda:N", each once."""
     devices = {model.device for model in config.models.values()} - {"cpu"}
     return sorted({device if ":" in device else f"{device}:0" for device in devices})
-
-
-def default_data_dir(environ: Mapping[str, str]) -> Path:
-    """$DORMOUSE_HOME, else `dormouse` in the XDG data home."""
-    if home := environ.get(HOME_VARIABLE):
-        return Path(home)
-    data_home = environ.get("XDG_DATA_HOME") or Path(environ.get("HOME") or Path.home()) / ".local" / "share"
-    return Path(data_home) / "dormouse"
 
 
 def config_schema() -> dict[str, Any]:

@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dormouse import disk_speed, host_memory
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import DormouseError, HostError, SnapshotError, StoreError
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.compatibility import cpu_flags, gpu_key
@@ -201,7 +201,8 @@ def huge_pages(value: str | None) -> Check:
     policy = _chosen(value)
     remedy = ""
     if policy not in ("always", "not supported"):
-        remedy = f"Consider `echo always > {_HUGE_PAGES}/enabled`: filling memory at a restore becomes faster"
+        faster = "filling memory at a restore, and capturing programs that use a GPU, become faster"
+        remedy = f"Consider `echo always > {_HUGE_PAGES}/enabled`: {faster}"
     return Check("transparent huge pages", None, policy, False, remedy)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dormouse.config import default_data_dir
+from dormouse.data_dir import default_data_dir
 from dormouse.errors import HostError
 from dormouse.snapshot.criu_setup import find_criu
 

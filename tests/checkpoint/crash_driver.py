@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import list_models
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.store.store import Store
 from tests.models import quiet
 

@@ -20,7 +20,7 @@ from dormouse.checkpoint.adapters import ImportedAdapter, open_adapter
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel, open_model
 from dormouse.checkpoint.peft_source import read_adapter
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import ConfigError, DamagedError, DormouseError, NotFoundError
 from dormouse.store.store import Store
 from tests.adapters import factors, save_peft

@@ -25,7 +25,7 @@ from dormouse.checkpoint.models import ImportedModel, open_model, remove_model
 from dormouse.checkpoint.pool import SegmentPool
 from dormouse.checkpoint.tensors import ALIGNMENT, NewTensor, decode_body, encode_body, lay_out
 from dormouse.checkpoint.writer import chunk_codecs, copy_checkpoint, sweep, write_tensors
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import ConfigError, DamagedError, NotFoundError
 from dormouse.store.codec import Codec
 from dormouse.store.store import Manifest, Store

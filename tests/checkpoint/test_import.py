@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel, list_models, open_model, read_table, remove_model
 from dormouse.checkpoint.smollm2 import unpack_gguf
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import ConfigError, DamagedError, DormouseError, HostError, NotFoundError
 from dormouse.store.store import Store
 from tests.models import home_of, quiet
@@ -145,7 +145,7 @@ def test_a_failed_replace_leaves_the_old_model(null_folder: Path, models: Path, 
 
 def test_a_killed_import_leaves_nothing_that_the_next_does_not_clear(hub_folder: Path, models: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from dormouse.config import DataDir\n"
+        "import os, signal, sys; from pathlib import Path; from dormouse.data_dir import DataDir\n"
         "from dormouse.checkpoint.importer import import_model\n"
         "def die(step, done, total): os.kill(os.getpid(), signal.SIGKILL) if step == 'write' and done else None\n"
         "import_model(sys.argv[1], 'tiny', DataDir(Path(sys.argv[2]).parent), progress=die)"

@@ -28,7 +28,7 @@ from dormouse.checkpoint.models import ImportedModel
 from dormouse.checkpoint.tensors import NewTensor
 from dormouse.checkpoint.torch_tensors import DTYPES, NAMES
 from dormouse.checkpoint.writer import write_tensors
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import ConfigError, DamagedError, HostError, NotFoundError, StoreError
 from dormouse.store.index import Index
 from dormouse.store.store import Store

@@ -18,7 +18,7 @@ from dormouse.checkpoint.device_blocks import DeviceBlocks
 from dormouse.checkpoint.loader import Loader
 from dormouse.checkpoint.models import ImportedModel, open_model
 from dormouse.checkpoint.pool import SegmentPool
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.engine.device_arena import DeviceArena
 from dormouse.errors import EngineError, HostError, NotFoundError, StoreError
 from dormouse.store.store import Store

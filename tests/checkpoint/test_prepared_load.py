@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import dormouse
 from dormouse import Shard
 from dormouse.checkpoint import load as module
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import BusyError, HostError, NotFoundError
 from dormouse.store.store import Store
 from dormouse.transfer import gpus, load_device, pinned

@@ -16,7 +16,7 @@ import torch
 from dormouse.checkpoint.adapters import ImportedAdapter, open_adapter
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.pool import SegmentPool
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.engine.frames import pack_frame
 from dormouse.engine.messages import (
     AdapterFailed,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dormouse.checkpoint.importer import import_model
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.engine.device_copy import PIECE, to_device
 from dormouse.engine.messages import Finished, Sampling, TokensPrompt
 from tests.checkpoint.conftest import save_tokenizer, tiny_llama
@@ -54,6 +54,7 @@ def test_logprobs_come_with_every_token(worker: WorkerClient) -> None:
     assert sum(len(delta.logprobs or ()) for delta in answer.deltas) == len(answer.token_ids)
 
 
+@pytest.mark.gpu(alone=True)
 @pytest.mark.timeout(180)
 def test_a_worker_that_sleeps_gives_its_cache_back_and_answers_as_before(tmp_path: Path) -> None:
     """Sixteen times, with nothing left behind from one to the next."""

@@ -18,7 +18,7 @@ import torch
 from dormouse.checkpoint.loader import Loader, loader_command
 from dormouse.checkpoint.models import open_model
 from dormouse.checkpoint.pool import SegmentPool
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.engine.device_arena import DeviceArena
 from dormouse.errors import HostError
 from dormouse.store.store import Store

@@ -17,7 +17,8 @@ import pytest
 
 from dormouse import cli
 from dormouse.admin_client import ask_node
-from dormouse.config import DataDir, ModelConfig
+from dormouse.config import ModelConfig
+from dormouse.data_dir import DataDir
 from dormouse.errors import (
     BusyError,
     ConfigError,

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from dormouse.config import DataDir, default_data_dir
+from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.errors import HostError
 from dormouse.jobs.control import running_jobs
 from dormouse.snapshot.criu_setup import Criu, find_criu

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import SnapshotError
 from dormouse.jobs import control, streams
 from dormouse.jobs.control import ControlSocket, Request, ask, running_jobs

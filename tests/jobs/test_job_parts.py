@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import ConfigError, DamagedError, DormouseError, IncompatibleError, NotFoundError, SnapshotError
 from dormouse.jobs.control import ControlSocket, Request, ask, free_name, running_jobs
 from dormouse.jobs.explain import explained

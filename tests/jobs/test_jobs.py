@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.jobs.control import running_jobs
 from dormouse.store.store import Store
 from tests.jobs.conftest import Command, Dormouse, eventually, free_port
@@ -237,7 +237,7 @@ def test_refusals_name_the_descriptor_and_leave_the_job_alone(dormouse: Dormouse
         "import socket\nl = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(l.getsockname())\n"
         "a, _ = l.accept()\nprint(l.getsockname()[1])\nprint(repr(a.recv(10)))"
     )
-    job = dormouse.python(client, name="tcp")
+    job = dormouse.python(client, name="tcp", options=("--net", "host"))
     job.until("\n")
     port = job.lines()[0]
     words = dormouse.refused("checkpoint", "tcp")

@@ -101,6 +101,62 @@ if __name__ == "__main__":
 """
 
 
+TALK = """
+import os, socket, time
+# Two processes that talk over TCP; one connection has unread bytes, of another the other end has been closed.
+listener = socket.create_server(("127.0.0.1", 0))
+if os.fork() == 0:
+    end, _ = listener.accept()
+    while True:
+        end.sendall(end.recv(100).upper())
+
+def pair():
+    near = socket.create_connection(listener.getsockname())
+    return near, listener.accept()[0]
+
+talk = socket.create_connection(listener.getsockname())
+talk.sendall(b"hello")
+talk.recv(100)
+unread, writer = pair()
+writer.sendall(b"x" * 100_000)
+half, gone = pair()
+gone.sendall(b"bye")
+gone.close()
+turn = 0
+while not os.path.exists("stop"):
+    turn += 1
+    talk.sendall(b"turn %d" % turn)
+    print(talk.recv(100).decode(), flush=True)
+    time.sleep(0.02)
+writer.close()
+total = 0
+while data := unread.recv(1 << 16):
+    total += len(data)
+print(total, half.recv(10), half.recv(10), flush=True)
+"""
+
+
+@pytest.mark.usefixtures("tcp")
+def test_connections_within_the_tree_go_on(dormouse: Dormouse, tmp_path: Path) -> None:
+    job = dormouse.python(TALK, cwd=tmp_path)
+    job.until("TURN 5\n")
+    snapshot = dormouse.checkpoint()
+    assert job.code() == 0
+    lines = job.lines()
+    (tmp_path / "stop").touch()
+    again = dormouse.start("restore", snapshot)
+    assert again.code(60) == 0
+    (tmp_path / "stop").unlink()
+    third = dormouse.start("restore", snapshot)
+    third.until(f"TURN {len(lines) + 3}\n")
+    (tmp_path / "stop").touch()
+    assert third.code(60) == 0
+    for restored in (again, third):
+        turns = [*lines, *restored.lines()[:-1]]
+        assert turns == [f"TURN {number}" for number in range(1, len(turns) + 1)]
+        assert restored.lines()[-1] == "100000 b'bye' b''"
+
+
 def check_family(lines: list[str]) -> None:
     for number, line in enumerate(lines, 1):
         assert line == f"{number} True HELLO 3000000 3000000 line {number}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dormouse.config import DataDir, default_data_dir
+from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.errors import HostError
 from dormouse.snapshot.criu_setup import Criu, find_criu
 from dormouse.store.store import Store

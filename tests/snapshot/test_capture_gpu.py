@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from tests.checkpoint.conftest import save_tokenizer, tiny_llama
 from tests.snapshot.attached import AttachedWorker
 from tests.snapshot.test_capture_restore import Host
+from tests.snapshot.test_cuda_gpu import used_by_uuid
 
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.engine.messages import Load, Loaded, Sampling, TokensPrompt
 from dormouse.snapshot import service_messages as messages
 from dormouse.snapshot.criu_setup import Criu
@@ -80,3 +82,35 @@ def test_a_gpu_worker_wakes_on_another_gpu(criu: Criu, tmp_path: Path) -> None:
                 assert worker.ask(QUESTION, GREEDY).token_ids == before
         finally:
             host.close()
+
+
+@pytest.mark.gpu(alone=True)
+@pytest.mark.timeout(300)
+def test_twenty_captures_and_restores_leave_memory_as_it_was(criu: Criu, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU")
+    model = tiny_model(tmp_path)
+    on_gpu: list[int] = []
+    here: list[int] = []
+    raw: list[int] = []
+    with Store.open(tmp_path / "store") as store:
+        host = Host(store, criu, tmp_path / "log", tmp_path)
+        try:
+            started, worker = awake(host, model, "cuda:0")
+            before = worker.ask(QUESTION, GREEDY).token_ids
+            for _ in range(20):
+                worker.quiesce()
+                captured = host.capture(started)
+                started, worker = host.restore(captured.snapshot_id, checkpoint=model.checkpoint or "", device="cuda:0")
+                assert worker.ask(QUESTION, GREEDY).token_ids == before
+                on_gpu.append(sum(used_by_uuid().values()))
+                here.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+                raw.append(captured.raw_bytes)
+        finally:
+            host.close()
+    print(on_gpu, here, raw, sep="\n")
+    settled = slice(3, None)  # what is made once is there by then
+    assert max(on_gpu[settled]) - min(on_gpu[settled]) <= 16 << 20
+    assert here[-1] - here[settled][0] <= 32 << 20
+    assert raw[-1] - raw[settled][0] <= 32 << 20

@@ -18,7 +18,7 @@ from tests.snapshot.attached import AttachedWorker
 from tests.snapshot.conftest import make_null_model
 
 from dormouse.checkpoint.loader import Loader, loader_command
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.engine.frames import pack_frame
 from dormouse.engine.messages import Segments
 from dormouse.errors import (

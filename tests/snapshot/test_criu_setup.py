@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dormouse.config import default_data_dir
+from dormouse.data_dir import default_data_dir
 from dormouse.errors import ConfigError, DiskFullError, HostError
 from dormouse.snapshot import criu_setup
 from dormouse.snapshot.criu_setup import Archive, debian_archives, find_criu, parse_version, setup_criu, unpack_criu

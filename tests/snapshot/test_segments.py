@@ -18,7 +18,7 @@ from tests.snapshot.test_service import kill_children
 
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.engine.messages import Delta, Load, Loaded, Prepare, Sampling, TextPrompt
 from dormouse.errors import DamagedError, DormouseError, EngineError, HostError, WeightsError
 from dormouse.node.link import WorkerLink

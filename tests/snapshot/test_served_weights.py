@@ -16,7 +16,8 @@ from tests.snapshot.test_segments import damage
 
 from dormouse.checkpoint.importer import import_model
 from dormouse.checkpoint.models import ImportedModel
-from dormouse.config import DataDir, ModelConfig, ServeConfig
+from dormouse.config import ModelConfig, ServeConfig
+from dormouse.data_dir import DataDir
 from dormouse.engine.messages import Delta, Sampling, TextPrompt
 from dormouse.errors import DamagedError
 from dormouse.node.assemble import assemble_node

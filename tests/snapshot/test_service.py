@@ -15,7 +15,7 @@ import pytest
 from tests.snapshot.attached import AttachedWorker
 from tests.snapshot.test_capture_restore import gone_within, our_commands
 
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import HostError, NotFoundError, WeightsError
 from dormouse.snapshot.service import HostService, WorkerHandle
 

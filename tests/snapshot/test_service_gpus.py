@@ -11,7 +11,8 @@ from typing import Any, cast
 import pytest
 
 from dormouse.checkpoint.loader import Loader
-from dormouse.config import DataDir, ModelConfig
+from dormouse.config import ModelConfig
+from dormouse.data_dir import DataDir
 from dormouse.node.assemble import _key
 from dormouse.phases import Phases
 from dormouse.snapshot import service_main

@@ -19,7 +19,7 @@ from dormouse.checkpoint.importer import import_read
 from dormouse.checkpoint.models import Description
 from dormouse.checkpoint.safetensors_file import TensorInfo, read_header
 from dormouse.checkpoint.tensors import NewTensor
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.transfer.memory import keep_freed_memory
 
 MODEL = "weights"

@@ -35,7 +35,7 @@ from dormouse.checkpoint.null_source import read_null
 from dormouse.checkpoint.tensors import encode_table
 from dormouse.checkpoint.transformers_source import PICKLES, pickles_refused
 from dormouse.checkpoint.writer import Written, float_bytes, publishing, sweep, write_tensors
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import BusyError, ConfigError, DiskFullError, DormouseError, NotFoundError, StoreError
 from dormouse.store.store import Store
 from dormouse.transfer.coder import find_coder

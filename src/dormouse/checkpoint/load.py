@@ -32,7 +32,7 @@ from dormouse.checkpoint.shards import Placement, Shard, cuts, place, select
 from dormouse.checkpoint.tensors import Tensor, decode_body
 from dormouse.checkpoint.torch_tensors import WIDE_FLOATS, find_device, torch_type, typed, views
 from dormouse.checkpoint.writer import CHECKPOINT_KIND
-from dormouse.config import DataDir, default_data_dir
+from dormouse.data_dir import DataDir, default_data_dir
 from dormouse.errors import ConfigError, DamagedError, HostError, NotFoundError
 from dormouse.store.store import Manifest, Reader, Store
 from dormouse.transfer import gpus, prepared

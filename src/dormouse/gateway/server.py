@@ -15,7 +15,8 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 
-from dormouse.config import API_KEYS_VARIABLE, DataDir, ServeConfig, load_api_keys
+from dormouse.config import API_KEYS_VARIABLE, ServeConfig, load_api_keys
+from dormouse.data_dir import DataDir
 from dormouse.errors import ConfigError
 from dormouse.gateway.access import Gate
 from dormouse.gateway.admin import serve_admin

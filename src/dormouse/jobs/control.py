@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import ConfigError, DormouseError, NotFoundError, SnapshotError
 
 _MAX_LINE = 1 << 18

@@ -26,7 +26,7 @@ from typing import Any
 
 import msgspec
 
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError, SnapshotError
 from dormouse.jobs.control import Answer, ControlSocket, Request, error_answer, error_in
 from dormouse.jobs.publish import MakeSocket, Publisher

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from dormouse import catalogue
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import ConfigError, HostError, NotFoundError, SnapshotError
 from dormouse.jobs.control import Request, ask, free_name
 from dormouse.jobs.foreign import find_tree

@@ -27,6 +27,10 @@ Stream = Literal["stdin", "stdout", "stderr"]
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
+Connections = Literal["none", "kept", "closed"]
+"""What was done with the TCP connections that were open at the capture."""
+
+
 class Publish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Connections to `host`:`port` here go to `inner` in the job's own network."""
 
@@ -48,7 +52,7 @@ class JobRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     publish: list[Publish] = []
     listening: list[str] = []
     shell_job: bool = False
-    connections_closed: bool = False
+    connections: Connections = "none"
     pending_input: bytes = b""
     version: int = RECORD_VERSION
 

@@ -14,7 +14,7 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +22,12 @@ from typing import Protocol, Self
 
 import msgspec
 
-from dormouse.config import DataDir
+from dormouse.data_dir import DataDir
 from dormouse.errors import IncompatibleError, SnapshotError
 from dormouse.jobs.explain import explained
 from dormouse.jobs.hook_calls import Hooks
 from dormouse.jobs.private_files import pack_files, unpack_files
-from dormouse.jobs.record import FILES_IMAGE, JobRecord, encode_record, record_of
+from dormouse.jobs.record import FILES_IMAGE, Connections, JobRecord, encode_record, record_of
 from dormouse.jobs.streams import Input, Pipes, inode_of, inode_of_path, standard_streams, unread
 from dormouse.jobs.survey import Survey, refusal, survey
 from dormouse.phases import Phases
@@ -49,6 +49,12 @@ log = logging.getLogger(__name__)
 
 # File locks: a database holds some even when idle. Deleted files go into the snapshot up to this size.
 _ALWAYS = ("--file-locks", "--ghost-limit", "2G")
+_CONNECTIONS: Mapping[Connections, tuple[str, ...]] = {
+    "none": (),
+    # Both ends are stopped together and nobody else is in their network: no packet comes that would need to be held.
+    "kept": ("--tcp-established", "--network-lock", "skip"),
+    "closed": ("--tcp-close", "--skip-in-flight"),
+}
 
 
 class JobHome(Home, Protocol):
@@ -262,7 +268,7 @@ def restore_options(record: JobRecord) -> list[str]:
     """What criu must be told at the dump and at the restore alike."""
     return [
         *(["--shell-job"] if record.shell_job else []),
-        *(["--tcp-close", "--skip-in-flight"] if record.connections_closed else []),
+        *_CONNECTIONS[record.connections],
     ]
 
 
@@ -272,7 +278,7 @@ def capture_replica(replica: Replica, store: Store, tools: Tools, options: Captu
     found = survey(replica.home.processes(), replica.home.inner_socket, replica.home.insider())
     _refuse_what_cannot_be(found, replica, tools, options)
     record = msgspec.structs.replace(
-        replica.record, connections_closed=options.close_connections, listening=found.listening()
+        replica.record, connections=_connections(found, options), listening=found.listening()
     )
     hooks = replica.hooks(options.hook_timeout)
     stopped_before = stopped_processes(replica.home)
@@ -313,6 +319,12 @@ def capture_replica(replica: Replica, store: Store, tools: Tools, options: Captu
     return result
 
 
+def _connections(found: Survey, options: CaptureOptions) -> Connections:
+    if options.close_connections:
+        return "closed"
+    return "kept" if found.open_connections() else "none"
+
+
 def attachments(replica: Replica, record: JobRecord, ingest: Ingest) -> list[ImageFile]:
     """What the snapshot holds beside CRIU's images, taken while the tree is stopped."""
     pending = b""
@@ -320,6 +332,8 @@ def attachments(replica: Replica, record: JobRecord, ingest: Ingest) -> list[Ima
         input_of_root = Path(f"/proc/{replica.home.outer_pid(replica.pid)}/fd/0")
         if "stdin" in streams and input_of_root.exists() and inode_of_path(input_of_root) == external.inode:
             pending = unread(str(input_of_root))
+    if record.connections == "kept":
+        _refuse_late_connections(replica)
     images = [encode_record(msgspec.structs.replace(record, pending_input=pending))]
     if record.tmpfs:
         assert isinstance(replica.home, Cell)
@@ -331,7 +345,13 @@ def _refuse_what_cannot_be(found: Survey, replica: Replica, tools: Tools, option
     criu = tools.criu
     known = {external.inode for external in replica.externals}
     using = tools.cuda.find(found.pids)
-    refused = refusal(found, external=known, close_connections=options.close_connections, cuda=using)
+    refused = refusal(
+        found,
+        external=known,
+        close_connections=options.close_connections,
+        own_network=replica.record.network == "own",
+        cuda=using,
+    )
     if refused is not None:
         raise refused
     if not criu.captures_tcp and found.inodes("socket") & found.tcp.keys():
@@ -339,6 +359,17 @@ def _refuse_what_cannot_be(found: Survey, replica: Replica, tools: Tools, option
             f"the job has TCP sockets, and CRIU {criu.version_text} can't capture those on kernel {platform.release()}",
             remedy="Run `dormouse setup criu`, which gets CRIU 4.2 or newer",
         )
+
+
+def _refuse_late_connections(replica: Replica) -> None:
+    """One to outside may have come between the survey and the stop, and CRIU was told to take connections."""
+    found = survey(replica.home.processes(), replica.home.inner_socket, replica.home.insider())
+    for connection in found.open_connections():
+        if not found.stays_inside(connection):
+            raise SnapshotError(
+                f"a TCP connection came during the capture, {connection.local} with {connection.remote}",
+                remedy="Try again when it has ended, or capture with --close-connections",
+            )
 
 
 def _go_on(hooks: Hooks) -> None:

@@ -92,6 +92,18 @@ class Survey:
         return {int(match[2]) for item in self.descriptors if (match := _BRACKETS.fullmatch(item.target))
                 if match[1] == kind}  # fmt: skip
 
+    def open_connections(self) -> list[Connection]:
+        """Its TCP connections that are not quite closed."""
+        held = self.inodes("socket")
+        return [connection for inode, connection in self.tcp.items() if inode in held and connection.open]
+
+    def stays_inside(self, connection: Connection) -> bool:
+        """Whether the other end is in the tree too, or has been closed, provided that nothing else is in its network
+        than the tree and those whose sockets `tcp` has."""
+        ends = (connection.remote, connection.local)
+        others = [inode for inode, other in self.tcp.items() if (other.local, other.remote) == ends and other.open]
+        return set(others) <= self.inodes("socket")
+
     def listening(self) -> list[str]:
         """The addresses it listens on."""
         held = self.inodes("socket")
@@ -116,16 +128,26 @@ def survey(pids: Iterable[int], make_socket: Callable[[int, int, int], socket.so
 
 
 def refusal(
-    found: Survey, *, external: set[int], close_connections: bool, cuda: Collection[int] = ()
+    found: Survey,
+    *,
+    external: set[int],
+    close_connections: bool,
+    own_network: bool = False,
+    cuda: Collection[int] = (),
 ) -> SnapshotError | None:
     """Why the tree can't be captured; None when nothing speaks against it. The inodes in `external` are known to have
     their other end outside and are taken care of; so are NVIDIA's devices of the processes `cuda`, which have CUDA
-    state: its driver closes them."""
-    return next(_refusals(found, external, close_connections, cuda), None)
+    state: its driver closes them. In a network of its own, connections within the tree can be captured."""
+    outside = {
+        connection.inode: connection
+        for connection in found.open_connections()
+        if not close_connections and not (own_network and found.stays_inside(connection))
+    }
+    return next(_refusals(found, external, outside, cuda), None)
 
 
 def _refusals(
-    found: Survey, external: set[int], close_connections: bool, cuda: Collection[int]
+    found: Survey, external: set[int], outside: Mapping[int, Connection], cuda: Collection[int]
 ) -> Iterator[SnapshotError]:
     for pid, namespace in found.strangers.items():
         yield SnapshotError(
@@ -168,7 +190,7 @@ def _refusals(
                 "is a unix socket connected to a process outside the tree",
                 "Close that connection first, or capture a parent of both processes",
             )
-        elif not close_connections and (connection := found.tcp.get(inode)) and connection.open:
+        elif (connection := outside.get(inode)) is not None:
             yield _refused(
                 item,
                 f"is an open TCP connection, {connection.local} with {connection.remote}",

@@ -6,7 +6,8 @@ import asyncio
 
 from dormouse.checkpoint.adapters import open_adapter
 from dormouse.checkpoint.models import ImportedModel, open_model
-from dormouse.config import DataDir, ModelConfig, ServeConfig, gpus_of
+from dormouse.config import ModelConfig, ServeConfig, gpus_of
+from dormouse.data_dir import DataDir
 from dormouse.engine.identity import PACKAGES, worker_identity
 from dormouse.errors import ConfigError
 from dormouse.node.catalog import StoreCatalog

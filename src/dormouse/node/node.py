@@ -17,15 +17,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from dataclasses import replace
 from typing import Any, Self
 
-from dormouse.config import DataDir, ModelConfig, ServeConfig
+from dormouse.config import ModelConfig, ServeConfig
+from dormouse.data_dir import DataDir
 from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError, RequestError, SnapshotError
 from dormouse.node.adapters import OpenAdapter, Served, Shelf
 from dormouse.node.history import History
 from dormouse.node.memory import allotted, budget, context_bytes, engine_bytes, gpu_budget
 from dormouse.node.parts import Catalog, Evicted, Host, Model, Observer
-from dormouse.node.presence import NodeState, hold_lock, publish, withdraw
+from dormouse.node.presence import ModelStatus, NodeState, hold_lock, publish, withdraw
 from dormouse.node.replica import Offer, OfferTemplate, Start, State, Withdraw
-from dormouse.node.runner import AbandonedError, Lease, ModelStatus, Runner, Surroundings
+from dormouse.node.runner import AbandonedError, Lease, Runner, Surroundings
 from dormouse.node.templates import Templates, TemplateSpec, spec_of
 from dormouse.schedule.dozing import displaced, may_stay
 from dormouse.schedule.eviction import Dozer, Plan, Resident, plan_eviction

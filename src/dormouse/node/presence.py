@@ -14,13 +14,28 @@ from pathlib import Path
 import msgspec
 
 from dormouse.errors import HostError
-from dormouse.node.runner import ModelStatus
 
 _LOCK = "node.lock"
 _STATE = "node.json"
 ADMIN_SOCKET = "admin.sock"
 _TRIES = 5
 _TRY_INTERVAL = 0.01
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """One model as `dormouse ls` and the metrics show it; `since` is in seconds of Unix time, `adapters` are the
+    imported ones that are served."""
+
+    name: str
+    state: str
+    since: float
+    in_flight: int
+    waiting: int
+    rss_bytes: int
+    snapshot_id: str | None
+    last_error: str | None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from dormouse.node.adapters import Fitting, Served
 from dormouse.node.link import WorkerLink
 from dormouse.node.memory import context_bytes, estimate, gpu_estimate, oom_kills, own_bytes, resident_bytes
 from dormouse.node.parts import Host, Model, Observer
+from dormouse.node.presence import ModelStatus
 from dormouse.node.replica import Replica, Start, State
 from dormouse.phases import Phases
 from dormouse.snapshot.capture import SNAPSHOT_KIND
@@ -36,22 +37,6 @@ log = logging.getLogger(__name__)
 
 class AbandonedError(Exception):
     """A start was given up while it waited for memory, because nobody waits for it any more."""
-
-
-@dataclass(frozen=True)
-class ModelStatus:
-    """One model as `dormouse ls` and the metrics show it; `since` is in seconds of Unix time, `adapters` are the
-    imported ones that are served."""
-
-    name: str
-    state: str
-    since: float
-    in_flight: int
-    waiting: int
-    rss_bytes: int
-    snapshot_id: str | None
-    last_error: str | None
-    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def _elsewhere(
     if not hands.count:
         yield None
         return
-    pays = BulkChoice(store.root).pays
+    pays = BulkChoice(store.root, hands.count).pays
     with HandCapture(hands, transaction, parent, key=store.key, packs=store.packs, pays=pays) as crew:
         yield crew.store
 
@@ -217,17 +217,19 @@ class BulkChoice:
     """Chooses the codec of large pieces; nothing is imported for it before there is one."""
 
     folder: Path
+    threads: int | None = None
+    """So many code at once. None: the threads of this process."""
 
     def __call__(self, plain: memoryview) -> Codec:
         from dormouse.transfer.bulk_codec import BulkCodec
 
-        return BulkCodec(self.folder)(plain)
+        return BulkCodec(self.folder, threads=self.threads)(plain)
 
     def pays(self, stored: float) -> bool:
         """See `BulkCodec.pays`."""
         from dormouse.transfer.bulk_codec import BulkCodec
 
-        return BulkCodec(self.folder).pays(stored)
+        return BulkCodec(self.folder, threads=self.threads).pays(stored)
 
 
 def _dump(

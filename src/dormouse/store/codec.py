@@ -15,7 +15,7 @@ import zstandard
 from dormouse.errors import DamagedError
 from dormouse.store.chunk import MAX_CHUNK, ZEROS, Buffer, is_zero
 
-_ZSTD_LEVEL = 3
+_ZSTD_LEVEL = 1  # level 3 takes half as long again to code and saves another 6 % of the pages of an engine
 
 _SAMPLES, _SAMPLE = 8, 4 << 10
 _HOPELESS = 0.98
@@ -50,14 +50,12 @@ def encode(plain: Buffer, codec: Codec) -> tuple[Codec, Buffer]:
 
         coded = floats.encode(plain, codec)
         return (codec, coded) if coded is not None else encode(plain, Codec.LZ4)
-    if codec is Codec.LZ4:
-        if _looks_incompressible(plain):
-            return Codec.RAW, plain
-        stored: bytes = lz4.block.compress(plain, store_size=False)
-    elif codec is Codec.ZSTD:
-        stored = _compressor().compress(plain)
-    else:
+    if codec not in (Codec.LZ4, Codec.ZSTD) or _looks_incompressible(plain):
         return Codec.RAW, plain
+    if codec is Codec.LZ4:
+        stored: bytes = lz4.block.compress(plain, store_size=False)
+    else:
+        stored = _compressor().compress(plain)
     return (codec, stored) if len(stored) * 8 <= len(plain) * 7 else (Codec.RAW, plain)
 
 

@@ -90,8 +90,9 @@ class BulkCodec:
     def __init__(
         self, folder: Path, *, threads: int | None = None, measure: Callable[[Path], Rates] | None = None
     ) -> None:
+        """`threads` code at once; those of this process, unless others do."""
         self._folder = folder
-        self._threads = min(threads or default_threads(), FLOATS_AT_ONCE)
+        self._threads = threads or min(default_threads(), FLOATS_AT_ONCE)
         self._measure = measure or measured_rates
 
     def __call__(self, plain: memoryview) -> Codec:
