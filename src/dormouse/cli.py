@@ -768,12 +768,12 @@ def simulate(
     elif as_csv:
         click.echo(report.as_csv(rows), nl=False)
     else:
-        width = max(out.width, 150)  # a table that is read later in a file is not cut
-        out.print(report.table(rows, loaded.slo), width=width, crop=False)
+        out.width = max(out.width, 150)  # a table that is read later in a file is not cut
+        out.print(report.table(rows, loaded.slo))
         if compared := report.compare(loaded, rows):
-            out.print(report.comparison_table(compared), width=width, crop=False)
+            out.print(report.comparison_table(compared))
         if distances := report.distances(loaded, rows):
-            out.print(report.distance_table(distances), width=width, crop=False)
+            out.print(report.distance_table(distances))
 
 
 def _open_standard_streams() -> None:
