@@ -4,7 +4,7 @@
 
 The caller tells a policy of every request (`on_request`), of every replica that has nothing to do any more or has been
 made ready ahead (`on_idle`, whose steps are void once it gets a request), of every one that is gone (`on_gone`), and of
-who went for each start (`on_room`). At the times that `next_prewarm` tells it asks `prewarm`. Placement asks `worth`.
+who went for each start (`on_start`). At the times that `next_prewarm` tells it asks `prewarm`. Placement asks `worth`.
 Policies of papers follow their papers' rules; `Expected` is our own.
 """
 
@@ -32,7 +32,8 @@ _LAST = 32  # idle times from which a return is planned
 _ENOUGH = 5
 _EARLY, _LATE = 0.98, 1.02
 _FIRST_START = 20.0  # seconds; what the oracle gives the first start of a model, whose length nobody knows yet
-_STARTS = 16  # over so many the price of memory is learned
+_PACE = 0.5  # how far one start moves the logarithm of the price of memory
+_MOST_LEVEL = 10.0
 _SOON = 60.0  # seconds; whoever is evicted and asked for later than that would probably have gone anyway
 RELUCTANCE = 1e-3
 """Seconds for a GB: what an eviction counts in placement for policies that know only who goes first. So little that a
@@ -79,9 +80,9 @@ class Policy(Protocol):
 
     def on_gone(self, replica: Replica, view: Cluster, now: float) -> None: ...
 
-    def on_room(self, slept: Sequence[Replica], ended: Sequence[Replica], view: Cluster, now: float) -> None:
-        """A replica starts or wakes. These idle ones, as they were, gave up their GPUs or all they had for it; nobody,
-        when there was room."""
+    def on_start(self, model: str, evicted: Sequence[Replica], now: float) -> None:
+        """A replica of `model` starts or wakes for a request. These idle ones give up their GPUs, or all they have, for
+        it."""
 
     def prewarm(self, now: float) -> list[Warm]:
         """Those due by now, each once. One whose model got a request meanwhile is none any more."""
@@ -116,9 +117,7 @@ class Basic(ABC):
     def on_gone(self, replica: Replica, view: Cluster, now: float) -> None:  # noqa: B027
         """Nothing to forget."""
 
-    def on_room(  # noqa: B027
-        self, slept: Sequence[Replica], ended: Sequence[Replica], view: Cluster, now: float
-    ) -> None:
+    def on_start(self, model: str, evicted: Sequence[Replica], now: float) -> None:  # noqa: B027
         """Nothing to learn."""
 
     def prewarm(self, now: float) -> list[Warm]:
@@ -407,8 +406,8 @@ class Layered(Planned):
 class Prices:
     """What a GB is worth for a second, in seconds of somebody's start."""
 
-    gpu: float = 1e-5
-    host: float = 1e-6
+    gpu: float = 1e-4
+    host: float = 1e-5
 
     def of(self, cost: LayerCost) -> float:
         return (self.gpu * cost.gpu_bytes + self.host * cost.host_bytes) / _GB
@@ -422,59 +421,52 @@ class Expected(Planned):
     that there is one at all. If the last idle times that were longer than that lie close together, the model comes back
     before the next one.
 
-    Nobody sets the price of memory: it is learned from what is lost for want of it. Each start tells what the most
-    valuable of those was worth that went for it, by their bytes, and nothing when there was room; the price is `share`
-    of the mean over the last starts, so near 0 while memory is ample (`prices` are the least), and near the value of
-    what is evicted next when it is short. Then those who are worth less go before anybody has to wait for them."""
+    Nobody sets the price of memory: it is learned from regret. A start of what had gone down by the policy's own doing
+    (not by eviction, nor for the first time) lowers the price, every other start raises it, such that a share `regret`
+    of all starts is the policy's own. So it frees as much as it can for that, and what it frees is what would have been
+    the least use for its bytes."""
 
     def __init__(
         self,
         estimator: Estimator,
         prices: Prices | None = None,
         *,
+        regret: float = 0.2,
         felt: float = 10.0,
-        share: float = 0.7,
         prior: float = 20.0,
     ) -> None:
         super().__init__()
         self._estimator = estimator
-        self._least = prices or Prices()
+        self._first = prices or Prices()
         self._felt = felt
-        self._share = share
-        self._lost = Prices(0.0, 0.0)
+        self._regret = regret
+        self._level = 0.0
+        self._hot_until: dict[str, float] = {}
         self._times = IdleTimes(prior=prior)
         self._last: dict[str, deque[float]] = {}
 
     @property
     def prices(self) -> Prices:
         """As they are now."""
-        gpu = max(self._least.gpu, self._share * self._lost.gpu)
-        return Prices(gpu, max(self._least.host, self._share * self._lost.host))
+        times = math.exp(self._level)
+        return Prices(self._first.gpu * times, self._first.host * times)
 
     def on_request(self, model: str, now: float) -> None:
         self._times.request(model, now)
+        if self._hot_until.get(model, 0.0) > now:
+            del self._hot_until[model]
         super().on_request(model, now)
 
     def learn(self, model: str, idle: float, now: float) -> None:
         self._times.ended(model, idle, now)
         self._last.setdefault(model, deque(maxlen=_LAST)).append(idle)
 
-    def on_room(self, slept: Sequence[Replica], ended: Sequence[Replica], view: Cluster, now: float) -> None:
-        gone = [*slept, *ended]
-        gpu = max((self._value("hot", one, view, now) for one in gone if one.state is State.HOT), default=0.0)
-        host = max((self._value("sleep", one, view, now) for one in ended), default=0.0)
-        self._lost = Prices(
-            self._lost.gpu + (gpu - self._lost.gpu) / _STARTS, self._lost.host + (host - self._lost.host) / _STARTS
-        )
-
-    def _value(self, layer: Layer, replica: Replica, view: Cluster, now: float) -> float:
-        """Of a GB of a replica's layer for a second."""
-        model = view.model(replica.model)
-        for cost in self._costs(layer_costs(model, replica, view, self._estimator)):
-            if cost.layer == layer:
-                size = (cost.gpu_bytes or cost.host_bytes) / _GB
-                return self._index(replica, now) * cost.saves / max(size, 1e-6)
-        return 0.0
+    def on_start(self, model: str, evicted: Sequence[Replica], now: float) -> None:
+        own = self._hot_until.pop(model, math.inf) <= now
+        for one in evicted:
+            self._hot_until.pop(one.model, None)
+        self._level += _PACE * (self._regret - own)
+        self._level = min(max(self._level, -_MOST_LEVEL), _MOST_LEVEL)
 
     def _costs(self, costs: Sequence[LayerCost]) -> tuple[LayerCost, ...]:
         """That there is a start at all is what being hot saves."""
@@ -500,6 +492,7 @@ class Expected(Planned):
             sleep, snapshot = max(sleep, hot), max(snapshot, hot)
         else:
             self._plan_return(model, costs, began, ends[0], ends[1])
+        self._hot_until[replica.model] = hot
         return tuple(Step(*step) for step in (("sleep", hot), ("snapshot", sleep), ("nothing", snapshot)))
 
     def _plan_return(
@@ -640,8 +633,8 @@ class Provisioned(Minima, Basic):
     def on_gone(self, replica: Replica, view: Cluster, now: float) -> None:
         self._policy.on_gone(replica, view, now)
 
-    def on_room(self, slept: Sequence[Replica], ended: Sequence[Replica], view: Cluster, now: float) -> None:
-        self._policy.on_room(slept, ended, view, now)
+    def on_start(self, model: str, evicted: Sequence[Replica], now: float) -> None:
+        self._policy.on_start(model, evicted, now)
 
     def prewarm(self, now: float) -> list[Warm]:
         return self._policy.prewarm(now)

@@ -89,7 +89,7 @@ class Ours:
         assert option is not None
         self.decided += 1
         if option.action == "start":
-            self.keeper.makes_room(option.evict)
+            self.keeper.starting(decision.request.model, option.evict)
         evict(self.world, option)
         for move in option.migrate:
             self.world.migrate(self.world.workers[move.replica], self._destination(move))

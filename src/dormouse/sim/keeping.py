@@ -54,13 +54,11 @@ class Keeper:
         if self.policy is not None and worker.name in self.world.view:
             self.policy.on_gone(self.world.view.replica(worker.name), self.world.view, self.world.now)
 
-    def makes_room(self, evictions: Sequence[Eviction]) -> None:
-        """A start begins, and these go for it."""
+    def starting(self, model: str, evictions: Sequence[Eviction]) -> None:
+        """A start of it begins, and these go for it."""
         if self.policy is not None:
-            view = self.world.view
-            slept = [view.replica(one.replica) for one in evictions if one.to == "sleep"]
-            ended = [view.replica(one.replica) for one in evictions if one.to == "end"]
-            self.policy.on_room(slept, ended, view, self.world.now)
+            evicted = [self.world.view.replica(one.replica) for one in evictions]
+            self.policy.on_start(model, evicted, self.world.now)
 
     def worth(self, replica: Replica) -> float:
         """What an idle replica is worth to its model, in seconds."""
