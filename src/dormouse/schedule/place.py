@@ -316,9 +316,10 @@ class _Search:
     def _candidate(self, model: ModelCost, node: str) -> _Candidate | None:
         """A node's ways to start a model; None when it has none."""
         view, estimator = self.view, self.estimator
-        if view.nearest(model.weights.key, node) is None:
+        tier = view.nearest(model.weights.key, node)
+        if tier is None:
             return None
-        weights = estimator.fetch_seconds(model.weights, node, view)
+        weights = estimator.fetch_seconds(model.weights, node, tier, view)
         ways: list[tuple[StartPath, float, float]] = []
         for path in _PATHS:
             image = view.image_move(model, node, path)
