@@ -200,12 +200,12 @@ class Estimator:
         total = link.ahead(size) + shared(beside, name, size) + size
         return total / self.rate(node, name, link.rate, move.name, path)
 
-    def fetch_seconds(self, artifact: Artifact, node: str, view: Cluster) -> float:
-        """How long until an artifact is in a node's memory at the soonest, wherever it goes from there."""
+    def fetch_seconds(self, artifact: Artifact, node: str, tier: Tier, view: Cluster) -> float:
+        """How long until an artifact, which is nearest in `tier`, is in a node's memory at the soonest."""
         behind = view.arriving(artifact.key, node)
         if behind:
             return self._left_seconds(node, *behind, view)
-        source = SOURCE_LINK.get(view.nearest(artifact.key, node) or Tier.GPU)
+        source = SOURCE_LINK.get(tier)
         return self.link_seconds(node, source, artifact.coded_bytes, view) if source else 0.0
 
     def _left_seconds(self, node: str, name: str, left: int, view: Cluster) -> float:

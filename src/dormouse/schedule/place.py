@@ -366,9 +366,10 @@ class _Search:
     def _candidate(self, model: ModelCost, node: str) -> _Candidate | None:
         """A node's ways to start a model; None when it has none."""
         view, estimator = self.view, self.estimator
-        if view.nearest(model.weights.key, node) is None:
+        tier = view.nearest(model.weights.key, node)
+        if tier is None:
             return None
-        weights = estimator.fetch_seconds(model.weights, node, view)
+        weights = estimator.fetch_seconds(model.weights, node, tier, view)
         ways: list[tuple[StartPath, float, float]] = []
         for path in model.paths:
             moved = self._image_seconds(model, node, path)
@@ -383,7 +384,7 @@ class _Search:
         if image is None or tier is None:
             return 0.0 if path == "cold" else None
         one = partial(self.estimator.link_seconds, node, size=image.coded_bytes, view=self.view)
-        return max(self.estimator.fetch_seconds(image, node, self.view), one(MEMORY))
+        return max(self.estimator.fetch_seconds(image, node, tier, self.view), one(MEMORY))
 
     def _phase_seconds(self, model: ModelCost, path: StartPath, kind: str) -> tuple[float, float]:
         key = (model.name, path, kind)
