@@ -39,17 +39,19 @@ PROMPT = ChatPrompt(messages=[{"role": "user", "content": "What is the capital o
 
 @dataclass(frozen=True)
 class Condition:
-    """`dropped`: the page cache is dropped and weights in memory are let go of before the start."""
+    """`dropped`: the page cache is dropped and weights in memory are let go of before the start. `keep`: its process
+    stays for the next one."""
 
     name: str
     path: StartPath
     dropped: bool
+    keep: bool = False
 
 
 WITHOUT_SNAPSHOT = (
     Condition("cold", "cold", True),
-    Condition("cold, warm", "cold", False),
-    Condition("sleep", "sleep", False),
+    Condition("cold, warm", "cold", False, keep=True),
+    Condition("sleep", "sleep", False, keep=True),
     Condition("sleep, weights gone", "sleep", True),
 )
 WITH_SNAPSHOT = (Condition("snapshot", "snapshot", True), Condition("snapshot, warm", "snapshot", False))
@@ -107,13 +109,11 @@ async def measure(data_dir: DataDir, name: str, rounds: int, console: Console) -
 
 
 async def _row(node: Node, name: str, condition: Condition, number: int, ear: Ear) -> Row:
-    if condition.path == "sleep":  # there must be a process that sleeps
-        await _start(node, name, keep=True)
     if condition.dropped:
         await node.free_weights()
         await asyncio.to_thread(drop_page_cache)
     load = os.getloadavg()[0]
-    await _start(node, name, keep=False)
+    await _start(node, name, keep=condition.keep)
     assert ear.heard is not None
     path, expected, took = ear.heard
     if path != condition.path:
