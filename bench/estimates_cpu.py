@@ -6,6 +6,7 @@ A node in a scratch data folder starts an imported model again and again, each r
 its snapshot, with the page cache dropped and kept weights let go of, and without; from the process that stayed, with
 its weights in memory and without. Conditions take turns, so every estimate follows a start of another kind. The first
 starts of each condition, from which the estimator learns, are left out of the errors (`--learn`); all are in the file.
+Beside each error stands the spread: by how much the same starts are off their own median, which nobody can foretell.
 A start is measured as the node does, from when there is room for it until the replica is ready.
 """
 
@@ -39,17 +40,19 @@ PROMPT = ChatPrompt(messages=[{"role": "user", "content": "What is the capital o
 
 @dataclass(frozen=True)
 class Condition:
-    """`dropped`: the page cache is dropped and weights in memory are let go of before the start."""
+    """`dropped`: the page cache is dropped and weights in memory are let go of before the start. `keep`: its process
+    stays for the next one."""
 
     name: str
     path: StartPath
     dropped: bool
+    keep: bool = False
 
 
 WITHOUT_SNAPSHOT = (
     Condition("cold", "cold", True),
-    Condition("cold, warm", "cold", False),
-    Condition("sleep", "sleep", False),
+    Condition("cold, warm", "cold", False, keep=True),
+    Condition("sleep", "sleep", False, keep=True),
     Condition("sleep, weights gone", "sleep", True),
 )
 WITH_SNAPSHOT = (Condition("snapshot", "snapshot", True), Condition("snapshot, warm", "snapshot", False))
@@ -107,13 +110,11 @@ async def measure(data_dir: DataDir, name: str, rounds: int, console: Console) -
 
 
 async def _row(node: Node, name: str, condition: Condition, number: int, ear: Ear) -> Row:
-    if condition.path == "sleep":  # there must be a process that sleeps
-        await _start(node, name, keep=True)
     if condition.dropped:
         await node.free_weights()
         await asyncio.to_thread(drop_page_cache)
     load = os.getloadavg()[0]
-    await _start(node, name, keep=False)
+    await _start(node, name, keep=condition.keep)
     assert ear.heard is not None
     path, expected, took = ear.heard
     if path != condition.path:
@@ -136,15 +137,27 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Errors of some starts: median and 99th percentile, relative and in milliseconds."""
     errors = sorted(row.error for row in rows)
     apart = sorted(1000 * abs(row.expected - row.took) for row in rows)
+    spread = sorted(_spread(rows))
     last = min(int(0.99 * len(rows)), len(rows) - 1)
     return {
         "starts": len(rows),
         "median_s": statistics.median(row.took for row in rows),
         "median_error": statistics.median(errors),
         "p99_error": errors[last],
+        "median_spread": statistics.median(spread),
+        "p99_spread": spread[last],
         "median_error_ms": statistics.median(apart),
         "p99_error_ms": apart[last],
     }
+
+
+def _spread(rows: Sequence[Row]) -> list[float]:
+    """By how much each start is off the median of its condition, as a share of what it took."""
+    middle = {
+        name: statistics.median(row.took for row in rows if row.condition == name)
+        for name in {row.condition for row in rows}
+    }
+    return [abs(row.took - middle[row.condition]) / row.took for row in rows]
 
 
 def as_json(model: str, rows: Sequence[Row], learn: int) -> dict[str, Any]:
@@ -166,7 +179,7 @@ def render(figures: dict[str, Any]) -> Table:
     """A table of the conditions."""
     title = f"{figures['model']}: load average {figures['load_average'][0]:.1f} to {figures['load_average'][1]:.1f}"
     table = Table(title=title)
-    for column in ("start", "starts", "median s", "error, median", "p99", "ms, median", "p99"):
+    for column in ("start", "starts", "median s", "error, median", "p99", "spread, median", "p99", "ms, median", "p99"):
         table.add_column(column, justify="left" if column == "start" else "right")
     lines = {**figures["conditions"], "without sleep": figures["without_sleep"], "all": figures["all"]}
     for name, one in lines.items():
@@ -176,6 +189,8 @@ def render(figures: dict[str, Any]) -> Table:
             f"{one['median_s']:.3f}",
             f"{one['median_error']:.1%}",
             f"{one['p99_error']:.1%}",
+            f"{one['median_spread']:.1%}",
+            f"{one['p99_spread']:.1%}",
             f"{one['median_error_ms']:.1f}",
             f"{one['p99_error_ms']:.1f}",
         )

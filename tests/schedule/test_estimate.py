@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dormouse.schedule.cluster import Cluster, Link, StartPlan, Tier, pcie
-from dormouse.schedule.estimate import Estimator, Median, Observed, Transferred
+from dormouse.schedule.cluster import Cluster, Link, Move, StartPlan, Tier, pcie
+from dormouse.schedule.estimate import Estimator, Median, Observed, Transferred, shared
 from tests.schedule.clusters import GB, lay, links, model, node
 
 
@@ -173,3 +173,12 @@ def test_weights_and_images_have_rates_of_their_own() -> None:
     estimator.observe(Observed("m", "e", "a", "snapshot", 5.0, (Transferred("weights", ("disk",), GB, 1.0),)), view)
     assert estimator.rate("a", "disk", 9.0, "weights") == pytest.approx(GB)
     assert estimator.rate("a", "disk", 9.0, "image") == pytest.approx(GB / 2)
+
+
+def test_moves_of_one_start_share_where_they_come_from() -> None:
+    weights, image = (
+        Move("weights", "w", 100, Tier.DISK, ("disk", "memory")),
+        Move("image", "i", 30, Tier.DISK, ("disk", "memory")),
+    )
+    assert (shared(image, "disk", 100), shared(weights, "disk", 30), shared(image, "memory", 100)) == (30, 30, 0)
+    assert shared(Move("image", "i", 30, Tier.DRAM, ("memory",)), "disk", 100) == 0 == shared(None, "disk", 100)

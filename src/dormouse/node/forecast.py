@@ -125,6 +125,7 @@ class Expected:
     estimate: Estimate
     plan: StartPlan
     links: dict[str, Link]
+    began: float
 
 
 @dataclass
@@ -207,20 +208,20 @@ class Forecast:
             await asyncio.to_thread(self._look, wanted)
 
     def _look(self, wanted: Mapping[str, str | None]) -> None:
+        """What can't be found has no size here; whatever is wrong with it, the start will tell."""
         for key, manifest in wanted.items():
-            if key not in self._found:
-                self._found[key] = self._find(key, manifest)
-            warm = self._is_warm(key)
-            (self._near.add if warm else self._near.discard)(key)
+            try:
+                if key not in self._found:
+                    self._found[key] = self._find(key, manifest)
+            except (DormouseError, OSError) as error:
+                log.info("the size of %s is not known: %s", key, error)
+                continue
+            (self._near.add if self._is_warm(key) else self._near.discard)(key)
 
     def _find(self, key: str, manifest: str | None) -> OnDisk:
         if manifest is None:
             return libraries(key.removeprefix(_programs("")))
-        try:
-            return self._catalog.on_disk(manifest)
-        except DormouseError as error:  # the start will tell; here it only has no size
-            log.info("the size of %s is not known: %s", manifest, error)
-            return OnDisk(0, 0, ())
+        return self._catalog.on_disk(manifest)
 
     def _is_warm(self, key: str) -> bool:
         """Whether the page cache has it. Of an engine's libraries only some part is ever read: as much as last time."""
@@ -255,7 +256,7 @@ class Forecast:
             self._lay(view, one, kept, limits)
         for one in standings:
             if one.doing is not Doing.ASLEEP:
-                view.put(_replica(one))
+                view.put(_replica(one, self._under_way.get(one.name)))
         for link, queued in self._queued().items():
             view.set_link(HERE, link, sum(queued), len(queued))
         return view
@@ -336,7 +337,7 @@ class Forecast:
             moved = [link for move in (plan.weights, plan.image) if move for link in move.links]
             links = {link: view.link(HERE, link) for link in moved}
             estimate = self.estimator.estimate(model, HERE, plan, view)
-            expected = self._under_way[one.name] = Expected(model, path, estimate, plan, links)
+            expected = self._under_way[one.name] = Expected(model, path, estimate, plan, links, self._now())
         told = Told(self._wall_clock(), path, expected.estimate if expected else None, why)
         self._told.setdefault(one.name, deque(maxlen=KEPT)).append(told)
         return expected
@@ -425,12 +426,13 @@ def _node(standings: Sequence[Standing], limits: Limits) -> Node:
     return Node(HERE, tuple(gpus), host, dict(_LINKS), dram_tier=limits.dram_tier)
 
 
-def _replica(one: Standing) -> Replica:
+def _replica(one: Standing, expected: Expected | None) -> Replica:
     busy = tuple(Running(f"{one.name} {number}", one.since) for number in range(one.running))
     state = _STATES.get(one.doing, State.STARTING)
     if state is State.HOT and one.running >= one.slots:
         state = State.BUSY
-    return Replica(one.name, one.name, HERE, one.gpus, state, one.since, busy, one.waiting, pinned=one.pinned)
+    ready_at = expected.began + expected.estimate.mean if expected is not None else 0.0
+    return Replica(one.name, one.name, HERE, one.gpus, state, one.since, busy, one.waiting, ready_at, pinned=one.pinned)
 
 
 _STATES: Mapping[Doing, State] = MappingProxyType(

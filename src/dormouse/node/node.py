@@ -626,7 +626,7 @@ class Node:
 
     def _came_true(self, runner: Runner, expected: Expected | None, phases: Phases) -> None:
         own = runner.standing(self._shift)
-        took = self._forecast.came_true(own, expected, phases, self.view())
+        took = self._forecast.came_true(own, expected, phases, self._forecast.view([with_needs(own)], self._limits))
         self._forecast.trim_tier(self._dram_tier)
         if expected is not None:
             for observer in self._observers:

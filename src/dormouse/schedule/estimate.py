@@ -100,8 +100,9 @@ def sources(plan: StartPlan) -> str:
 
 
 def shared(beside: Move | None, link: str, size: int) -> int:
-    """The bytes of another move of the same start that go over a link between `size` of one: it has half of it."""
-    return min(beside.size_on(link), size) if beside is not None and link in beside.links else 0
+    """The bytes of another move of the same start that go over a link between `size` of one, if it comes from there,
+    too: each has half of it."""
+    return min(beside.size_on(link), size) if beside is not None and beside.links[0] == link else 0
 
 
 class Median:
