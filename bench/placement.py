@@ -19,7 +19,6 @@ import json
 import random
 import sys
 import time
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,25 +28,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dormouse.bench_start import host_facts
-from dormouse.schedule.cluster import (
-    DISK,
-    MEMORY,
-    NETWORK,
-    Artifact,
-    Cluster,
-    Link,
-    ModelCost,
-    Node,
-    Replica,
-    Request,
-    Running,
-    State,
-    Tier,
-)
+from dormouse.schedule.cluster import DISK, Artifact, Cluster, ModelCost, Node, Replica, Request, Running, State, Tier
 from dormouse.schedule.estimate import Estimator
 from dormouse.schedule.place import Decision, place
 
-GB = 10**9
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.schedule.clusters import GB, PHASES, Keeper, links
+
 _GPUS = 8
 _NOW = 1000.0
 
@@ -55,9 +42,8 @@ _NOW = 1000.0
 def build(nodes: int, models: int, fill: str, rng: random.Random) -> Cluster:
     """A cluster with what lies and runs on it."""
     view = Cluster()
-    links = {"pcie": Link(50 * GB), DISK: Link(5 * GB), NETWORK: Link(1.25 * GB), MEMORY: Link(10 * GB)}
     for number in range(nodes):
-        view.add_node(Node(f"node-{number:04}", (141 * GB,) * _GPUS, 2000 * GB, links))
+        view.add_node(Node(f"node-{number:04}", (141 * GB,) * _GPUS, 2000 * GB, links()))
     for number in range(models):
         model = _model(number, rng)
         view.add_model(model)
@@ -78,12 +64,7 @@ def _model(number: int, rng: random.Random) -> ModelCost:
         process_bytes=2 * GB,
         image=Artifact(f"image-{number:05}", GB, GB // 4) if rng.random() < 0.8 else None,
         template=Artifact("template", GB, GB // 5),
-        phases={
-            "sleep": {"ready": 0.1},
-            "snapshot": {"process": 0.7, "ready": 0.4},
-            "template": {"process": 0.7, "ready": 4.0},
-            "cold": {"process": 12.0, "ready": 6.0},
-        },
+        phases=PHASES,
     )
 
 
@@ -135,6 +116,7 @@ def measure(view: Cluster, what: str, decisions: int, rng: random.Random) -> dic
     names = list(view.models)
     weights = list(accumulate(_popularity(len(names))))
     estimator = Estimator()
+    keeper = Keeper(view, service=10.0, checks=False)
     times: list[float] = []
     applied: list[float] = []
     kinds: dict[str, int] = {}
@@ -149,7 +131,8 @@ def measure(view: Cluster, what: str, decisions: int, rng: random.Random) -> dic
         began = time.thread_time()
         decision = place(Request(f"q{number}", name, now), view, estimator, now)
         decided = time.thread_time()
-        apply(view, decision, now)
+        keeper.now = now
+        apply(keeper, decision)
         times.append(decided - began)
         applied.append(time.thread_time() - decided)
         kind = f"{decision.chosen.action} {decision.chosen.path}" if decision.chosen else "none"
@@ -165,43 +148,15 @@ def _summary(times: list[float]) -> dict[str, float]:
     return {"mean_ms": 1e3 * sum(ordered) / len(ordered), **found}
 
 
-def apply(view: Cluster, decision: Decision, now: float) -> None:
+def apply(keeper: Keeper, decision: Decision) -> None:
     """Bring the view up to date."""
     option = decision.chosen
-    if option is None or option.action == "wait":
+    if option is None:
         return
-    running = Running(decision.request.name, now, 0, 300, 500)
-    if option.action == "queue":
-        taken = view.replica(option.replica or "")
-        free = len(taken.requests) < view.model(taken.model).slots
-        busy = replace(taken, requests=(*taken.requests, running), state=State.BUSY, expected=now + 10.0)
-        behind = replace(taken, waiting=taken.waiting + 1, expected=taken.expected + 10.0)
-        view.put(busy if free else behind)
-        return
-    for eviction in option.evict:
-        gone = view.drop(eviction.replica)
-        if eviction.to == "sleep":
-            view.put(replace(gone, state=State.SLEEPING, since=now))
-    if option.replica:
-        view.drop(option.replica)
-    name = option.replica or decision.request.name
-    ready = now + option.seconds
-    view.put(
-        Replica(
-            name,
-            decision.request.model,
-            option.node,
-            option.gpus,
-            State.STARTING,
-            now,
-            (running,),
-            0,
-            ready,
-            ready + 10,
-        )
-    )
-    link = view.link(option.node, DISK)
-    view.set_link(option.node, DISK, link.queued + GB, link.transfers + 1)
+    keeper.commit(decision)
+    if option.action == "start":
+        link = keeper.view.link(option.node, DISK)
+        keeper.view.set_link(option.node, DISK, link.queued + GB, link.transfers + 1)
 
 
 def main() -> int:

@@ -29,8 +29,9 @@ from dormouse.engine.messages import ChatPrompt, Delta, Sampling
 from dormouse.errors import DormouseError
 from dormouse.node.assemble import assemble_node
 from dormouse.node.node import Node
-from dormouse.node.replica import Start, StartPath
+from dormouse.node.replica import Start
 from dormouse.phases import Phases
+from dormouse.schedule.cluster import StartPath
 from dormouse.snapshot.capture import SNAPSHOT_KIND, CaptureResult, capture
 from dormouse.snapshot.cell import Cell, worker_pid_floor
 from dormouse.snapshot.criu_setup import Criu, find_criu

@@ -43,9 +43,10 @@ from dormouse.errors import DormouseError, EngineError, HostError
 from dormouse.node.assemble import assemble_node
 from dormouse.node.node import Node
 from dormouse.node.parts import Evicted
-from dormouse.node.replica import Start, StartPath
+from dormouse.node.replica import Start
 from dormouse.node.runner import Lease
 from dormouse.phases import Phases, host_clock
+from dormouse.schedule.cluster import StartPath
 from dormouse.snapshot.service import CaptureResult
 from dormouse.store.store import Store
 
@@ -99,7 +100,7 @@ class Result:
         return len({run.text for runs in self.runs.values() for run in runs}) == 1
 
 
-class _Watch:
+class Watch:
     """The node's observer: keeps the latest start's phases and the latest capture."""
 
     def __init__(self) -> None:
@@ -112,6 +113,9 @@ class _Watch:
 
     def start_failed(self, model: str, error: DormouseError) -> None:
         self.error = error
+
+    def foretold(self, model: str, path: StartPath, expected: float, took: float) -> None:
+        pass
 
     def fell_back(self, model: str, path: StartPath, error: DormouseError) -> None:
         self.error = error
@@ -147,14 +151,14 @@ async def measure(data_dir: DataDir, name: str, *, runs: int, prompt: str, step:
     if not os.access(_DROP_CACHES, os.W_OK):
         raise HostError("the page cache can't be dropped by this user", remedy="Run the benchmark as root")
     result = Result(name)
-    with _scratch(data_dir, model.checkpoint) as folder:
+    with scratch(data_dir, model.checkpoint) as folder:
         async with await _node(folder, name, snapshot=False) as node:
             for number in range(runs):
                 step(f"cold start {number + 1} of {runs}")
                 result.runs[COLD.name].append(await _run(node, name, prompt, COLD))
         async with await _node(folder, name, snapshot=True) as node:
             step("capture")
-            watch = _Watch()
+            watch = Watch()
             node.observe(watch)
             await _run(node, name, prompt, COLD)
             result.capture = watch.capture
@@ -167,7 +171,7 @@ async def measure(data_dir: DataDir, name: str, *, runs: int, prompt: str, step:
 
 
 @contextmanager
-def _scratch(data_dir: DataDir, checkpoint: str | None) -> Iterator[Path]:
+def scratch(data_dir: DataDir, checkpoint: str | None) -> Iterator[Path]:
     """A data folder beside the real one that shares its models and CRIU, has a copy of the model's weights, and leaves
     no snapshot behind."""
     data_dir.create()
@@ -201,11 +205,11 @@ async def _get_ready(node: Node, name: str, prompt: str, way: Way) -> None:
 
 async def _run(node: Node, name: str, prompt: str, way: Way) -> Run:
     """Start the model in this way, ask twice, and put it to sleep."""
-    watch = _Watch()
+    watch = Watch()
     node.observe(watch)
     if way.dropped:
         await node.free_weights()
-        await asyncio.to_thread(_drop_page_cache)
+        await asyncio.to_thread(drop_page_cache)
     begin = host_clock()
     async with node.replica(name) as lease:
         ready = host_clock()
@@ -221,7 +225,7 @@ async def _run(node: Node, name: str, prompt: str, way: Way) -> Run:
     return Run(first_token, watch.phases, second - again, text)
 
 
-def _drop_page_cache() -> None:
+def drop_page_cache() -> None:
     os.sync()
     _DROP_CACHES.write_text("1\n")
 

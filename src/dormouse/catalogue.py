@@ -39,6 +39,7 @@ from dormouse.trace import Operation, gigabytes_per_second, steps_json
 log = logging.getLogger(__name__)
 
 NOT_SERVED = "not served"
+_SHOWN = 0.0005  # seconds; shorter parts of an estimate are left out
 
 
 def human(count: float) -> str:
@@ -120,6 +121,7 @@ def render(listing: dict[str, Any]) -> Group:
             human(model["rss_bytes"]) if model["rss_bytes"] else "",
             model["last_error"] or "",
         )
+    outlook = [render_outlook(listing["outlook"])] if "outlook" in listing else []
     snapshots = Table(title="snapshots", title_justify="left")
     for column in ("id", "kind", "of", "created", "raw", "own", "shared", ""):
         right = column in ("raw", "own", "shared")
@@ -133,7 +135,57 @@ def render(listing: dict[str, Any]) -> Group:
             *(human(row[f"{part}_bytes"]) for part in ("raw", "own", "shared")),
             "[red]quarantined[/]" if row["quarantine"] is not None else "pinned" if row["pinned"] else "",
         )
-    return Group(models, snapshots, *_reasons(listing["snapshots"]))
+    return Group(models, *outlook, snapshots, *_reasons(listing["snapshots"]))
+
+
+def render_outlook(rows: Sequence[dict[str, Any]]) -> Table:
+    """How served models would start next, and what they step down to."""
+    table = Table(title="next starts", title_justify="left")
+    for column in ("model", "path", "seconds", "95 %", "made of", "steps down", "why"):
+        right = column in ("seconds", "95 %")
+        table.add_column(column, justify="right" if right else "left", no_wrap=right or column == "path")
+    for row in rows:
+        step = row["step"]
+        down = f"to {step['to']} in {_duration(step['at'] - time.time())}" if step is not None else ""
+        table.add_row(row["name"], row["path"], *_estimated(row), down, row["why"])
+    return table
+
+
+def render_explanation(details: dict[str, Any]) -> Group:
+    """What a request would get now, the paths that are open, and the latest starts."""
+    paths = Table(title="start paths, in the order in which they are tried", title_justify="left")
+    for column in ("path", "seconds", "95 %", "made of"):
+        paths.add_column(column, justify="left" if column in ("path", "made of") else "right")
+    for row in details["paths"]:
+        paths.add_row(row["path"], *_estimated(row))
+    latest = Table(title="latest starts", title_justify="left")
+    for column in ("when", "path", "estimated", "took", "off", "outcome", "why"):
+        latest.add_column(column, justify="right" if column in ("estimated", "took", "off") else "left")
+    for row in details["latest"]:
+        estimate, took = row["estimate"], row["took"]
+        off = f"{abs(estimate - took) / took:.0%}" if estimate is not None and took else ""
+        when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["at"]))
+        latest.add_row(when, row["path"], _seconds(estimate), _seconds(took), off, row["outcome"], row["why"])
+    tables = ([paths] if details["paths"] else []) + ([latest] if details["latest"] else [])
+    return Group(
+        Text(f"{details['name']} is {details['state']}; {details['why']}"), Text(details["decision"]["why"]), *tables
+    )
+
+
+def _estimated(row: dict[str, Any]) -> tuple[str, str, str]:
+    parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in row["parts"].items() if seconds >= _SHOWN)
+    return _seconds(row["estimate"]), _seconds(row["p95"]), parts
+
+
+def _seconds(value: float | None) -> str:
+    return f"{value:.3f}" if value is not None else ""
+
+
+def _duration(seconds: float) -> str:
+    """For people."""
+    if seconds < 90:
+        return f"{max(seconds, 0.0):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _reasons(rows: Sequence[dict[str, Any]]) -> list[Text]:

@@ -275,13 +275,27 @@ def stop(name: str, grace: float, data_dir: DataDir, as_json: bool, reporter: Re
 
 
 @cli.command("ls")
+@click.option("--why", is_flag=True, help="How each served model would start next, and when and why it steps down.")
 @common
-def list_(data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+def list_(why: bool, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
     """List models, snapshots, their sizes and states."""
     from dormouse import catalogue
 
     listing = catalogue.listing(data_dir)
+    if why:
+        listing["outlook"] = ask_node(data_dir.run, "GET", "outlook")["data"]
     emit(listing) if as_json else out.print(catalogue.render(listing))
+
+
+@cli.command()
+@click.argument("model")
+@common
+def explain(model: str, data_dir: DataDir, as_json: bool, reporter: Reporter) -> None:
+    """Show what a request for a served model would get now and why, and how well its latest starts were estimated."""
+    from dormouse import catalogue
+
+    details = ask_node(data_dir.run, "GET", "models", model, "explain")
+    emit(details) if as_json else out.print(catalogue.render_explanation(details))
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]
@@ -751,7 +765,7 @@ def simulate(
         loaded = loaded.model_copy(update={"seed": seed})
     if plot is not None:
         plots.check(plot)
-    outcomes, rows = [], []
+    outcomes, rows, tenants = [], [], []
     with reporter:
         runs = run_scenario(
             loaded, traces=traces or scenario.parent, systems=systems, cases=cases, say=reporter.step,
@@ -759,19 +773,25 @@ def simulate(
         )  # fmt: skip
         for outcome in runs:
             rows.append(report.row_of(outcome, loaded.slo))
+            tenants += report.tenant_rows(outcome, loaded.slo)
             if plot is not None:
                 outcomes.append(outcome)
     if plot is not None:
         plots.draw(outcomes, plot, loaded.name)
     if as_json:
-        emit(report.as_json(loaded, rows))
+        emit(report.as_json(loaded, rows, tenants))
     elif as_csv:
-        click.echo(report.as_csv(rows), nl=False)
+        click.echo(report.as_csv(rows, tenants), nl=False)
     else:
-        width = max(out.width, 150)  # a table that is read later in a file is not cut
-        out.print(report.table(rows, loaded.slo), width=width, crop=False)
+        wide = Console(width=max(out.width, 150))  # a table that is read later in a file is not cut
+        wide.print(report.table(rows, loaded.slo))
+        if tenants:
+            wide.print(report.table(tenants, loaded.slo, "start-up latency by tenant"))
+        wide.print(report.cost_table(rows))
         if compared := report.compare(loaded, rows):
-            out.print(report.comparison_table(compared), width=width, crop=False)
+            wide.print(report.comparison_table(compared))
+        if distances := report.distances(loaded, rows):
+            wide.print(report.distance_table(distances))
 
 
 def _open_standard_streams() -> None:

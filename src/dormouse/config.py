@@ -92,6 +92,25 @@ _KEEP_ALIVE_SCHEMA = WithJsonSchema(
         ]
     }
 )
+_TIMES = re.compile(r"([01]\d|2[0-4]):([0-5]\d)-([01]\d|2[0-4]):([0-5]\d)")
+
+
+def parse_times(text: str) -> tuple[float, float]:
+    """Seconds of the day from "08:00-18:30". Raises ValueError."""
+    match = _TIMES.fullmatch(text)
+    if match is None:
+        raise ValueError("is not a time of the day: write 08:00-18:00, in UTC")
+    since, until = (float(int(match[part]) * 3600 + int(match[part + 1]) * 60) for part in (1, 3))
+    if max(since, until) > 86_400 or since == until:
+        raise ValueError("is not a time of the day: it must end at another time, 24:00 at the latest")
+    return since, until
+
+
+def _times(text: str) -> str:
+    parse_times(text)
+    return text
+
+
 _SIZE_SCHEMA = WithJsonSchema(
     {
         "anyOf": [
@@ -150,7 +169,11 @@ Allotment = Annotated[
 ]
 """A share of the memory budget (up to 1, or with %), or bytes."""
 UserPath = Annotated[Path, AfterValidator(_expanded)]
+TimesOfDay = Annotated[str, AfterValidator(_times), WithJsonSchema({"type": "string", "pattern": _TIMES.pattern})]
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+KeepAlivePolicy = Literal["fixed", "lru", "greedy-dual", "histogram", "layered", "expected"]
 
 
 class _Settings(BaseModel):
@@ -165,7 +188,9 @@ class ModelConfig(_Settings):
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     """Where it runs: cpu, cuda or cuda:N."""
     keep_alive: KeepAlive = 300.0
-    """How long an idle model stays in memory before it sleeps: seconds, 90s, 5m, 1h, or forever."""
+    """How long an idle model stays ready before it sleeps: seconds, 90s, 5m, 1h, or forever (under every policy)."""
+    provisioned: bool | tuple[TimesOfDay, ...] = False
+    """true: it is started ahead and stays ready. A list such as ["08:00-18:00"]: at these times of the day, in UTC."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the worker (1..1024). Left out: one per core."""
     context: Annotated[int, Field(ge=16)] | None = None
@@ -211,6 +236,8 @@ class ServeConfig(_Settings):
     """On SIGTERM, time that running requests get to finish."""
     memory: Size | None = None
     """Memory that all workers together may take: bytes or a size such as 8GiB. Left out: 80 % of the machine's."""
+    keep_alive_policy: KeepAlivePolicy = "fixed"
+    """Who says how long idle models stay: fixed (keep_alive), lru, greedy-dual, histogram, layered or expected."""
     templates: bool = True
     """true: a started engine without a model is captured, too; models without a snapshot of their own start from it."""
     sleep_memory: Allotment = 0.25

@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -222,7 +222,35 @@ def test_pins_and_releases_work_without_a_node(tmp_path: Path, capsys: pytest.Ca
     assert dormouse(tmp_path, "rm", "bbb2", "--force", capsys=capsys)["removed"] == ["bbb2"]
 
 
-@pytest.mark.parametrize("verb", ["snapshot", "sleep", "wake"])
+@on_loop
+async def run_verbs_beside_a_node(tmp_path: Path, run: Callable[..., Any]) -> None:
+    async with admin(tmp_path) as node:
+        await ask(tmp_path, "POST", "models", "mouse", "wake")
+        await ask(tmp_path, "POST", "models", "mouse", "sleep")
+        listing = await asyncio.to_thread(run, "ls", "--why", "--json")
+        assert {row["name"]: row["path"] for row in listing["outlook"]} == {"mouse": "snapshot", "never": "cold"}
+        shown = await asyncio.to_thread(run, "ls", "--why")
+        assert "next starts" in shown and "policy" in shown
+        found = await asyncio.to_thread(run, "explain", "mouse", "--json")
+        assert found == json.loads(json.dumps(await node.explain("mouse"))) | {"decision": found["decision"]}
+        shown = await asyncio.to_thread(run, "explain", "mouse")
+        assert "mouse is asleep; policy fixed" in shown and "taken start snapshot" in shown and "latest starts" in shown
+        with pytest.raises(NotFoundError, match="not served"):
+            await asyncio.to_thread(run, "explain", "mice")
+
+
+def test_ls_why_and_explain_tell_what_the_node_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: str) -> Any:
+        cli.cli.main([*arguments, "--data-dir", str(tmp_path)], standalone_mode=False)
+        shown = capsys.readouterr().out
+        return json.loads(shown) if "--json" in arguments else shown
+
+    run_verbs_beside_a_node(tmp_path, run)
+    with pytest.raises(HostError, match="no node runs"):
+        run("ls", "--why")
+
+
+@pytest.mark.parametrize("verb", ["explain", "snapshot", "sleep", "wake"])
 def test_verbs_that_need_a_node_say_so(tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in (tmp_path / "missing", DataDir(tmp_path / "there").create().root):
         with pytest.raises(HostError, match="no node runs"):

@@ -242,6 +242,11 @@ async def test_idle_model_sleeps_and_the_metrics_tell_the_same_figures(tmp_path:
         await until(lambda: gateway.node.statuses()[0].state == "asleep")
         total = await gateway.metric('dormouse_start_seconds_sum{model="mouse",path="cold"}')
         assert f"{total:.3f}" == f"{seconds:.3f}"
+        assert await gateway.metric('dormouse_start_estimate_seconds_count{model="mouse",path="cold"}') == 1
+        assert await gateway.metric('dormouse_start_estimate_error_ratio_count{model="mouse",path="cold"}') == 1
+        assert await gateway.metric('dormouse_start_estimate_error{path="cold",quantile="0.99"}') > 0
+        gateway.node.prewarms["mouse"] = 2
+        assert await gateway.metric('dormouse_prewarms_total{model="mouse"}') == 2
         assert await gateway.metric('dormouse_captures_total{model="mouse",outcome="committed"}') == 1
         assert await gateway.metric('dormouse_captured_bytes_total{kind="stored",model="mouse"}') == 300
         assert await gateway.metric('dormouse_replica_state{model="mouse",state="asleep"}') == 1

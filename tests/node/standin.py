@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from dormouse.checkpoint.tensors import NewTensor, lay_out
 from dormouse.config import ModelConfig, ServeConfig
 from dormouse.errors import ConfigError, DormouseError, IncompatibleError, NotFoundError
 from dormouse.node.node import Node
+from dormouse.node.page_cache import OnDisk
 from dormouse.node.parts import Model
 from dormouse.phases import Phase, Phases, host_clock
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
@@ -175,6 +177,9 @@ class StandInHost:
     def canary(self, snapshot_id: str) -> str | None:
         return self.snapshots[snapshot_id].get("canary")
 
+    def on_disk(self, manifest_id: str) -> OnDisk:
+        return OnDisk(1000, 300, ())
+
     def drop_older(self, name: str, snapshot_id: str, *, kind: str = SNAPSHOT_KIND) -> None:
         if self.clean_up_gates:
             self.clean_up_gates.pop().wait()
@@ -245,6 +250,7 @@ async def run_node(
     host: StandInHost,
     models: dict[str, FakeModel] | None = None,
     key: Callable[[Model, ModelConfig], dict[str, str]] = lambda model, settings: {"kernel": "6"},
+    wall_clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Node]:
     """A node over the stand-in; at its end no worker may be left."""
 
@@ -253,7 +259,14 @@ async def run_node(
 
     chosen = models or {name: FakeModel(name) for name in config.models}
     async with Node(
-        config, start_host, chosen, host, key, lambda spec: {"template of": spec.engine}, open_adapter=fake_adapter
+        config,
+        start_host,
+        chosen,
+        host,
+        key,
+        lambda spec: {"template of": spec.engine},
+        open_adapter=fake_adapter,
+        wall_clock=wall_clock,
     ) as node:
         yield node
     assert host.alive() == 0

@@ -79,3 +79,17 @@ def test_templates_and_snapshots_of_one_name_are_apart(tmp_path: Path) -> None:
     assert (catalog.latest("a"), catalog.latest("a", kind=TEMPLATE_KIND)) == ("s", "t")
     catalog.drop_older("a", "t", kind=TEMPLATE_KIND)
     assert len(catalog.rows()) == 2
+
+
+def test_where_the_bytes_of_a_snapshot_lie(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store") as store, store.begin() as transaction:
+        refs = [transaction.put(bytes([number]) * 5000 + b"x" * number) for number in range(1, 4)]
+        transaction.commit(
+            Manifest(id="a1", kind=SNAPSHOT_KIND, name="a", created=1.0, body=b"", refs=[*refs, refs[0]])
+        )
+    found = StoreCatalog(tmp_path / "store").on_disk("a1")
+    assert found.plain_bytes == 3 * 5000 + 6 and 0 < found.stored_bytes <= found.plain_bytes
+    (stretch,) = found.stretches
+    assert stretch.path.is_file() and found.stored_bytes <= stretch.length <= stretch.path.stat().st_size
+    with pytest.raises(NotFoundError):
+        StoreCatalog(tmp_path / "store").on_disk("gone")

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dormouse.config import ModelConfig, ServeConfig
 from dormouse.errors import (
@@ -24,9 +22,8 @@ from dormouse.errors import (
 )
 from dormouse.node.node import Node
 from dormouse.node.parts import Evicted
-from dormouse.node.replica import Start, StartPath
-from dormouse.schedule.dozing import displaced, may_stay
-from dormouse.schedule.eviction import Dozer, Plan, Resident, plan_eviction
+from dormouse.node.replica import Start
+from dormouse.schedule.cluster import StartPath
 from tests.node.standin import FakeModel, StandInHost, configure, on_loop, run_node, until
 from tests.node.test_node import ask, state
 
@@ -61,7 +58,7 @@ class Told:
     def unprotected(self, model: str) -> None:
         self.unprotected_starts += 1
 
-    start_failed = retried = quarantined = captured = adapter_loaded = adapter_failed = _other
+    foretold = start_failed = retried = quarantined = captured = adapter_loaded = adapter_failed = _other
 
 
 def dozy(tmp_path: Path, *names: str, memory: str = "4GiB", snapshot: bool = True, **settings: object) -> ServeConfig:
@@ -353,57 +350,3 @@ async def test_a_bad_snapshot_matters_only_when_the_process_has_gone(tmp_path: P
         await node.sleep("mouse")
         host.lasting_faults["restore"] = SnapshotError("criu failed")
         assert (await ask(node))[1] == "cold"
-
-
-# The policy alone
-
-dozers = st.lists(
-    st.builds(
-        Dozer,
-        name=st.text(min_size=1, max_size=4),
-        bytes=st.integers(1, 100),
-        since=st.floats(0, 100),
-        cost_of_return=st.floats(0.1, 10),
-    ),
-    max_size=6,
-    unique_by=lambda dozer: dozer.name,
-)
-
-
-def test_long_unused_large_and_cheap_to_have_again_goes_first() -> None:
-    old, large, cheap, plain = (
-        Dozer("old", 10, since=0.0, cost_of_return=1.0),
-        Dozer("large", 100, since=90.0, cost_of_return=1.5),
-        Dozer("cheap", 10, since=90.0, cost_of_return=0.2),
-        Dozer("plain", 10, since=90.0, cost_of_return=1.0),
-    )
-    plan = plan_eviction([], needed=130, budget=130, dozers=[plain, cheap, large, old], now=100.0)
-    assert plan == Plan(fits=False, evict=("old", "large", "cheap", "plain"))
-
-
-def test_what_is_cheapest_to_have_again_goes_first() -> None:
-    idle, dozer = Resident("idle", 10, idle_since=0.0), Dozer("dozer", 10, since=50.0, cost_of_return=1.0)
-    weights = {"old": 10, "new": 10}
-
-    def plan(needed: int) -> Plan:
-        return plan_eviction([idle], needed=needed, budget=40, dozers=[dozer], weights=weights, now=60.0)
-
-    assert plan(10) == Plan(fits=False, weights=("old",))
-    assert plan(20) == Plan(fits=False, weights=("old", "new"))
-    assert plan(30) == Plan(fits=False, weights=("old", "new"), evict=("dozer",))
-    assert plan(40) == Plan(fits=False, weights=("old", "new"), evict=("dozer", "idle"))
-    assert plan(41) == Plan(fits=False), "nobody goes when it would not be enough"
-
-
-@given(st.integers(0, 100), st.integers(0, 100), st.integers(-100, 100))
-def test_a_process_stays_within_both_limits(own: int, limit: int, free: int) -> None:
-    assert may_stay(own, limit=limit, free=free) is (own <= min(limit, free))
-
-
-@given(dozers, st.integers(0, 400))
-def test_no_more_are_displaced_than_must_be(there: list[Dozer], limit: int) -> None:
-    sizes = {dozer.name: dozer.bytes for dozer in there}
-    gone = displaced(there, limit=limit, now=100.0)
-    left = sum(sizes.values()) - sum(sizes[name] for name in gone)
-    assert left <= limit
-    assert not gone or left + sizes[gone[-1]] > limit

@@ -40,7 +40,7 @@ def new_replica(
 ) -> Replica:
     return Replica(
         "mouse",
-        keep_alive=keep_alive,
+        stay=lambda now: r.Stay(now + keep_alive),
         max_queue=max_queue,
         max_concurrent=max_concurrent,
         snapshots=snapshots,
@@ -587,13 +587,6 @@ def test_a_quiescing_that_fails_with_a_valid_snapshot_is_no_failed_capture() -> 
 def test_shutdown_ends_a_process_that_dozes() -> None:
     replica = dozing_replica()
     assert replica.handle(r.Shutdown(), 20.0) == [r.Stop()]
-
-
-def test_what_a_return_costs_is_what_it_took_the_last_time() -> None:
-    replica = dozing_replica()
-    assert replica.cost_of_return == 1.0, "the first start took so long"
-    replica.handle(r.Withdraw("s"), 13.0)
-    assert replica.cost_of_return == 5.0, "a guess"
 
 
 OPERATIONS = (r.StartCold, r.Restore, r.RestoreTemplate, r.Wake, r.Quiesce, r.Capture, r.Resume, r.Stop)

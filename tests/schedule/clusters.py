@@ -1,4 +1,5 @@
-"""Small clusters for the tests, and a keeper that applies decisions as a node or the simulator would."""
+"""Parts of clusters for the tests and for bench/placement.py, and a keeper that applies decisions as a node or the
+simulator would."""
 
 from __future__ import annotations
 
@@ -89,12 +90,13 @@ class Keeper:
     view: Cluster
     service: float = 5.0
     now: float = 0.0
+    checks: bool = True
 
     def commit(self, decision: Decision) -> None:
         option = decision.chosen
         assert option is not None
         if option.action == "wait":
-            assert option.migrate
+            assert option.migrate or not self.checks
             return
         if option.action == "queue":
             self._queue(decision.request, option.replica or "")
@@ -109,7 +111,8 @@ class Keeper:
         running = (Running(decision.request.name, self.now, movable=False),)
         started = Replica(name, decision.request.model, option.node, option.gpus, State.STARTING, self.now, running)
         self.view.put(replace(started, ready_at=ready, expected=ready + self.service))
-        check_memory(self.view)
+        if self.checks:
+            check_memory(self.view)
 
     def _queue(self, request: Request, name: str) -> None:
         one = self.view.replica(name)

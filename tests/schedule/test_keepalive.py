@@ -79,7 +79,7 @@ def test_lru_ends_who_was_used_longest_ago() -> None:
 def test_greedy_dual_weighs_frequency_cost_and_size_and_ages_by_its_clock() -> None:
     view, estimator = one_node(10, 10, 60), Estimator()
     for name in view.models:
-        estimator.observe(Observed(name, name, "a", "cold", 10.0))
+        estimator.observe(Observed(name, name, "a", "cold", 10.0), view)
     policy = GreedyDual(estimator)
     for name, requests in (("m0", 5), ("m1", 1), ("m2", 5)):
         used(policy, view, [float(at) for at in range(requests)], name)
@@ -129,14 +129,14 @@ def test_layers_live_as_long_as_the_paper_says() -> None:
 
 def test_ours_comes_back_for_a_period_and_lets_a_burst_go() -> None:
     view = one_node(40)
-    periodic = Expected(Estimator(), Prices(2e-5, 2e-6), prior=0.0)
+    periodic = Expected(Estimator(), Prices(2e-5, 2e-6), prior=0.0, felt=0.0)
     used(periodic, view, [3600.0 * number for number in range(30)])
     due = periodic.next_prewarm()
     assert due is not None
     last = 29 * 3600.0
     warms = periodic.prewarm(last + 3600.0)
     assert warms and last + 1800.0 < warms[-1].at < last + 3600.0 < warms[-1].until
-    bursty = Expected(Estimator(), Prices(0.004, 0.0004), prior=0.0)
+    bursty = Expected(Estimator(), Prices(0.004, 0.0004), prior=0.0, felt=0.0)
     view.drop("r-m0")
     times = [burst * 20_000.0 + 2.0 * number for burst in range(10) for number in range(20)]
     replica = used(bursty, view, times)
@@ -241,7 +241,7 @@ def test_ours_costs_least_at_the_price_of_memory(kind: str) -> None:
     times = arrivals(kind, random.Random(7))
     found = {}
     for name, policy in {
-        "ours": Expected(Estimator(), Prices(0.004, 0.0004)),
+        "ours": Expected(Estimator(), Prices(0.004, 0.0004), felt=0.0),
         "ttl 1 min": FixedTtl(60.0),
         "ttl 10 min": FixedTtl(600.0),
         "never": Lru(),
@@ -252,3 +252,73 @@ def test_ours_costs_least_at_the_price_of_memory(kind: str) -> None:
         found[name] = waited + 0.004 * wasted
     ours = found.pop("ours")
     assert ours <= 1.05 * min(found.values()), (kind, ours, found)
+
+
+def test_a_model_without_a_minimum_is_worth_what_the_policy_says() -> None:
+    view, provisioned = one_node(10), Provisioned(FixedTtl(), {})
+    (name,) = view.models
+    view.put(asleep := Replica("r", name, "a", (0,), State.SLEEPING, 0.0))
+    assert provisioned.worth(asleep, view, 5.0) == FixedTtl().worth(asleep, view, 5.0) < math.inf
+    assert provisioned.on_idle(asleep, view, 5.0) == FixedTtl().on_idle(asleep, view, 5.0)
+
+
+def idle_then_asked(policy: Basic, view: Cluster, at: float, name: str = "m0") -> float:
+    """A replica goes idle at a time; when it goes to sleep."""
+    policy.on_request(name, at)
+    steps = policy.on_idle(hot(f"r-{name}", name, "a", since=at), view, at)
+    return next(step.at for step in steps if step.to == "sleep")
+
+
+def test_a_start_that_is_our_own_doing_lowers_the_price_and_any_other_raises_it() -> None:
+    view, policy = one_node(40, 40), Expected(Estimator(), Prices(0.01, 0.001), regret=0.2)
+    before = policy.prices.gpu
+    policy.on_start("m0", (), 0.0)  # the first start of all
+    raised = policy.prices.gpu
+    assert raised > before
+    asleep = idle_then_asked(policy, view, 10.0)
+    assert asleep < 10_000.0
+    policy.on_request("m0", asleep + 100.0)
+    policy.on_start("m0", (), asleep + 100.0)  # it had been let go
+    lowered = policy.prices.gpu
+    assert lowered < before
+    asleep = idle_then_asked(policy, view, asleep + 200.0)
+    policy.on_start("m1", [hot("r-m0", "m0", "a")], asleep - 1e-3)  # evicted before its time
+    policy.on_request("m0", asleep + 100.0)
+    policy.on_start("m0", (), asleep + 100.0)
+    assert policy.prices.gpu > lowered
+    assert policy.prices.gpu / policy.prices.host == pytest.approx(10.0)
+
+
+def test_a_dearer_price_keeps_shorter_and_a_popular_model_stays_longer() -> None:
+    ends = {}
+    for price in (1e-5, 5e-4, 1.0):
+        view, policy = one_node(40, 40), Expected(Estimator(), Prices(price, price / 10), felt=1.0)
+        rng, now = random.Random(3), 0.0
+        for _number in range(300):
+            now += rng.expovariate(1 / 20.0)
+            name = "m0" if rng.random() < 0.9 else "m1"
+            policy.on_request(name, now)
+            policy.on_idle(hot(f"r-{name}", name, "a", since=now), view, now)
+        ends[price] = [idle_then_asked(policy, view, now + 1.0, name) - now for name in ("m0", "m1")]
+    assert ends[1e-5][0] >= ends[5e-4][0] >= ends[1.0][0]
+    assert ends[1e-5][1] > ends[1.0][1]
+    assert ends[5e-4][0] > ends[5e-4][1]
+
+
+def test_who_is_asked_for_more_often_is_worth_more_and_nobody_gains_with_age() -> None:
+    view, policy = one_node(40, 40), Expected(Estimator())
+    for number in range(200):
+        name = "m0" if number % 10 else "m1"
+        policy.on_request(name, 10.0 * number)
+        policy.on_idle(hot(f"r-{name}", name, "a", since=10.0 * number), view, 10.0 * number)
+    often, seldom = (policy.worth(hot("x", name, "a", since=1990.0), view, 1991.0) for name in ("m0", "m1"))
+    assert often > seldom > 0.0
+    later = [policy.worth(hot("x", "m0", "a", since=1990.0), view, 1990.0 + age) for age in (100.0, 1000.0, 80_000.0)]
+    assert later == sorted(later, reverse=True)
+
+
+def test_the_oracle_is_ready_for_the_first_request_of_all() -> None:
+    policy = Oracle({"m0": [100.0, 5000.0]}, Estimator())
+    due = policy.next_prewarm()
+    assert due is not None and 0.0 <= due < 100.0
+    assert [warm.model for warm in policy.prewarm(due)] == ["m0"]

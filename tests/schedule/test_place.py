@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from dormouse.errors import ConfigError
 from dormouse.schedule.cluster import Claim, Cluster, Request, Running, State, Tier
 from dormouse.schedule.estimate import Estimator
-from dormouse.schedule.place import Decision, default_worth, place
-from dormouse.schedule.room import find_room
+from dormouse.schedule.place import Decision, Weights, default_worth, place, slot_waits
+from dormouse.schedule.room import ends, find_room
 from tests.schedule.clusters import GB, Keeper, busy, check_memory, clusters, hot, lay, model, node
 
 
@@ -178,7 +178,8 @@ def test_no_start_is_better_than_what_was_chosen(view: Cluster) -> None:
             for path in ("snapshot", "template", "cold"):
                 plan = view.plan(one, where, path, room.gpus) if room else None
                 if room and plan:
-                    best = min(best, room.wait + room.loss + estimator.estimate(one, where, plan, view).mean)
+                    seconds = estimator.estimate(one, where, plan, view).mean
+                    best = min(best, room.wait + room.loss + seconds * (1.0 + Weights().start))
         chosen = decide(view, name).chosen
         assert chosen is not None or best == float("inf")
         assert chosen is None or chosen.score <= best * 1.03 + 1e-9
@@ -195,3 +196,18 @@ def test_removing_a_node_leaves_nothing_of_it(view: Cluster) -> None:
         for one in sorted(view.models):
             decision = decide(view, one)
             assert all(option.node != name for option in (decision.chosen, *decision.alternatives) if option)
+
+
+def test_a_replica_with_many_slots_takes_the_next_when_its_first_one_ends() -> None:
+    one = model("m", slots=2)
+    running = (Running("long", 0.0, 0, 100), Running("short", 0.0, 0, 10))
+    replica = replace(busy("r", "m", "a", until=99.0), requests=running)
+    assert replica.takes_next_at(one) == 10 * one.token_seconds
+    assert replace(replica, waiting=1).takes_next_at(one) == 100 * one.token_seconds
+    assert slot_waits(replica, one, 0.0, 5) == [10 * one.token_seconds, 100 * one.token_seconds]
+
+
+def test_the_longer_something_is_late_the_longer_it_still_takes() -> None:
+    one = busy("r", "m", "a", until=10.0)
+    assert ends(one, 4.0) == 6.0
+    assert 0.0 < ends(one, 11.0) < ends(one, 20.0)

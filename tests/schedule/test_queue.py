@@ -43,7 +43,64 @@ def test_first_come_first_served_within_a_model() -> None:
     keeper.now = 3.0
     assert served(queue, keeper) == [] and len(queue) == 3
     keeper.advance(10.0)
-    assert served(queue, keeper) == ["q0", "q1", "q2"]
+    assert served(queue, keeper) == ["q0"]  # the replica that it starts is for the others, too, once it is ready
+    keeper.advance(60.0)
+    assert served(queue, keeper) == ["q1", "q2"]
+
+
+def test_whichever_slot_is_free_first_takes_the_one_that_came_first() -> None:
+    """Two replicas are busy; the one that was to be free last is free first."""
+    view = Cluster([node("a"), node("b")], [model("m", 60)])
+    view.put(busy("soon", "m", "a", until=4.0))
+    view.put(busy("late", "m", "b", until=6.0))
+    keeper, queue = Keeper(view), Queue()
+    queue.push(Request("q0", "m", 0.0))
+    queue.push(Request("q1", "m", 1.0))
+    assert served(queue, keeper) == []
+    view.put(hot("late", "m", "b"))
+    assert served(queue, keeper) == ["q0"] and view.replica("late").requests[0].name == "q0"
+
+
+def test_a_line_gets_a_replica_for_each_that_would_wait_longer() -> None:
+    """The head waits for a slot that is free in a moment; those behind it would wait long, and there is room."""
+    view = Cluster([node("a", 4)], [model("m", 60)])
+    lay(view, view.model("m"), "a", Tier.DRAM)
+    view.put(busy("r", "m", "a", until=0.2))
+    keeper, queue = Keeper(view), Queue()
+    for number in range(4):
+        queue.push(Request(f"q{number}", "m", 0.0, expected_tokens=100))
+    assert served(queue, keeper) == ["q3", "q2", "q1"] and queue.waiting("m") == 1
+    keeper.advance(0.5)
+    assert served(queue, keeper) == ["q0"]
+
+
+def test_those_behind_wait_when_their_turn_comes_soon() -> None:
+    view = Cluster([node("a", 4)], [model("m", 60, slots=4)])
+    lay(view, view.model("m"), "a", Tier.DRAM)
+    running = tuple(Running(f"x{number}", 0.0, 0, 10) for number in range(4))
+    view.put(replace(busy("r", "m", "a", until=0.3), requests=running))
+    keeper, queue = Keeper(view), Queue()
+    for number in range(3):
+        queue.push(Request(f"q{number}", "m", 0.0, expected_tokens=10))
+    assert served(queue, keeper) == [] and len(list(view.replicas_of("m"))) == 1
+
+
+def test_a_free_slot_is_used_however_many_wait_in_vain() -> None:
+    """Models that wait for a place, older than a request whose model has a free slot."""
+    names = [f"m{number}" for number in range(6)]
+    view = Cluster([node("a"), node("b")], [model(name, 60) for name in (*names, "other", "mine")])
+    for name in names:
+        lay(view, view.model(name), "a")
+    view.put(busy("r", "other", "a", until=50.0))
+    view.put(busy("mine", "mine", "b", until=50.0))
+    keeper, queue = Keeper(view), Queue(Fairness(blocked_models=2))
+    for number, name in enumerate(names):
+        queue.push(Request(f"q{number}", name, float(number)))
+    queue.push(Request("late", "mine", 9.0))
+    keeper.now = 10.0
+    assert served(queue, keeper) == []
+    view.put(hot("mine", "mine", "b"))
+    assert served(queue, keeper) == ["late"]
 
 
 def test_priority_is_a_head_start_of_some_seconds() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dormouse.cli import cli
 from dormouse.errors import ConfigError
 from dormouse.schedule.cluster import State
-from dormouse.sim.report import row_of
+from dormouse.sim.report import distances, row_of
 from dormouse.sim.run import Outcome, simulate
 from dormouse.sim.scenario import Scenario, load_scenario, scenario_schema
 from dormouse.sim.world import World
@@ -62,7 +62,7 @@ def balanced(outcome: Outcome) -> None:
     start, total = np.array(outcome.records.start), np.array(outcome.records.total)
     assert (start >= 0).all() and (start <= total + 1e-6).all()
     given_up = np.array(outcome.records.given_up, dtype=bool)
-    assert np.allclose(start[given_up], 60)
+    assert (start[given_up] >= 60 - 1e-6).all()  # more: it had begun, and stood still for so long later
     row = row_of(outcome, 5)
     assert row.hot + row.sleep + row.snapshot + row.template + row.cold == pytest.approx(1, abs=1e-3)
     assert outcome.counts.gpu_busy_seconds <= outcome.counts.gpu_seconds + 1e-6 <= 4 * outcome.seconds + 1e-5
@@ -121,6 +121,53 @@ def test_memory_is_never_exceeded_and_nothing_is_left_over(
         made = system(placement, keep_alive, evict_idle=evict)
         for outcome in run(tree(seed=seed, duration=120, requests=requests, systems={"it": made})):
             balanced(outcome)
+
+
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 10_000), rate=st.sampled_from([0.05, 0.3]), cv=st.sampled_from([1, 4]))
+def test_nobody_has_fewer_starts_and_less_waste_than_the_oracle(seed: int, rate: float, cv: int) -> None:
+    systems = {name: system("dormouse", name) for name in KEEP_ALIVES if name != "load"}
+    requests = {"rate": rate, "cv": cv, "popularity": 0.8, "lengths": {"mean_in": 100, "mean_out": 40}}
+    models = [{"name": "one", "copies": 5, "weights": "13GB", "coded": 0.7, "kv": "4GB", "slots": 8}]
+    values = tree(seed=seed, duration=900, requests=requests, models=models, systems=systems)
+    scenario = Scenario.model_validate(values)
+    rows = [row_of(outcome, 5) for outcome in run(values)]
+    found = {one.system: one for one in distances(scenario, rows)}
+    assert found["oracle"].waited_more == 0.0 and found["oracle"].waste_times == 1.0
+    slack = 2 / max(rows[0].requests, 1)  # two starts on one link may come in the worse order
+    assert not [one for one in found.values() if one.waited_more < -slack and one.waste_times < 1.0]
+
+
+def test_idle_memory_is_counted_for_what_holds_it() -> None:
+    """One model, asked for twice: ready in between, asleep, or gone."""
+    values = tree(
+        nodes=[{"gpus": 1, "gpu_memory": "30GB", "host_memory": "8GB", "dram_tier": "30GB", "disk_tier": "1TB",
+                "network": "10Gbps", "disk": "5GB/s", "pcie": "20GB/s"}],
+        models=[{"name": "one", "weights": "10GB", "kv": "4GB", "process": "1GB", "prefill_rate": 1e6}],
+        requests={"rate": 0.01, "lengths": {"mean_in": 1, "mean_out": 1, "cv": 0}},
+        systems={"stays": system("dormouse", "lru"), "goes": system("dormouse", "fixed")},
+        duration=200,
+    )  # fmt: skip
+    rows = {outcome.system: (row_of(outcome, 5), outcome) for outcome in run(values)}
+    stays, outcome = rows["stays"]
+    gap = float(np.diff(np.array(outcome.load.trace.time))[0]) - stays.start_p99
+    assert stays.waste_gpu == pytest.approx(14 * gap, rel=0.05) and stays.waste_asleep == 0.0
+    assert stays.waste_host == pytest.approx(gap, rel=0.05)
+    assert stays.waste == pytest.approx(
+        stays.waste_gpu + stays.waste_host + stays.waste_asleep + stays.waste_tier, rel=1e-4
+    )
+    assert rows["goes"][0].waste_gpu == pytest.approx(14 * 30, rel=0.05)  # for 30 seconds
+    assert rows["goes"][0].waited == 1.0 and stays.waited == 0.5
+
+
+def test_a_case_can_have_nodes_of_its_own() -> None:
+    small = tree()["nodes"][0] | {"gpus": 1, "gpu_memory": "20GB"}
+    with pytest.raises(ValueError, match="no node can hold wide"):
+        Scenario.model_validate(tree(cases={"one": {"nodes": [small]}}))
+    only = tree(models=tree()["models"][:1], cases={"one": {"nodes": [small | {"count": 1}]}, "two": {}})
+    outcomes = run(only | {"systems": {"it": system("dormouse", "lru")}})
+    assert [len(outcome.load.nodes) for outcome in outcomes] == [1, 1]
+    assert outcomes[0].counts.gpu_seconds <= outcomes[0].seconds + 1e-6 < outcomes[1].counts.gpu_seconds
 
 
 def test_a_download_takes_what_its_link_takes_and_a_second_start_is_near() -> None:
@@ -193,3 +240,16 @@ def test_the_command_prints_json_csv_and_a_table_with_published_figures(tmp_path
     assert next(csv.DictReader(rows))["requests"] == "36"
     with pytest.raises(ConfigError, match="no system 'other'"):
         CliRunner().invoke(cli, ["simulate", str(path), "--system", "other"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(("kind", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("html", b"<!doctype html>")])
+def test_a_plot_is_drawn_of_each_kind(tmp_path: Path, kind: str, begins: bytes) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree(duration=60)))
+    picture = tmp_path / f"plot.{kind}"
+    done = CliRunner().invoke(cli, ["simulate", str(tmp_path / "small.yaml"), "--plot", str(picture)])
+    assert done.exit_code == 0
+    drawn = picture.read_bytes()
+    assert drawn.startswith(begins) and len(drawn) > 10_000
+    if kind != "png":
+        assert b"<svg" in drawn and b"n0-1 GPU 1" in drawn.replace(b"<!-- ", b"")

@@ -2,6 +2,8 @@
 
 GET  /admin/models                        all models with their states
 GET  /admin/models/{name}/trace           its latest starts and captures, step by step
+GET  /admin/models/{name}/explain         the decision a request would get now; estimates of its latest starts
+GET  /admin/outlook                       of all models: next start path, estimate, when they step down
 POST /admin/models/{name}/snapshot        capture now (once idle), which puts the model to sleep
 POST /admin/models/{name}/wake | sleep
 POST /admin/adapters/{name}/load | unload  serve an imported adapter under its own name, or no more
@@ -47,6 +49,8 @@ def create_admin_app(node: Node) -> Starlette:
         routes=[
             Route("/admin/models", routes.models, methods=["GET"]),
             Route("/admin/models/{name}/trace", routes.trace, methods=["GET"]),
+            Route("/admin/models/{name}/explain", routes.explain, methods=["GET"]),
+            Route("/admin/outlook", routes.outlook, methods=["GET"]),
             Route("/admin/models/{name}/{action}", routes.model_action, methods=["POST"]),
             Route("/admin/adapters/{name}/{action}", routes.adapter_action, methods=["POST"]),
             Route("/admin/snapshots", routes.snapshots, methods=["GET"]),
@@ -130,6 +134,12 @@ class _Routes:
     async def trace(self, request: Request) -> Response:
         operations = self._node.operations(request.path_params["name"])
         return json_response({"object": "list", "data": [msgspec.to_builtins(operation) for operation in operations]})
+
+    async def explain(self, request: Request) -> Response:
+        return json_response(await self._node.explain(request.path_params["name"]))
+
+    async def outlook(self, request: Request) -> Response:
+        return json_response({"object": "list", "data": await self._node.outlooks()})
 
     async def model_action(self, request: Request) -> Response:
         name, action = request.path_params["name"], request.path_params["action"]

@@ -6,17 +6,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from dormouse.errors import DormouseError
 from dormouse.node.node import Node
 from dormouse.node.parts import Evicted
-from dormouse.node.replica import Start, StartPath, State
+from dormouse.node.replica import Start, State
 from dormouse.phases import Phases
+from dormouse.schedule.cluster import StartPath
 from dormouse.snapshot.service import CaptureResult
 
 _START_BUCKETS = (0.01, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 60, 120, 300)
+_ERROR_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)
 _TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
@@ -47,6 +49,20 @@ class Metrics:
             "How long replicas took to become ready, by start path.",
             ("model", "path"),
             buckets=_START_BUCKETS,
+            registry=registry,
+        )
+        self._estimates = Histogram(
+            "dormouse_start_estimate_seconds",
+            "What starts that succeeded were estimated to take, once there was room for them.",
+            ("model", "path"),
+            buckets=_START_BUCKETS,
+            registry=registry,
+        )
+        self._estimate_errors = Histogram(
+            "dormouse_start_estimate_error_ratio",
+            "By how much estimates were off, as a share of what the starts took.",
+            ("model", "path"),
+            buckets=_ERROR_BUCKETS,
             registry=registry,
         )
         self._phases = Counter(
@@ -118,6 +134,10 @@ class Metrics:
     def start_failed(self, model: str, error: DormouseError) -> None:
         self._failures.labels(model, error.code).inc()
 
+    def foretold(self, model: str, path: StartPath, expected: float, took: float) -> None:
+        self._estimates.labels(model, path).observe(expected)
+        self._estimate_errors.labels(model, path).observe(abs(expected - took) / max(took, 1e-6))
+
     def fell_back(self, model: str, path: StartPath, error: DormouseError) -> None:
         self._fallbacks.labels(model, path, error.code).inc()
 
@@ -176,4 +196,20 @@ class _NodeGauges:
             "Weights in memory that no worker uses.",
             value=sum(self._node.kept_weights().values()),
         )
-        yield from (waiting, in_flight, memory, state, kept)
+        yield from (waiting, in_flight, memory, state, kept, *self._scheduling())
+
+    def _scheduling(self) -> Iterator[Metric]:
+        error = GaugeMetricFamily(
+            "dormouse_start_estimate_error",
+            "How far estimates of the last starts were off, as a share of what these took: median and 99th percentile.",
+            labels=["path", "quantile"],
+        )
+        for path, errors in self._node.estimate_errors().items():
+            error.add_metric([path, "0.5"], errors.median)
+            error.add_metric([path, "0.99"], errors.p99)
+        prewarms = CounterMetricFamily(
+            "dormouse_prewarms", "Times that a model was made ready before anybody asked.", labels=["model"]
+        )
+        for model, count in self._node.prewarms.items():
+            prewarms.add_metric([model], count)
+        yield from (error, prewarms)

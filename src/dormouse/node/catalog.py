@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 from dormouse.errors import ConfigError, DamagedError, NotFoundError
 from dormouse.node import canary
+from dormouse.node.page_cache import OnDisk, Stretch, joined
 from dormouse.snapshot.capture import PROCESS_KIND, SNAPSHOT_KIND, TEMPLATE_KIND
 from dormouse.snapshot.images import decode_body
+from dormouse.store.pack import pack_name
 from dormouse.store.store import ManifestRow, Store
 
 Answer = TypeVar("Answer")
@@ -37,6 +39,10 @@ class StoreCatalog:
         """The answer of the canary that was stored with it (canary.py)."""
         manifest = self._asked(lambda store: store.manifest(snapshot_id))
         return decode_body(manifest.body, snapshot_id).key.get(canary.FIELD)
+
+    def on_disk(self, manifest_id: str) -> OnDisk:
+        """Where the chunks of a snapshot or checkpoint are. Raises NotFoundError."""
+        return self._asked(lambda store: _on_disk(store, manifest_id))
 
     def drop_older(self, name: str, snapshot_id: str, *, kind: str = SNAPSHOT_KIND) -> None:
         """Remove those that are older than this one, but not those that are pinned, and free what only they used."""
@@ -91,6 +97,14 @@ class StoreCatalog:
             if row is None:
                 raise NotFoundError(f"there is no snapshot {snapshot_id}", remedy="`dormouse ls` shows all ids")
             yield store, row
+
+
+def _on_disk(store: Store, manifest_id: str) -> OnDisk:
+    chunks = store.locate(set(store.manifest(manifest_id).refs))
+    places = (Stretch(store.packs / pack_name(chunk.pack), chunk.offset, chunk.stored_length) for chunk in chunks)
+    return OnDisk(
+        sum(chunk.plain_length for chunk in chunks), sum(chunk.stored_length for chunk in chunks), joined(places)
+    )
 
 
 def snapshots_of(store: Store) -> list[ManifestRow]:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from dormouse.errors import DormouseError
 from dormouse.node.parts import Evicted
-from dormouse.node.replica import Start, StartPath
+from dormouse.node.replica import Start
 from dormouse.phases import Phases
+from dormouse.schedule.cluster import StartPath
 from dormouse.snapshot.service import CaptureResult
 from dormouse.trace import Operation
 
@@ -34,6 +35,9 @@ class History:
         self._note(Operation("capture", model, result.snapshot_id, self._wall_clock(), phases))
 
     def start_failed(self, model: str, error: DormouseError) -> None:
+        pass
+
+    def foretold(self, model: str, path: StartPath, expected: float, took: float) -> None:
         pass
 
     def fell_back(self, model: str, path: StartPath, error: DormouseError) -> None:

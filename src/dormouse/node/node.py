@@ -19,17 +19,30 @@ from typing import Any, Self
 
 from dormouse.config import ModelConfig, ServeConfig
 from dormouse.data_dir import DataDir
-from dormouse.errors import ConfigError, DormouseError, HostError, NotFoundError, RequestError, SnapshotError
+from dormouse.errors import (
+    ConfigError,
+    DormouseError,
+    HostError,
+    NotFoundError,
+    RequestError,
+    SnapshotError,
+    StoppingError,
+)
 from dormouse.node.adapters import OpenAdapter, Served, Shelf
+from dormouse.node.explain import PATHS, explanation, outlook
+from dormouse.node.forecast import Expected, Forecast, Limits, Standing, with_needs
 from dormouse.node.history import History
-from dormouse.node.memory import allotted, budget, context_bytes, engine_bytes, gpu_budget
+from dormouse.node.keeping import Hooks, Keeping
+from dormouse.node.memory import allotted, budget, context_bytes, dram_tier, engine_bytes, gpu_budget
 from dormouse.node.parts import Catalog, Evicted, Host, Model, Observer
 from dormouse.node.presence import ModelStatus, NodeState, hold_lock, publish, withdraw
 from dormouse.node.replica import Offer, OfferTemplate, Start, State, Withdraw
+from dormouse.node.room import Way, find_way, first_of
 from dormouse.node.runner import AbandonedError, Lease, Runner, Surroundings
 from dormouse.node.templates import Templates, TemplateSpec, spec_of
-from dormouse.schedule.dozing import displaced, may_stay
-from dormouse.schedule.eviction import Dozer, Plan, Resident, plan_eviction
+from dormouse.phases import Phases
+from dormouse.schedule.cluster import Cluster, StartPath
+from dormouse.schedule.estimate import Errors
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
 from dormouse.trace import Operation
 
@@ -72,6 +85,9 @@ class Node:
         self._budget = budget(config)
         self._sleep_limit = allotted(config.sleep_memory, self._budget)
         self._gpu_budgets: dict[str, int] = {}
+        self._dram_tier = dram_tier(config)
+        self._evicted_for: dict[str, list[str]] = {}
+        self.prewarms: dict[str, int] = {}
         self._in_need: dict[Runner, int] = {}
         self._host: Host | None = None
         self._history = History(wall_clock)
@@ -90,6 +106,15 @@ class Node:
             exits.enter_context(hold_lock(self._data_dir.create().run))
             host = self._host = await self._start_host()
             exits.push_async_callback(host.close)
+            self._shift = self._wall_clock() - asyncio.get_running_loop().time()
+            self._forecast = Forecast(self._data_dir.root, self._catalog, self._now, self._wall_clock)
+            await self._forecast.load()
+            self._keeping = Keeping(
+                self._config,
+                self._forecast.estimator,
+                self._now,
+                Hooks(self.view, self._start_ahead, self._let_go, lambda name: self._runners[name].replan()),
+            )
             around = Surroundings(
                 host=host,
                 observers=self._observers,
@@ -98,6 +123,12 @@ class Node:
                 processes_stay=self._sleep_limit > 0,
                 make_room=self._make_room,
                 may_doze=self._may_doze,
+                stay=self._keeping.stay,
+                going=self._keeping.gone,
+                is_pinned=self._keeping.is_pinned,
+                foresee=self._foresee,
+                came_true=self._came_true,
+                missed=self._missed,
                 dozed=lambda: asyncio.get_running_loop().call_soon(self._displace),
                 changed=self._notify,
                 captured=self._retire_older,
@@ -112,6 +143,8 @@ class Node:
             exits.push_async_callback(self._end_workers)
             self._templates = await self._find_templates(host)
             self._publisher = asyncio.create_task(self._publish(), name="publish")
+            self._keeping.begin()
+            self._in_background(self._forecast.look(self._standings()), "what lies on disk could not be seen: %s")
             self._exits = exits.pop_all()
         return self
 
@@ -135,6 +168,7 @@ class Node:
         served = self._shelf.get(name)
         with served.in_use() if served is not None else contextlib.nullcontext():
             runner = self._runner(served.adapter.base if served is not None else name)
+            self._keeping.requested(runner.model.name)
             waiter, lease = await runner.acquire()
             try:
                 if served is not None:
@@ -234,6 +268,28 @@ class Node:
     def operations(self, name: str) -> list[Operation]:
         """The latest starts and captures of a model, oldest first. Raises NotFoundError."""
         return self._history.of(self._runner(name).model.name)
+
+    async def outlooks(self) -> list[dict[str, Any]]:
+        """Of every model: how its next start would go and take, when it will step down, and why."""
+        await self._forecast.look(self._standings())
+        view = self.view()
+        return [
+            outlook(one, self._runners[one.name].replica.next_path, view, self._forecast, self._keeping)
+            for one in sorted(self._standings(), key=lambda one: one.name)
+        ]
+
+    async def explain(self, name: str) -> dict[str, Any]:
+        """The decision that a request for a model would get now, with its alternatives, and what the latest starts were
+        estimated to take and took. Raises NotFoundError."""
+        runner = self._runner(name)
+        await self._forecast.look(self._standings())
+        own, path = runner.standing(self._shift), runner.replica.next_path
+        return explanation(own, path, self.view(), self._forecast, self._keeping, self._now())
+
+    def estimate_errors(self) -> dict[str, Errors]:
+        """How far estimates were off lately, by start path."""
+        found = {path: self._forecast.estimator.errors(path) for path in PATHS}
+        return {path: errors for path, errors in found.items() if errors.count}
 
     async def snapshots(self) -> list[dict[str, Any]]:
         """All snapshots and templates on disk."""
@@ -401,6 +457,7 @@ class Node:
             del self._in_need[runner]
 
     async def _until_room(self, runner: Runner, needed: int) -> None:
+        self._evicted_for.pop(runner.model.name, None)
         while runner.replica.waiting > 0:
             kept = sum(other.held for other in self._runners.values() if self._is_kept(other))
             if needed + kept > self._budget:
@@ -410,20 +467,20 @@ class Node:
                     remedy="Raise `memory`, or give one of them a keep_alive",
                 )
             room = self._in_need[runner] = min(runner.peak, self._budget - kept)
-            plan, on_gpu = self._plan_for(runner, room), self._plan_on_gpu(runner)
-            if plan.fits and on_gpu.fits:
+            self._check_beside_kept(runner)
+            way = self._way_for(runner, room)
+            if way.fits:
                 runner.admitted = True
                 return
             changed = self._changed
-            await self._make_way(plan, runner)
-            self._make_way_on_gpu(on_gpu, runner, besides=plan.evict)
-            leaving = any(resident.leaving for resident in self._residents(but=runner))
-            if runner.replica.state is State.WAKING and not (plan.weights or plan.evict or on_gpu.evict or leaving):
+            await self._make_way(way, runner)
+            leaving = any(other.replica.leaving for other in self._others(runner))
+            if runner.replica.state is State.WAKING and not (way.weights or way.evict or leaving):
                 raise HostError(
                     f"there is no room for {runner.model.name} to wake beside what others take",
                     remedy="Raise `memory`; it waits for room without its process",
                 )
-            if not plan.weights:
+            if not way.weights:
                 await changed.wait()
         raise AbandonedError
 
@@ -442,93 +499,58 @@ class Node:
                 remedy="Raise `gpu_memory`, give it a smaller cache (kv_tokens), or serve a smaller model",
             )
 
-    def _plan_on_gpu(self, runner: Runner) -> Plan:
-        """Which processes that doze on its GPU must go for it, and which models must sleep: a process that dozes holds
-        its CUDA context there.
-
-        Raises HostError when models that are kept forever leave it no room."""
+    def _check_beside_kept(self, runner: Runner) -> None:
+        """Whether models that are kept forever leave it room on its GPU. Raises HostError."""
         if runner.gpu is None:
-            return Plan(fits=True)
-        there = [
-            (name, other)
-            for name, other in self._runners.items()
-            if other is not runner and other.admitted and other.gpu == runner.gpu
-        ]
+            return
+        kept = sum(
+            other.gpu_bytes for other in self._others(runner) if other.gpu == runner.gpu and self._is_kept(other)
+        )
         most = self._gpu_budgets[runner.gpu]
-        kept = sum(other.gpu_bytes for _name, other in there if self._is_kept(other))
         if runner.gpu_bytes + kept > most:
             raise HostError(
                 f"model {runner.model.name} needs about {runner.gpu_bytes >> 20} MiB of {runner.gpu}; models that are"
                 f" kept forever take {kept >> 20} MiB of its budget of {most >> 20} MiB",
                 remedy="Raise `gpu_memory`, or give one of them a keep_alive or another GPU",
             )
-        residents = [replace(self._resident(name, other), bytes=other.gpu_bytes) for name, other in there]
-        parked = [
-            (name, other, size)
-            for name, other in self._runners.items()
-            if other is not runner and other.gpu == runner.gpu and (size := other.dozing_gpu_bytes)
-        ]
-        return plan_eviction(
-            residents
-            + [
-                Resident(name, size, leaving=other.replica.leaving)
-                for name, other, size in parked
-                if other.replica.state is not State.DOZING
-            ],
-            needed=runner.gpu_bytes,
-            budget=most,
-            dozers=[
-                Dozer(name, size, other.replica.since, other.replica.cost_of_return)
-                for name, other, size in parked
-                if other.replica.state is State.DOZING
-            ],
-            now=asyncio.get_running_loop().time(),
+
+    def _way_for(self, runner: Runner, needed: int) -> Way:
+        """What must go so that the runner has `needed` bytes of the host's memory, and its GPU's."""
+        now = self._now()
+        return find_way(
+            runner.standing(self._shift),
+            [other.standing(self._shift) for other in self._others(runner)],
+            needed,
+            self.kept_weights(),
+            self._limits,
+            lambda standings: self._forecast.view(standings, self._limits, self.kept_weights()),
+            lambda need, view: self._keeping.policy.victims(need, view, now),
         )
 
-    def _make_way_on_gpu(self, plan: Plan, runner: Runner, *, besides: Sequence[str]) -> None:
-        """End processes that doze and put models to sleep for their GPU; the processes of these may stay."""
-        for name in plan.evict:
-            if name not in besides:
-                dozing = self._runners[name].replica.state is State.DOZING
-                log.info("model %s must sleep to make room on %s for %s", name, runner.gpu, runner.model.name)
-                self._runners[name].press(keep=not dozing)
-                self._tell_evicted(name, "process" if dozing else "model")
-
-    def _plan_for(self, runner: Runner, needed: int) -> Plan:
-        """Who goes for it. Its own weights, if they are kept, are part of what it needs."""
-        own = runner.model.checkpoint
-        return plan_eviction(
-            self._residents(but=runner),
-            needed=needed,
-            budget=self._budget,
-            dozers=self._dozers(),
-            weights={name: size for name, size in self.kept_weights().items() if name != own},
-            now=asyncio.get_running_loop().time(),
-        )
-
-    async def _make_way(self, plan: Plan, runner: Runner) -> None:
+    async def _make_way(self, way: Way, runner: Runner) -> None:
         assert self._host is not None
         owners = {model.checkpoint: name for name, model in self.models.items()}
-        for checkpoint in plan.weights:
+        for checkpoint in way.weights:
             name = owners.get(checkpoint, "other")
             log.info("kept weights (%s) are freed to make room for %s", checkpoint, runner.model.name)
             await self._host.drop_segment(None, checkpoint)
-            self._tell_evicted(name, "weights")
-        for name in plan.evict:
+            self._tell_evicted(name, "weights", runner)
+        for name in way.evict:
             dozing = self._runners[name].replica.state is State.DOZING
             log.info("model %s must sleep to make room for %s", name, runner.model.name)
             self._runners[name].press(keep=not dozing)  # a process without weights may leave room enough
-            self._tell_evicted(name, "process" if dozing else "model")
+            self._tell_evicted(name, "process" if dozing else "model", runner)
 
-    def _tell_evicted(self, name: str, what: Evicted) -> None:
+    def _tell_evicted(self, name: str, what: Evicted, runner: Runner | None = None) -> None:
+        if runner is not None:
+            self._evicted_for.setdefault(runner.model.name, []).append(f"{what} of {name}")
         for observer in self._observers:
             observer.evicted(name, what)
 
     def _may_doze(self, runner: Runner, own: int) -> bool:
         """Whether a process that was parked may stay, with so many bytes of its own."""
-        wanted = sum(self._in_need.values())
-        stays = may_stay(own, limit=self._sleep_limit, free=self._free(but=runner) - wanted)
-        return stays and self._context_fits(runner)
+        free = self._free(but=runner) - sum(self._in_need.values())
+        return own <= min(self._sleep_limit, free) and self._context_fits(runner)
 
     def _context_fits(self, runner: Runner) -> bool:
         """Whether what a process that dozes keeps of its GPU has room there, beside all others and those that wait."""
@@ -541,49 +563,104 @@ class Node:
         return held + context_bytes(runner.engine) <= self._gpu_budgets[runner.gpu]
 
     def _displace(self) -> None:
-        """One more process dozes: others go for it if they are too many."""
-        now = asyncio.get_running_loop().time()
-        for name in displaced(self._dozers(), limit=self._sleep_limit, now=now):
+        """One more process dozes: those worth least for their bytes go for it if they are too many."""
+        view = self.view()
+        worth = self._keeping.worth(view)
+        sizes = {one.name: one.host_bytes for one in self._standings() if one.doing is State.DOZING and one.host_bytes}
+        ranked = sorted(sizes, key=lambda name: (worth(view.replica(name)) / sizes[name], name))
+        over = sum(sizes.values()) - self._sleep_limit
+        for name in first_of({name: sizes[name] for name in ranked}, over):
             log.info("the process of model %s goes, for others doze within `sleep_memory`", name)
             self._runners[name].press()
             self._tell_evicted(name, "process")
 
     def _free(self, but: Runner | None = None) -> int:
         """What of the budget nobody takes."""
-        residents = self._residents(but=but)
-        held = sum(resident.bytes for resident in residents) + sum(dozer.bytes for dozer in self._dozers())
+        name = but.model.name if but is not None else None
+        held = sum(one.host_bytes for one in self._standings() if one.name != name)
         return self._budget - held - sum(self.kept_weights().values())
 
-    def _dozers(self) -> list[Dozer]:
-        """The processes that doze."""
-        return [
-            Dozer(name, size, runner.replica.since, runner.replica.cost_of_return)
-            for name, runner in self._runners.items()
-            if runner.replica.state is State.DOZING and (size := runner.dozing_bytes)
-        ]
+    def _others(self, runner: Runner) -> list[Runner]:
+        return [other for other in self._runners.values() if other is not runner]
 
     @staticmethod
     def _is_kept(runner: Runner) -> bool:
-        """Whether a worker holds memory that only the end of the node gives back."""
-        return runner.admitted and runner.replica.kept_forever and runner.replica.state is State.READY
+        """Whether a worker holds memory that nobody else can have."""
+        return runner.admitted and runner.pinned
 
-    def _residents(self, but: Runner | None = None) -> list[Resident]:
-        """What holds memory and does not doze; a process on its way from or out of its doze can't be told to go."""
-        there = [(name, runner) for name, runner in self._runners.items() if runner is not but]
-        return [self._resident(name, runner) for name, runner in there if runner.admitted] + [
-            Resident(name, size, leaving=runner.replica.leaving)
-            for name, runner in there
-            if runner.replica.state is not State.DOZING and (size := runner.dozing_bytes)
-        ]
+    # What schedule/ is asked, and told
 
-    @staticmethod
-    def _resident(name: str, runner: Runner) -> Resident:
-        return Resident(
-            name=name,
-            bytes=runner.held if runner.replica.kept_forever else runner.peak,
-            idle_since=None if runner.replica.kept_forever else runner.replica.idle_since,
-            leaving=runner.replica.leaving,
-        )
+    def _now(self) -> float:
+        """Seconds of Unix time, by the event loop's clock."""
+        return asyncio.get_running_loop().time() + self._shift
+
+    def _standings(self) -> list[Standing]:
+        return [runner.standing(self._shift) for runner in self._runners.values()]
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(self._budget, self._gpu_budgets, self._dram_tier)
+
+    def view(self) -> Cluster:
+        """This host as schedule/ sees it now. What lies on disk is as it was when somebody looked last."""
+        return self._forecast.view(self._standings(), self._limits, self.kept_weights())
+
+    async def _foresee(self, runner: Runner, path: StartPath) -> Expected | None:
+        """There is room, and the start begins: what it should take."""
+        own = with_needs(runner.standing(self._shift))
+        await self._forecast.look([own], path)
+        view = self._forecast.view([own], self._limits, self.kept_weights())
+        return self._forecast.expect(own, path, view, self._why(runner, path))
+
+    def _why(self, runner: Runner, path: StartPath) -> str:
+        """Why a start goes this way, in words."""
+        why = {
+            "sleep": "its process was there",
+            "snapshot": f"snapshot {runner.replica.snapshot_id}",
+            "template": f"no snapshot; template {runner.replica.template_id}",
+        }.get(path, "no snapshot, no template")
+        if (error := runner.replica.last_error) is not None:
+            why += f"; after {error.code}"
+        evicted = self._evicted_for.pop(runner.model.name, [])
+        return f"{why}; evicted {', '.join(evicted)}" if evicted else why
+
+    def _came_true(self, runner: Runner, expected: Expected | None, phases: Phases) -> None:
+        own = runner.standing(self._shift)
+        took = self._forecast.came_true(own, expected, phases, self._forecast.view([with_needs(own)], self._limits))
+        self._forecast.trim_tier(self._dram_tier)
+        if expected is not None:
+            for observer in self._observers:
+                observer.foretold(own.name, expected.path, expected.estimate.mean, took)
+            if expected.path == "cold":
+                self._in_background(self._forecast.note_imported(own.engine), "the page cache could not be read: %s")
+        self._in_background(self._forecast.save(), "what was learned could not be saved: %s")
+
+    def _missed(self, runner: Runner, error: BaseException) -> None:
+        self._forecast.failed(runner.model.name, error.code if isinstance(error, DormouseError) else "given up")
+
+    def _start_ahead(self, name: str, may_evict: bool) -> None:
+        runner = self._runners[name]
+        if runner.replica.state in (State.ASLEEP, State.DOZING) and not runner.replica.waiting:
+            self._in_background(self._make_ready(runner, may_evict), f"model {name} was not made ready ahead: %s")
+
+    async def _make_ready(self, runner: Runner, may_evict: bool) -> None:
+        """Before anybody asks; `may_evict`: others go for it, if they must."""
+        await self._check_gpu(runner)
+        if not may_evict and not self._way_for(runner, runner.expected).fits:
+            log.info("model %s is not made ready ahead: that would take others' room", runner.model.name)
+            return
+        with contextlib.suppress(StoppingError):
+            waiter, lease = await runner.acquire()
+            self.prewarms[runner.model.name] = self.prewarms.get(runner.model.name, 0) + 1
+            await lease.end()
+            runner.release(waiter)
+
+    def _let_go(self, name: str) -> None:
+        """Nobody has asked for a model for so long that its weights need not be in memory."""
+        checkpoint = self.models[name].checkpoint
+        if self._host is not None and checkpoint is not None and checkpoint in self.kept_weights():
+            log.info("the weights of model %s are let go of", name)
+            self._in_background(self._host.drop_segment(None, checkpoint), "kept weights could not be freed: %s")
 
     def _notify(self) -> None:
         self._changed.set()
@@ -597,6 +674,7 @@ class Node:
             asyncio.to_thread(self._catalog.drop_older, name, snapshot_id, kind=kind),
             "older snapshots could not be removed: %s",
         )
+        self._in_background(self._forecast.know(snapshot_id), "the size of a snapshot is not known: %s")
 
     def _quarantine(self, snapshot_id: str, error: DormouseError) -> None:
         """Called in the middle of a replica's effects: what may give it a new event comes later."""
@@ -610,6 +688,7 @@ class Node:
         asyncio.get_running_loop().call_soon(self._withdraw, template_id)
 
     def _withdraw(self, snapshot_id: str) -> None:
+        self._forecast.forget(snapshot_id)
         for runner in self._runners.values():
             runner.note(Withdraw(snapshot_id))
         if self._templates is not None:
@@ -642,6 +721,7 @@ class Node:
                     await self._ending.wait()
 
     async def _end_workers(self) -> None:
+        self._keeping.close()
         if self._templates is not None:
             await self._templates.close()
         for runner in self._runners.values():
@@ -656,6 +736,7 @@ class Node:
             await runner.abort()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        await self._forecast.save()
         self._ending.set()
         self._notify()
         if self._publisher is not None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from dormouse.errors import DormouseError
-from dormouse.node.replica import Start, StartPath
+from dormouse.node.page_cache import OnDisk
+from dormouse.node.replica import Start
 from dormouse.phases import Phases
+from dormouse.schedule.cluster import StartPath
 from dormouse.snapshot.capture import SNAPSHOT_KIND
 from dormouse.snapshot.service import CaptureResult, WorkerHandle
 from dormouse.transfer.handles import SegmentHandle
@@ -85,6 +87,9 @@ class Catalog(Protocol):
     def canary(self, snapshot_id: str) -> str | None:
         """The answer of the canary that was stored with it (canary.py)."""
 
+    def on_disk(self, manifest_id: str) -> OnDisk:
+        """Where the chunks of a snapshot, template or checkpoint are."""
+
     def drop_older(self, name: str, snapshot_id: str, *, kind: str = SNAPSHOT_KIND) -> None:
         """Remove those that are older than this one and free what only they used, quarantined ones too, but not those
         that are pinned. Newer ones stay: this call may come late."""
@@ -112,6 +117,9 @@ class Observer(Protocol):
     def started(self, model: str, start: Start, phases: Phases) -> None: ...
 
     def start_failed(self, model: str, error: DormouseError) -> None: ...
+
+    def foretold(self, model: str, path: StartPath, expected: float, took: float) -> None:
+        """What a start by this path was estimated to take once there was room for it, and what it took."""
 
     def fell_back(self, model: str, path: StartPath, error: DormouseError) -> None: ...
 

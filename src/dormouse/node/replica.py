@@ -25,8 +25,8 @@ Choices worth knowing:
   arrives during the capture itself waits for the commit and the restore: a dump can't be interrupted safely, and with
   the snapshot committed the same wait is never paid again.
 - A capture that fails leaves the worker there: it dozes where it may, else it runs on and the next attempt comes after
-  twice the keep-alive. After three failures the idle model is captured no more and its worker is stopped if it may not
-  doze, for memory held by an idle model is what users pay for.
+  twice the time it stays ready. After three failures the idle model is captured no more and its worker is stopped if it
+  may not doze, for memory held by an idle model is what users pay for.
 - A process that dozes is only a cache: `Sleep` (somebody needs its room) ends it at once, and its death costs nobody a
   request and no snapshot its good name.
 - A snapshot that fails to restore, or whose worker dies before it has answered anyone, is tried once more and then
@@ -40,10 +40,9 @@ Choices worth knowing:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
-from typing import Literal
 
 from dormouse.errors import (
     BusyError,
@@ -58,15 +57,13 @@ from dormouse.errors import (
     UntrustedError,
 )
 from dormouse.phases import Phases
+from dormouse.schedule.cluster import StartPath
 
 MAX_CAPTURE_FAILURES = 3
 MAX_RESTORE_FAILURES = 2
 MAX_QUARANTINES = 3
 STOP_RETRY = 5.0
 _FIRST_GUESS = 5.0
-_GUESSES: Mapping[str, float] = {"snapshot": 1.0, "template": 3.0, "cold": _FIRST_GUESS}
-
-StartPath = Literal["hot", "sleep", "snapshot", "template", "cold"]
 
 
 class State(StrEnum):
@@ -206,6 +203,11 @@ class Tick:
 
 
 @dataclass(frozen=True)
+class Replan:
+    """How long an idle replica stays has to be asked anew."""
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """Stop now and for good."""
 
@@ -222,6 +224,7 @@ Event = (
     | Withdraw
     | OfferTemplate
     | Tick
+    | Replan
     | Shutdown
 )
 
@@ -366,19 +369,29 @@ _STARTS_IN: Mapping[type[Starting], State] = {
 
 
 @dataclass(frozen=True)
+class Stay:
+    """Until when an idle replica stays ready, and until when its process may doze after that; `inf`: until it is told
+    otherwise, or its memory is needed."""
+
+    hot_until: float = math.inf
+    doze_until: float = math.inf
+
+
+@dataclass(frozen=True)
 class _Waiter:
     arrived: float
     starts: int
 
 
 class Replica:
-    """One model's replica. Not thread-safe: one event loop owns it."""
+    """One model's replica. Not thread-safe: one event loop owns it. `stay` is asked whenever it has nothing to do any
+    more, with the time and when the replica already says that it is idle."""
 
     def __init__(
         self,
         model: str,
         *,
-        keep_alive: float,
+        stay: Callable[[float], Stay],
         max_queue: int,
         max_concurrent: int,
         snapshots: bool,
@@ -394,7 +407,8 @@ class Replica:
         self.template_id: str | None = None
         self.last_error: DormouseError | None = None
         self.idle_since: float | None = None
-        self._keep_alive = keep_alive
+        self.stays = Stay()
+        self._stay = stay
         self._max_queue = max_queue
         self._max_concurrent = max_concurrent
         self._snapshots = snapshots
@@ -413,7 +427,6 @@ class Replica:
         self._began = now
         self._starts = 0
         self._last_start: Start | None = None
-        self._took: dict[str, float] = {}
         self._retry_stop_at: float | None = None
         self._effects: list[Effect] = []
 
@@ -428,10 +441,11 @@ class Replica:
         return len(self._running)
 
     @property
-    def cost_of_return(self) -> float:
-        """Seconds that a start without a process is expected to take."""
-        path = "snapshot" if self.snapshot_id else "template" if self.template_id else "cold"
-        return self._took.get(path, _GUESSES[path])
+    def next_path(self) -> StartPath:
+        """The path that a request would take now."""
+        if self.state in (State.ASLEEP, State.STOPPING, State.CAPTURING):
+            return path_of(self._first_path())
+        return "sleep" if self.state is State.DOZING else "hot"
 
     @property
     def leaving(self) -> bool:
@@ -439,18 +453,15 @@ class Replica:
         return self.state in (State.QUIESCING, State.CAPTURING, State.STOPPING)
 
     @property
-    def kept_forever(self) -> bool:
-        """Only an explicit `Sleep` puts it to sleep."""
-        return math.isinf(self._keep_alive)
-
-    @property
     def deadline(self) -> float | None:
         """When a `Tick` is due."""
         if self._retry_stop_at is not None:
             return self._retry_stop_at
-        if self.state is not State.READY or self.idle_since is None or self.kept_forever:
+        if self.state is State.DOZING:
+            return self.stays.doze_until if math.isfinite(self.stays.doze_until) else None
+        if self.state is not State.READY or self.idle_since is None or math.isinf(self.stays.hot_until):
             return None
-        return self.idle_since + self._keep_alive * (1 << self._capture_failures)
+        return self.idle_since + (self.stays.hot_until - self.idle_since) * (1 << self._capture_failures)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event; what is to be done about it comes back in order."""
@@ -470,8 +481,8 @@ class Replica:
                     self._worker_died(event.error, now)
             case Sleep():
                 self._press(event)
-            case Offer() | Withdraw() | OfferTemplate():
-                self._take_note(event)
+            case Offer() | Withdraw() | OfferTemplate() | Replan():
+                self._take_note(event, now)
             case Shutdown():
                 self._closing = True
                 self._fail_waiters(_shutting_down(self.model))
@@ -518,8 +529,11 @@ class Replica:
             self._recapture = True
             self._capture_failures = self._quarantines = 0
 
-    def _take_note(self, event: Offer | Withdraw | OfferTemplate) -> None:
+    def _take_note(self, event: Offer | Withdraw | OfferTemplate | Replan, now: float) -> None:
         match event:
+            case Replan():
+                if self.state is State.READY and self.idle_since is not None:
+                    self.stays = self._stay(now)
             case Offer():
                 self._quarantines = 0
                 if self._snapshots and self.snapshot_id is None:
@@ -562,7 +576,7 @@ class Replica:
                 self._enter(State.ASLEEP, now)
 
     def _parked(self, room: bool, now: float) -> None:
-        self._keeping = room and self._may_keep
+        self._keeping = room and self._may_keep(now)
         if self._closing:
             self._operate(State.STOPPING, Stop(), now)
         elif self._waiters:
@@ -574,14 +588,13 @@ class Replica:
 
     def _lie_down(self, now: float) -> None:
         """The process is there and parked: it dozes if it still may."""
-        if self._keeping and self._may_keep:
+        if self._keeping and self._may_keep(now):
             self._enter(State.DOZING, now)
         else:
             self._operate(State.STOPPING, Stop(), now)
 
     def _started(self, event: Done, now: float) -> None:
         self._last_start = Start(_PATHS[type(self._attempt)], now - self._began)
-        self._took[self._last_start.path] = self._last_start.seconds
         self._proven = False
         if event.proven:
             self._prove()
@@ -604,7 +617,7 @@ class Replica:
                 self._operate(State.STOPPING, Stop(), now)
             case State.CAPTURING:
                 self._capture_failed(error)
-                if self._keeping and self._may_keep and not self._waiters:
+                if self._keeping and self._may_keep(now) and not self._waiters:
                     self._recapture = False
                     self._lie_down(now)
                 elif self._waiters or not (self._pressed or self._closing):
@@ -706,6 +719,7 @@ class Replica:
                 return
             if self.idle_since is None:
                 self.idle_since = now
+                self.stays = self._stay(now)
             deadline = self.deadline
             if self._pressed or (deadline is not None and now >= deadline):
                 self._fall_asleep(now)
@@ -726,7 +740,7 @@ class Replica:
         elif self._recapture and self.wants_capture:
             self._keeping = False
             self._operate(State.CAPTURING, Capture(), now)
-        elif not self._may_keep:
+        elif not self._may_keep(now):
             self._operate(State.STOPPING, Stop(), now)
         else:
             self._pressed = self._kept_when_pressed = self._recapture = False
@@ -745,13 +759,13 @@ class Replica:
         hopeful = self._capture_failures < MAX_CAPTURE_FAILURES and self._quarantines < MAX_QUARANTINES
         return self._snapshots and hopeful and (self.snapshot_id is None or self._recapture)
 
-    @property
-    def _may_keep(self) -> bool:
+    def _may_keep(self, now: float) -> bool:
         """Whether nobody wants the process gone."""
-        return self._dozes and not self._closing and (self._kept_when_pressed or not self._pressed)
+        wanted = now < self.stays.doze_until and (self._kept_when_pressed or not self._pressed)
+        return self._dozes and not self._closing and wanted
 
     def _fall_asleep(self, now: float) -> None:
-        if self.wants_capture or self._may_keep:
+        if self.wants_capture or self._may_keep(now):
             self._operate(State.QUIESCING, Quiesce(), now)
         else:
             self._operate(State.STOPPING, Stop(), now)
@@ -778,6 +792,11 @@ class Replica:
             self._pressed = self._kept_when_pressed = self._recapture = False
         if state in (State.ASLEEP, State.DOZING):
             self.sleeps += 1
+
+
+def path_of(operation: Starting) -> StartPath:
+    """What an operation that starts it is called."""
+    return _PATHS[type(operation)]
 
 
 def _shutting_down(model: str) -> StoppingError:

@@ -23,12 +23,22 @@ from dormouse.errors import DeadlineError, DormouseError, EngineError, HostError
 from dormouse.node import canary
 from dormouse.node import replica as machine
 from dormouse.node.adapters import Fitting, Served
+from dormouse.node.forecast import Expected, Standing
 from dormouse.node.link import WorkerLink
-from dormouse.node.memory import context_bytes, estimate, gpu_estimate, oom_kills, own_bytes, resident_bytes
+from dormouse.node.memory import (
+    context_bytes,
+    engine_bytes,
+    estimate,
+    gpu_estimate,
+    oom_kills,
+    own_bytes,
+    resident_bytes,
+)
 from dormouse.node.parts import Host, Model, Observer
 from dormouse.node.presence import ModelStatus
-from dormouse.node.replica import Replica, Start, State
+from dormouse.node.replica import Replica, Start, State, Stay
 from dormouse.phases import Phases
+from dormouse.schedule.cluster import StartPath
 from dormouse.snapshot.capture import SNAPSHOT_KIND
 from dormouse.snapshot.service import CaptureResult, WorkerHandle
 
@@ -50,6 +60,12 @@ class Surroundings:
     processes_stay: bool
     make_room: Callable[[Runner], Awaitable[None]]
     may_doze: Callable[[Runner, int], bool]
+    stay: Callable[[str], Stay]
+    going: Callable[[str], None]
+    is_pinned: Callable[[str], bool]
+    foresee: Callable[[Runner, StartPath], Awaitable[Expected | None]]
+    came_true: Callable[[Runner, Expected | None, Phases], None]
+    missed: Callable[[Runner, BaseException], None]
     dozed: Callable[[], object]
     changed: Callable[[], None]
     captured: Callable[[str, str, str], None]
@@ -119,7 +135,7 @@ class Runner:
         )
         self.replica = Replica(
             model.name,
-            keep_alive=settings.keep_alive,
+            stay=lambda _now: around.stay(model.name),
             max_queue=around.max_queue,
             max_concurrent=settings.max_concurrent,
             snapshots=settings.snapshot,
@@ -127,6 +143,7 @@ class Runner:
             now=self._loop.time(),
             dozes=settings.sleep and around.processes_stay,
         )
+        self._slots = settings.max_concurrent
         self._wants_snapshot = settings.snapshot
         self._numbers = itertools.count(1)
         self._futures: dict[int, asyncio.Future[Lease]] = {}
@@ -142,6 +159,7 @@ class Runner:
         self.expected = self._peak = estimate(model, self._load.engine)
         self.gpu = _gpu(self._load.device)
         self.gpu_bytes = gpu_estimate(model, self._load.engine) if self.gpu else 0
+        self._parked_bytes = engine_bytes(self._load.engine)
 
     # For the node
 
@@ -172,6 +190,42 @@ class Runner:
     def peak(self) -> int:
         """The most it has been seen to take, and at least what is expected: room to be made for it where there is."""
         return max(self._peak, self.held)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it is ready and only an explicit `Sleep` puts it to sleep."""
+        return self.replica.state is State.READY and self._around.is_pinned(self.model.name)
+
+    def standing(self, shift: float) -> Standing:
+        """For the view of schedule/, whose clock is `shift` ahead of the event loop's."""
+        replica = self.replica
+        pinned = self.pinned
+        held = (self.held if pinned else self.peak) if self.admitted else self.dozing_bytes
+        return Standing(
+            name=self.model.name,
+            engine=self.engine,
+            checkpoint=self.model.checkpoint,
+            weight_bytes=self.model.weight_bytes,
+            gpu=self.gpu,
+            slots=self._slots,
+            doing=replica.state,
+            since=(replica.since if replica.idle_since is None else replica.idle_since) + shift,
+            running=replica.in_flight,
+            waiting=replica.waiting,
+            pinned=pinned,
+            snapshot_id=replica.snapshot_id,
+            template_id=replica.template_id,
+            host_bytes=held,
+            gpu_bytes=self.gpu_bytes if self.admitted else self.dozing_gpu_bytes,
+            needs_host=self.expected,
+            needs_gpu=self.gpu_bytes,
+            process_bytes=self._parked_bytes,
+            context_bytes=context_bytes(self.engine) if self.gpu else 0,
+        )
+
+    def replan(self) -> None:
+        """How long it stays has to be asked anew."""
+        self._dispatch(machine.Replan())
 
     def status(self) -> ModelStatus:
         """The state now."""
@@ -279,6 +333,8 @@ class Runner:
                 self._around.discard(effect.template_id)
             case _:
                 assert self._operation is None
+                if isinstance(effect, machine.Stop) or effect == machine.Capture(keep=False):
+                    self._around.going(self.model.name)
                 self._operation = self._loop.create_task(self._work(effect))
                 self._operation.add_done_callback(self._ended)
 
@@ -372,6 +428,9 @@ class Runner:
         with phases.time("room"):
             await self._room_for(operation)
         self._oom_kills = oom_kills()
+        if self._giving_back is not None:
+            await asyncio.wait([self._giving_back])  # else nobody knows where its weights are
+        expected = await self._around.foresee(self, machine.path_of(operation))
         try:
             async with asyncio.timeout(self._around.step_timeout):
                 match operation:
@@ -383,9 +442,11 @@ class Runner:
                         await self._start_from_template(operation.template_id, phases)
                     case machine.Wake():
                         await self._wake(phases)
-        except BaseException:
+        except BaseException as error:
+            self._around.missed(self, error)
             await self._end_worker()
             raise
+        self._around.came_true(self, expected, phases)
         return machine.Done(phases=phases, proven=self._judged)
 
     async def _room_for(self, operation: machine.Starting) -> None:
@@ -567,6 +628,7 @@ class Runner:
             self._fitting.taken_away()
         phases.nest("quiesce", quiesced.phases, track="worker")
         own = own_bytes(self._handle.pid) if self._handle is not None else 0
+        self._parked_bytes = own or self._parked_bytes
         return machine.Done(phases=phases, keep=self._around.may_doze(self, own))
 
     async def _capture(self, *, keep: bool) -> machine.Done:

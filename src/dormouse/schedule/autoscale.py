@@ -61,37 +61,47 @@ class Wanted:
 
 
 class _Level:
-    """A number that changes at times, and its mean over the last seconds."""
+    """A number that changes at times, and its mean over the last `window` seconds. Each change is added and taken off
+    once, so a look costs the same however many there were."""
 
     def __init__(self, window: float) -> None:
         self._window = window
-        self._changes: deque[tuple[float, float]] = deque()  # (since, level)
-        self._base = 0.0  # the level before the first of them
-
-    def set(self, now: float, level: float) -> None:
-        if self._changes and self._changes[-1][0] == now:
-            self._changes.pop()
-        self._changes.append((now, level))
-        self._forget(now)
+        self._changes: deque[tuple[float, float]] = deque([(-math.inf, 0.0)])  # (since, level)
+        self._area = 0.0  # of all but the last, from the second on
 
     @property
     def now(self) -> float:
-        return self._changes[-1][1] if self._changes else self._base
+        return self._changes[-1][1]
 
-    def mean(self, now: float, window: float) -> float:
-        """Over the last `window` seconds, which is at most the one kept."""
-        since, total, end = now - window, 0.0, now
-        for began, level in reversed(self._changes):
-            begin = max(began, since)
-            total += level * max(end - begin, 0.0)
-            end = begin
-            if began <= since:
-                return total / window
-        return (total + self._base * (end - since)) / window
+    def set(self, now: float, level: float) -> None:
+        self._forget(now)
+        since, before = self._changes[-1]
+        if since == now:
+            self._changes[-1] = (now, level)
+            return
+        if len(self._changes) > 1:
+            self._area += before * (now - since)
+        self._changes.append((now, level))
+
+    def mean(self, now: float) -> float:
+        self._forget(now)
+        since, level = self._changes[-1]
+        begin = now - self._window
+        if since <= begin:
+            return level
+        head = self._changes[0][1] * (self._changes[1][0] - begin)
+        return max(head + self._area + level * (now - since), 0.0) / self._window
 
     def _forget(self, now: float) -> None:
-        while len(self._changes) > 1 and self._changes[1][0] <= now - self._window:
-            self._base = self._changes.popleft()[1]
+        """Drop what ended before the window; the first that is left began before it."""
+        changes = self._changes
+        while len(changes) > 1 and changes[1][0] <= now - self._window:
+            changes.popleft()
+            if len(changes) > 1:
+                since, level = changes[0]
+                self._area -= level * (changes[1][0] - since)
+            else:
+                self._area = 0.0
 
 
 class Autoscaler:
@@ -100,14 +110,16 @@ class Autoscaler:
 
     def __init__(self, scaling: Scaling) -> None:
         self._rules = scaling
-        self._level = _Level(scaling.stable_window)
+        self._stable = _Level(scaling.stable_window)
+        self._recent = _Level(scaling.panic_window)
         self._panic_until: float | None = None
         self._panic_most = 0
         self._quiet_since: float | None = None
 
     def record(self, now: float, concurrency: float) -> None:
         """So many requests run or wait from now on."""
-        self._level.set(now, concurrency)
+        self._stable.set(now, concurrency)
+        self._recent.set(now, concurrency)
         if concurrency > 0:
             self._quiet_since = None
         elif self._quiet_since is None:
@@ -116,10 +128,10 @@ class Autoscaler:
     def wanted(self, now: float, ready: int) -> Wanted:
         """`ready` are the replicas that there are, starting ones too."""
         rules = self._rules
-        stable = self._level.mean(now, rules.stable_window)
-        recent = self._level.mean(now, rules.panic_window)
+        stable = self._stable.mean(now)
+        recent = self._recent.mean(now)
         if rules.burst:
-            recent = max(recent, self._level.now)
+            recent = max(recent, self._stable.now)
         by_stable, by_recent = self._replicas(stable), self._replicas(recent)
         panic = self._panics(now, by_recent, ready)
         replicas = by_stable
@@ -128,7 +140,7 @@ class Autoscaler:
             replicas = self._panic_most
         else:
             self._panic_most = 0
-            replicas = max(replicas, self._replicas(self._level.now) if rules.burst else 0)
+            replicas = max(replicas, self._replicas(self._stable.now) if rules.burst else 0)
         return Wanted(self._bounded(replicas, now, ready), panic, stable, recent)
 
     def _replicas(self, concurrency: float) -> int:

@@ -21,6 +21,7 @@ from dormouse.errors import ConfigError
 
 StartPath = Literal["hot", "sleep", "snapshot", "template", "cold"]
 PhaseName = Literal["process", "ready"]
+Moved = Literal["weights", "image", "libraries"]
 
 NETWORK = "network"
 DISK = "disk"
@@ -28,6 +29,7 @@ MEMORY = "memory"  # host memory into host memory: a process' pages, or the weig
 
 
 _AT_ONCE = 1e9
+_FEW = 2
 
 
 def pcie(gpu: int) -> str:
@@ -91,23 +93,25 @@ class ModelCost:
     kv_bytes: int = 0
     gpus: int = 1
     process_bytes: int = 0  # host memory of its process, asleep or ready
+    asleep_bytes: int = 0  # of each of its GPUs, of its process while it sleeps (CUDA's context)
     image: Artifact | None = None  # its snapshot
     template: Artifact | None = None  # its engine's
+    programs: Artifact | None = None  # what a cold start reads of its engine: libraries
     image_kinds: frozenset[str] = frozenset({""})
+    paths: tuple[StartPath, ...] = ("snapshot", "template", "cold")  # that a start without a process may take
     slots: int = 1  # requests that a replica runs at once
     phases: Mapping[StartPath, Mapping[PhaseName, float]] = field(default_factory=lambda: MappingProxyType({}))
     token_seconds: float = 0.03  # between two tokens of one request
     prefill_seconds: float = 0.0  # for each token of a prompt; what a migrated request must recompute
+    max_replicas: int = 0  # ready or starting at once; 0: no limit
+    pinned: bool = False  # its replicas never go for others
+    device_bytes: int = field(init=False, default=0)  # what a ready replica takes of each of its GPUs
+    host_bytes: int = field(init=False, default=0)  # what a ready replica takes of the host's memory
 
-    @property
-    def device_bytes(self) -> int:
-        """What a ready replica takes of each of its GPUs."""
-        return -(-(self.weights.plain_bytes + self.kv_bytes) // self.gpus) if self.gpus else 0
-
-    @property
-    def host_bytes(self) -> int:
-        """What a ready replica takes of the host's memory."""
-        return self.process_bytes + (0 if self.gpus else self.weights.plain_bytes + self.kv_bytes)
+    def __post_init__(self) -> None:
+        all_bytes = self.weights.plain_bytes + self.kv_bytes
+        object.__setattr__(self, "device_bytes", -(-all_bytes // self.gpus) if self.gpus else 0)
+        object.__setattr__(self, "host_bytes", self.process_bytes + (0 if self.gpus else all_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +157,20 @@ class Running:
     prompt_tokens: int = 0
     movable: bool = True
 
+    def ends_at(self, model: ModelCost) -> float:
+        """When it should be done; 0 when that is not known."""
+        if not self.expected_tokens:
+            return 0.0
+        left = max(self.expected_tokens - self.tokens, 1)
+        return self.began + (self.prompt_tokens + self.tokens) * model.prefill_seconds + left * model.token_seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One worker of a model. `since` is when it entered its state; `ready_at` when one that starts should be ready.
 
-    `expected` is when its present requests should be done: what a request would wait for that queues behind them."""
+    `expected` is when it should be done with all that it has, those that wait included: from then on it may go, and at
+    the latest then a request that queues behind them begins."""
 
     name: str
     model: str
@@ -177,13 +189,18 @@ class Replica:
         """Whether it may be put to sleep or ended for another one."""
         return not (self.pinned or self.requests or self.waiting) and self.state in (State.HOT, State.SLEEPING)
 
-    def takes_next_at(self, slots: int) -> float:
+    def takes_next_at(self, model: ModelCost) -> float:
         """When it would take one more request; the less it has to do, the earlier, among those that would at once."""
         there = len(self.requests) + self.waiting
-        starting = self.ready_at if self.state is State.STARTING else 0.0
-        if there >= slots:
-            return max(starting, self.expected)
-        return starting or there - _AT_ONCE
+        if there < model.slots:
+            return self.ready_at if self.state is State.STARTING else there - _AT_ONCE
+        if self.state is State.STARTING or self.waiting >= len(self.requests):
+            return max(self.ready_at, self.expected)
+        return self.leave(model)[self.waiting]
+
+    def leave(self, model: ModelCost) -> list[float]:
+        """When those that it runs should be done, the first one first."""
+        return sorted(running.ends_at(model) or self.expected for running in self.requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,13 +219,15 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Move:
     """A transfer that a start needs: `size` bytes, pipelined over `links` (the slowest one decides). The links of
-    several GPUs each carry their share."""
+    several GPUs each carry their share. `behind`: it begins when another one, which brings the same bytes into DRAM,
+    has come to its end: that one's first link, and what it has still to bring."""
 
-    name: Literal["weights", "image"]
+    name: Moved
     key: str
     size: int
     source: Tier
     links: tuple[str, ...]
+    behind: tuple[str, int] | None = None
 
     def size_on(self, link: str) -> int:
         """The bytes that one of its links carries."""
@@ -251,8 +270,10 @@ class _Site:
     free_host: int
     spare_host: int
     replicas: dict[str, None] = field(default_factory=dict)
-    on_gpu: dict[int, dict[str, None]] = field(default_factory=dict)  # those that have memory of it
+    on_gpu: dict[int, dict[str, Replica]] = field(default_factory=dict)  # those that have memory of it
+    idle_on_gpu: dict[int, dict[str, Replica]] = field(default_factory=dict)
     tiers: dict[str, set[Tier]] = field(default_factory=dict)
+    arriving: dict[str, tuple[str, int]] = field(default_factory=dict)
     claims: dict[str, Claim] = field(default_factory=dict)
 
 
@@ -269,6 +290,9 @@ class _Ranking:
         self.drop(name)
         self._value[name] = value
         insort(self._entries, (value, name))
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def drop(self, name: str) -> None:
         value = self._value.pop(name, None)
@@ -291,6 +315,7 @@ class Cluster:
         self._replicas: dict[str, Replica] = {}
         self._by_model: dict[str, dict[str, None]] = {}
         self._soonest: dict[str, _Ranking] = {}
+        self._changes_of: dict[str, int] = {}
         self._sleeping: dict[str, dict[str, None]] = {}
         self._holders: dict[tuple[str, Tier], dict[str, None]] = {}
         self._remote: set[str] = set()
@@ -358,8 +383,9 @@ class Cluster:
         return self._models[name]
 
     @property
-    def models(self) -> Iterable[str]:
-        return self._models.keys()
+    def models(self) -> Mapping[str, ModelCost]:
+        """By name. The view's own."""
+        return self._models
 
     # --- bytes
 
@@ -379,6 +405,18 @@ class Cluster:
         holders.pop(node, None)
         if not holders:
             self._holders.pop((key, tier), None)
+
+    def expect(self, key: str, node: str, link: str, left: int) -> None:
+        """An artifact is on its way over a link into a node's DRAM, where those who want it, too, find it."""
+        self._sites[node].arriving[key] = (link, left)
+
+    def arrived(self, key: str, node: str) -> None:
+        """It is there, or comes no more."""
+        self._sites[node].arriving.pop(key, None)
+
+    def arriving(self, key: str, node: str) -> tuple[str, int] | None:
+        """The link over which an artifact is coming into a node's DRAM, and the bytes still to come."""
+        return self._sites[node].arriving.get(key)
 
     def hold_remote(self, key: str) -> None:
         """Every node can fetch it over its network."""
@@ -463,7 +501,7 @@ class Cluster:
         """Bytes of each of its GPUs, and of the host."""
         model = self._models[replica.model]
         if replica.state is State.SLEEPING:
-            return 0, model.process_bytes
+            return model.asleep_bytes, model.process_bytes
         return model.device_bytes, model.host_bytes
 
     def _take(self, replica: Replica, sign: int) -> None:
@@ -477,27 +515,33 @@ class Cluster:
             site.free[gpu] -= sign * device
             if not idle:
                 site.spare[gpu] -= sign * device
-        self._dirty[replica.node] = None
+        self._changed(replica.node)
         self.changes += 1
+        self._changes_of[replica.model] = self._changes_of.get(replica.model, 0) + 1
 
     def _list(self, replica: Replica) -> None:
         """Enter it in the indexes of what it can do."""
         if replica.state is State.SLEEPING:
             self._sleeping.setdefault(replica.model, {})[replica.name] = None
             return
-        on_gpu = self._sites[replica.node].on_gpu
+        site = self._sites[replica.node]
         for gpu in replica.gpus:
-            on_gpu.setdefault(gpu, {})[replica.name] = None
+            site.on_gpu.setdefault(gpu, {})[replica.name] = replica
+            if replica.idle:
+                site.idle_on_gpu.setdefault(gpu, {})[replica.name] = replica
         if replica.state is not State.LEAVING:
-            slots = self._models[replica.model].slots
-            self._soonest.setdefault(replica.model, _Ranking()).put(replica.name, replica.takes_next_at(slots))
+            at = replica.takes_next_at(self._models[replica.model])
+            self._soonest.setdefault(replica.model, _Ranking()).put(replica.name, at)
 
     def _unlist(self, replica: Replica) -> None:
         if replica.state is State.SLEEPING:
             self._sleeping[replica.model].pop(replica.name)
             return
+        site = self._sites[replica.node]
         for gpu in replica.gpus:
-            self._sites[replica.node].on_gpu[gpu].pop(replica.name)
+            site.on_gpu[gpu].pop(replica.name)
+            if replica.idle:
+                site.idle_on_gpu[gpu].pop(replica.name)
         if replica.state is not State.LEAVING:
             self._soonest[replica.model].drop(replica.name)
 
@@ -515,13 +559,37 @@ class Cluster:
         ranking = self._soonest.get(model)
         return (self._replicas[name] for _at, name in ranking.ascending()) if ranking else iter(())
 
+    def takes_now(self, model: str) -> bool:
+        """Whether a ready replica has room for a request."""
+        ranking = self._soonest.get(model)
+        first = next(ranking.ascending(), None) if ranking else None
+        return first is not None and first[0] < 0.0
+
+    def changes_of(self, model: str) -> int:
+        """Goes up with every change of its replicas."""
+        return self._changes_of.get(model, 0)
+
+    def ready_count(self, model: str) -> int:
+        """How many are ready or starting."""
+        ranking = self._soonest.get(model)
+        return len(ranking) if ranking else 0
+
+    def has_all(self, model: str) -> bool:
+        """Whether it has as many replicas as it may."""
+        most = self._models[model].max_replicas
+        return most > 0 and self.ready_count(model) >= most
+
     def sleeping(self, model: str) -> Iterator[Replica]:
         """Its replicas that sleep, the first to fall asleep first."""
         return (self._replicas[name] for name in self._sleeping.get(model, ()))
 
-    def replicas_on_gpu(self, node: str, gpu: int) -> Iterator[Replica]:
+    def replicas_on_gpu(self, node: str, gpu: int) -> Iterable[Replica]:
         """Those that have memory of it."""
-        return (self._replicas[name] for name in self._sites[node].on_gpu.get(gpu, ()))
+        return self._sites[node].on_gpu.get(gpu, {}).values()
+
+    def idle_on_gpu(self, node: str, gpu: int) -> Iterable[Replica]:
+        """Those of them that are idle."""
+        return self._sites[node].idle_on_gpu.get(gpu, {}).values()
 
     def replicas_on(self, node: str) -> Iterator[Replica]:
         return (self._replicas[name] for name in self._sites[node].replicas)
@@ -556,6 +624,12 @@ class Cluster:
         """The same, counting all as free."""
         self._refresh()
         return self._size[gpus].descending()
+
+    def _changed(self, node: str) -> None:
+        """Its place in the rankings has changed. Few of these are left to the next look, which is not to take long."""
+        self._dirty[node] = None
+        if len(self._dirty) > _FEW:
+            self._refresh()
 
     def _refresh(self) -> None:
         for name in self._dirty:
@@ -617,15 +691,27 @@ class Cluster:
         tier = self.nearest(model.weights.key, node)
         if tier is None or tier is Tier.GPU:
             return None
-        last = tuple(pcie(gpu) for gpu in gpus) or (MEMORY,)
-        return Move("weights", model.weights.key, model.weights.coded_bytes, tier, (*_BEFORE[tier], *last))
+        return self._move("weights", model.weights, node, tier, tuple(pcie(gpu) for gpu in gpus) or (MEMORY,))
+
+    def _move(self, name: Moved, artifact: Artifact, node: str, tier: Tier, last: tuple[str, ...]) -> Move:
+        behind = self.arriving(artifact.key, node)
+        if behind:
+            return Move(name, artifact.key, artifact.coded_bytes, Tier.DRAM, last, behind)
+        return Move(name, artifact.key, artifact.coded_bytes, tier, (*_BEFORE[tier], *last))
 
     def image_move(self, model: ModelCost, node: str, path: StartPath) -> Move | None:
-        """The image that a path needs, from its nearest tier; None when it needs none, or it can't be had or used."""
-        image = model.image if path == "snapshot" else model.template if path == "template" else None
+        """The image that a path needs (a cold start: its engine's files) from its nearest tier; None when it needs none
+        or can't have or use it."""
+        image, tier = self.image_of(model, node, path)
+        if image is None or tier is None:
+            return None
+        return self._move("libraries" if path == "cold" else "image", image, node, tier, (MEMORY,))
+
+    def image_of(self, model: ModelCost, node: str, path: StartPath) -> tuple[Artifact | None, Tier | None]:
+        """The image that a path needs, and its nearest tier; None where there is none, or it can't be had or used."""
+        images: dict[StartPath, Artifact | None]
+        images = {"snapshot": model.image, "template": model.template, "cold": model.programs}
+        image = images.get(path)
         if image is None or (path == "snapshot" and self._sites[node].node.kind not in model.image_kinds):
-            return None
-        tier = self.nearest(image.key, node)
-        if tier is None:
-            return None
-        return Move("image", image.key, image.coded_bytes, tier, (*_BEFORE[tier], MEMORY))
+            return None, None
+        return image, self.nearest(image.key, node)

@@ -4,9 +4,11 @@
     Observed -> rates of links, phases of models -> the next Estimate
 
 A start is weights that move while a process comes back, then what follows both (cluster.StartPlan). Bytes take
-(queued ahead + size) / rate on the slowest link of their way. Rates are learned for each link of each node, phases for
-each (model, path, kind of node); a model that has never started so takes its engine's. Both are medians of the last
-samples: an outlier, or a third of them, moves nothing; a lasting change is followed after a few starts.
+(queued ahead + size) / rate on the slowest link of their way. Rates are learned for each link of each node, what moves
+over it and the path of the start (weights are decoded as they come, beside imports or CRIU, which is fed an image);
+phases for each (model, path, kind of node, tiers that bytes come from); a model that has never started so takes its
+engine's. All are medians of the last samples: an outlier, or a third of them, moves nothing; a lasting change is
+followed after a few starts.
 """
 
 from __future__ import annotations
@@ -18,7 +20,19 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from dormouse.schedule.cluster import Cluster, ModelCost, Move, PhaseName, StartPath, StartPlan, share
+from dormouse.schedule.cluster import (
+    SOURCE_LINK,
+    Artifact,
+    Cluster,
+    ModelCost,
+    Move,
+    Moved,
+    PhaseName,
+    StartPath,
+    StartPlan,
+    Tier,
+    share,
+)
 
 _WINDOW = 32
 _RUN = 6  # so many samples in a row on the same side, far away, are no outliers but a change
@@ -42,10 +56,11 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Transferred:
-    """A move that happened: `ahead` is what `Link.ahead` said of the slowest link when it began. Who can tell the links
-    of a way apart gives one of these for each of them, with `size` its share."""
+    """A move that happened: `ahead` is what `Link.ahead` said of the slowest link when it began, and what was `shared`
+    with the start's other move. Who can tell the links of a way apart gives one of these for each of them, with `size`
+    its share."""
 
-    name: str
+    name: Moved
     links: tuple[str, ...]
     size: int
     seconds: float
@@ -54,7 +69,8 @@ class Transferred:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """A start that happened. `predicted` is the mean that was estimated when it was decided, for the statistics."""
+    """A start that happened. `predicted` is the mean that was estimated when it was decided, for the statistics,
+    `sources` the tiers that its bytes came from (`sources(plan)`)."""
 
     model: str
     engine: str
@@ -65,6 +81,7 @@ class Observed:
     phases: tuple[tuple[PhaseName, float], ...] = ()
     predicted: float | None = None
     kind: str = ""  # of the node
+    sources: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +91,18 @@ class Errors:
     count: int
     median: float
     p99: float
+
+
+def sources(plan: StartPlan) -> str:
+    """Where the bytes of a start come from, in words: "nothing" moves, or such as "weights disk"."""
+    moves = (move for move in (plan.weights, plan.image) if move is not None)
+    return ", ".join(f"{move.name} {move.source.name.lower()}" for move in moves) or "nothing"
+
+
+def shared(beside: Move | None, link: str, size: int) -> int:
+    """The bytes of another move of the same start that go over a link between `size` of one, if it comes from there,
+    too: each has half of it."""
+    return min(beside.size_on(link), size) if beside is not None and beside.links[0] == link else 0
 
 
 class Median:
@@ -141,8 +170,8 @@ class Estimator:
     """What has been learned so far. `observe` is all that changes it."""
 
     def __init__(self) -> None:
-        self._per_byte: dict[tuple[str, str], Median] = {}
-        self._phases: dict[tuple[str, str, str, str], Median] = {}
+        self._per_byte: dict[tuple[str, str], dict[tuple[str, str], Median]] = {}  # of each link, by (what, path)
+        self._phases: dict[tuple[str, str, str, str, str], Median] = {}
         self._returns: dict[str, Median] = {}
         self._errors: dict[str, _Errors] = {"": _Errors()}
 
@@ -157,29 +186,55 @@ class Estimator:
         errors = self._errors.get(path)
         return errors.spread() if errors else _UNKNOWN_SPREAD
 
-    def move_seconds(self, node: str, move: Move, view: Cluster) -> float:
-        """How long the slowest link of its way takes for it, with what goes before it."""
-        return max(self.link_seconds(node, link, move.size_on(link), view) for link in move.links)
+    def move_seconds(
+        self, node: str, move: Move, view: Cluster, path: StartPath | None = None, beside: Move | None = None
+    ) -> float:
+        """How long the slowest link of its way takes for it in a start by `path`, with what goes before it, and what
+        moves `beside` it."""
+        moves = max(self._seconds_on(node, link, move, view, path, beside) for link in move.links)
+        return moves + (self._left_seconds(node, *move.behind, view) if move.behind else 0.0)
+
+    def _seconds_on(
+        self, node: str, name: str, move: Move, view: Cluster, path: StartPath | None, beside: Move | None
+    ) -> float:
+        link, size = view.link(node, name), move.size_on(name)
+        total = link.ahead(size) + shared(beside, name, size) + size
+        return total / self.rate(node, name, link.rate, move.name, path)
+
+    def fetch_seconds(self, artifact: Artifact, node: str, tier: Tier, view: Cluster) -> float:
+        """How long until an artifact, which is nearest in `tier`, is in a node's memory at the soonest."""
+        behind = view.arriving(artifact.key, node)
+        if behind:
+            return self._left_seconds(node, *behind, view)
+        source = SOURCE_LINK.get(tier)
+        return self.link_seconds(node, source, artifact.coded_bytes, view) if source else 0.0
+
+    def _left_seconds(self, node: str, name: str, left: int, view: Cluster) -> float:
+        """How long one that is under way on a link still takes."""
+        link = view.link(node, name)
+        return link.ahead(left) / self.rate(node, name, link.rate)
 
     def link_seconds(self, node: str, name: str, size: int, view: Cluster) -> float:
-        """How long one link takes for so many bytes more."""
+        """How long one link takes for so many bytes of weights more."""
         link = view.link(node, name)
-        learned = self._per_byte.get((node, name))
-        total = link.ahead(size) + size
-        return total * learned.value if learned else total / link.rate
+        return (link.ahead(size) + size) / self.rate(node, name, link.rate)
 
-    def rate(self, node: str, link: str, declared: float) -> float:
-        """Bytes a second, as learned, or else as declared."""
-        learned = self._per_byte.get((node, link))
-        return 1.0 / learned.value if learned else declared
+    def rate(
+        self, node: str, link: str, declared: float, what: Moved = "weights", path: StartPath | None = None
+    ) -> float:
+        """Bytes a second, as learned for what moves in starts by `path`, or in any, or else as declared."""
+        learned = self._per_byte.get((node, link), {})
+        found = learned.get((what, path or "")) or learned.get((what, ""))
+        return 1.0 / found.value if found else declared
 
-    def phase_seconds(self, model: ModelCost, path: StartPath, name: str, kind: str) -> float:
-        """The model's own, or its engine's, or what was guessed for it."""
-        learned = self._phases.get((model.name, path, name, kind)) or self._phases.get(
-            ("engine " + model.engine, path, name, kind)
-        )
-        if learned:
-            return learned.value
+    def phase_seconds(self, model: ModelCost, path: StartPath, name: str, kind: str, origin: str = "") -> float:
+        """The model's own, or its engine's, or what was guessed for it; of starts whose bytes came from the same
+        `origin` if there were any, else of all."""
+        for who in (model.name, "engine " + model.engine):
+            for one in (origin, "") if origin else ("",):
+                learned = self._phases.get((who, path, name, kind, one))
+                if learned:
+                    return learned.value
         return next((guess for phase, guess in model.phases.get(path, {}).items() if phase == name), 0.0)
 
     def return_seconds(self, model: ModelCost) -> float:
@@ -189,10 +244,10 @@ class Estimator:
             return learned.value
         return _GUESSED_START + model.weights.coded_bytes / _GUESSED_RATE
 
-    def observe(self, started: Observed) -> None:
-        """Learn from a start."""
+    def observe(self, started: Observed, view: Cluster) -> None:
+        """Learn from a start. `view` knows the declared rates of the links that its bytes came over."""
         for transfer in started.transfers:
-            self._learn_rate(started.node, transfer)
+            self._learn_rate(started, transfer, view)
         for name, seconds in started.phases:
             self._learn_phase(started, name, seconds)
         self._learn_phase(started, "rest", max(started.seconds - _accounted(started), 0.0))
@@ -205,7 +260,9 @@ class Estimator:
     def saved(self) -> dict[str, list[list[Any]]]:
         """What it has learned (not its errors), for JSON."""
         return {
-            "rates": [[*key, one.samples] for key, one in self._per_byte.items()],
+            "rates": [
+                [*key, *kind, one.samples] for key, kinds in self._per_byte.items() for kind, one in kinds.items()
+            ],
             "phases": [[*key, one.samples] for key, one in self._phases.items()],
             "returns": [[model, one.samples] for model, one in self._returns.items()],
         }
@@ -214,8 +271,12 @@ class Estimator:
     def restored(cls, saved: Mapping[str, list[list[Any]]]) -> Estimator:
         """One that knows what another had `saved`."""
         found = cls()
-        found._per_byte = {(node, link): Median(samples) for node, link, samples in saved["rates"]}
-        found._phases = {(who, path, name, kind): Median(samples) for who, path, name, kind, samples in saved["phases"]}
+        for node, link, what, path, samples in saved["rates"]:
+            found._per_byte.setdefault((node, link), {})[what, path] = Median(samples)
+        found._phases = {
+            (who, path, name, kind, origin): Median(samples)
+            for who, path, name, kind, origin, samples in saved["phases"]
+        }
         found._returns = {model: Median(samples) for model, samples in saved["returns"]}
         return found
 
@@ -227,32 +288,38 @@ class Estimator:
         kind = view.node(node).kind
         process: list[tuple[str, float]] = []
         if plan.image:
-            process.append((f"image from {plan.image.source.name.lower()}", self.move_seconds(node, plan.image, view)))
-        process.append(("process", self.phase_seconds(model, plan.path, "process", kind)))
+            seconds = self.move_seconds(node, plan.image, view, plan.path, plan.weights)
+            process.append((f"{plan.image.name} from {plan.image.source.name.lower()}", seconds))
+        origin = sources(plan)
+        process.append(("process", self.phase_seconds(model, plan.path, "process", kind, origin)))
         branch = process
         if plan.weights:
-            weights = self.move_seconds(node, plan.weights, view)
+            weights = self.move_seconds(node, plan.weights, view, plan.path, plan.image)
             if weights > sum(seconds for _name, seconds in process):
                 branch = [(f"weights from {plan.weights.source.name.lower()}", weights)]
-        after = [(name, self.phase_seconds(model, plan.path, name, kind)) for name in ("ready", "rest")]
+        after = [(name, self.phase_seconds(model, plan.path, name, kind, origin)) for name in ("ready", "rest")]
         return [part for part in (*branch, *after) if part[1] > 0.0]
 
-    def _learn_rate(self, node: str, transfer: Transferred) -> None:
+    def _learn_rate(self, started: Observed, transfer: Transferred, view: Cluster) -> None:
         """What is learned goes to the link of the way that is thought the slowest."""
         if transfer.size <= 0 or transfer.seconds <= 0.0 or not transfer.links:
             return
-        link = max(transfer.links, key=lambda name: self._known_per_byte(node, name, transfer))
+        link = max(transfer.links, key=lambda name: self._thought_seconds(started, name, transfer, view))
         carried = share(transfer.size, link, transfer.links) + transfer.ahead
-        self._per_byte.setdefault((node, link), Median()).add(transfer.seconds / carried)
+        kinds = self._per_byte.setdefault((started.node, link), {})
+        for path in (started.path, ""):
+            kinds.setdefault((transfer.name, path), Median()).add(transfer.seconds / carried)
 
-    def _known_per_byte(self, node: str, link: str, transfer: Transferred) -> float:
-        """What a byte of the transfer takes on a link; what is not known yet is thought slow."""
-        known = self._per_byte.get((node, link))
-        return known.value * share(transfer.size, link, transfer.links) if known else float("inf")
+    def _thought_seconds(self, started: Observed, link: str, transfer: Transferred, view: Cluster) -> float:
+        """What its share of a transfer takes on a link, as far as is known or declared."""
+        size = share(transfer.size, link, transfer.links)
+        declared = view.link(started.node, link).rate
+        return size / self.rate(started.node, link, declared, transfer.name, started.path)
 
     def _learn_phase(self, started: Observed, name: str, seconds: float) -> None:
         for who in (started.model, "engine " + started.engine):
-            self._phases.setdefault((who, started.path, name, started.kind), Median()).add(seconds)
+            for origin in {"", started.sources}:
+                self._phases.setdefault((who, started.path, name, started.kind, origin), Median()).add(seconds)
 
 
 def _accounted(started: Observed) -> float:
@@ -261,5 +328,5 @@ def _accounted(started: Observed) -> float:
     took: dict[str, float] = {}
     for transfer in started.transfers:
         took[transfer.name] = max(took.get(transfer.name, 0.0), transfer.seconds)
-    process = took.get("image", 0.0) + phases.get("process", 0.0)
-    return max(took.get("weights", 0.0), process) + phases.get("ready", 0.0)
+    weights = took.pop("weights", 0.0)
+    return max(weights, max(took.values(), default=0.0) + phases.get("process", 0.0)) + phases.get("ready", 0.0)

@@ -3,9 +3,9 @@
     requests and idle replicas -> Policy -> Steps (when to go down to what), pre-warms, worth of what is idle
 
 The caller tells a policy of every request (`on_request`), of every replica that has nothing to do any more or has been
-made ready ahead (`on_idle`, whose steps are void once it gets a request) and of every one that is gone (`on_gone`). At
-the times that `next_prewarm` tells it asks `prewarm`. Placement asks `worth`. Policies of papers follow their papers'
-rules; `Expected` is our own.
+made ready ahead (`on_idle`, whose steps are void once it gets a request), of every one that is gone (`on_gone`), and of
+who went for each start (`on_start`). At the times that `next_prewarm` tells it asks `prewarm`. Placement asks `worth`.
+Policies of papers follow their papers' rules; `Expected` is our own.
 """
 
 from __future__ import annotations
@@ -16,21 +16,28 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from dormouse.schedule.cluster import DISK, NETWORK, Cluster, ModelCost, Replica, StartPath, State
 from dormouse.schedule.estimate import Estimator
-from dormouse.schedule.idle_times import Bins, Outlook, log_edges, outlook
+from dormouse.schedule.idle_times import Bins, IdleTimes
 
 Layer = Literal["hot", "sleep", "snapshot", "nothing"]
 LAYERS: tuple[Layer, ...] = ("hot", "sleep", "snapshot")
 
 _GB = 1e9
+_DAY = 86_400.0
 _LAST = 32  # idle times from which a return is planned
 _ENOUGH = 5
 _EARLY, _LATE = 0.98, 1.02
-_TIE = 1e-3  # seconds; the worth of what is idle to policies that only know an order
+_FIRST_START = 20.0  # seconds; what the oracle gives the first start of a model, whose length nobody knows yet
+_PACE = 0.5  # how far one start moves the logarithm of the price of memory
+_MOST_LEVEL = 10.0
+_SOON = 60.0  # seconds; whoever is evicted and asked for later than that would probably have gone anyway
+RELUCTANCE = 1e-3
+"""Seconds for a GB: what an eviction counts in placement for policies that know only who goes first. So little that a
+start goes where it is quickest, whoever must go for it; with 10, only where nothing is free does anybody go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,10 @@ class Policy(Protocol):
 
     def on_gone(self, replica: Replica, view: Cluster, now: float) -> None: ...
 
+    def on_start(self, model: str, evicted: Sequence[Replica], now: float) -> None:
+        """A replica of `model` starts or wakes for a request. These idle ones give up their GPUs, or all they have, for
+        it."""
+
     def prewarm(self, now: float) -> list[Warm]:
         """Those due by now, each once. One whose model got a request meanwhile is none any more."""
         ...
@@ -105,6 +116,9 @@ class Basic(ABC):
 
     def on_gone(self, replica: Replica, view: Cluster, now: float) -> None:  # noqa: B027
         """Nothing to forget."""
+
+    def on_start(self, model: str, evicted: Sequence[Replica], now: float) -> None:  # noqa: B027
+        """Nothing to learn."""
 
     def prewarm(self, now: float) -> list[Warm]:
         return []
@@ -142,21 +156,21 @@ class FixedTtl(Basic):
     """Every replica goes some time after its last request, whatever it is: what most platforms do. When memory is
     short, who has been idle longest goes first."""
 
-    def __init__(self, ttl: float = 600.0, to: Layer = "snapshot") -> None:
-        self._ttl, self._to = ttl, to
+    def __init__(self, ttl: float = 600.0, to: Layer = "snapshot", reluctance: float = RELUCTANCE) -> None:
+        self._ttl, self._to, self._reluctance = ttl, to, reluctance
 
     def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps:
         return (Step(self._to, now + self._ttl),)
 
     def worth(self, replica: Replica, view: Cluster, now: float) -> float:
-        return _TIE * held_bytes(replica, view) / _GB / (1.0 + max(now - replica.since, 0.0))
+        return self._reluctance * held_bytes(replica, view) / _GB / (1.0 + max(now - replica.since, 0.0))
 
 
 class Lru(FixedTtl):
     """Nothing goes before its memory is needed; then who has been idle longest."""
 
-    def __init__(self) -> None:
-        super().__init__(math.inf)
+    def __init__(self, reluctance: float = RELUCTANCE) -> None:
+        super().__init__(math.inf, reluctance=reluctance)
 
     def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps:
         return ()
@@ -167,8 +181,9 @@ class GreedyDual(Basic):
     priority = clock + frequency * start seconds / size, with the clock at the priority of the last that went and the
     frequency counted while a model has any replica (Fuerst and Sharma, FaasCache, ASPLOS 2021)."""
 
-    def __init__(self, estimator: Estimator) -> None:
+    def __init__(self, estimator: Estimator, reluctance: float = RELUCTANCE) -> None:
         self._estimator = estimator
+        self._reluctance = reluctance
         self._clock = 0.0
         self._frequency: dict[str, int] = {}
         self._clock_then: dict[str, float] = {}
@@ -187,7 +202,7 @@ class GreedyDual(Basic):
 
     def worth(self, replica: Replica, view: Cluster, now: float) -> float:
         above = max(self._priority(replica, view) - self._clock, 0.0) + 1e-9
-        return _TIE * above * held_bytes(replica, view) / _GB
+        return self._reluctance * above * held_bytes(replica, view) / _GB
 
     def _priority(self, replica: Replica, view: Cluster) -> float:
         seconds = self._estimator.return_seconds(view.model(replica.model))
@@ -248,8 +263,15 @@ class Histogram(Planned):
     Where most idle times are longer than that, the paper fits ARIMA with margins of 15 %; here the median of the last
     idle times stands in for it."""
 
-    def __init__(self, bin_seconds: float = 60.0, bins: int = 240, fallback: float | None = None) -> None:
+    def __init__(
+        self,
+        bin_seconds: float = 60.0,
+        bins: int = 240,
+        fallback: float | None = None,
+        reluctance: float = RELUCTANCE,
+    ) -> None:
         super().__init__()
+        self._reluctance = reluctance
         self._edges = tuple(number * bin_seconds for number in range(bins + 1))
         self._fallback = self._edges[-1] if fallback is None else fallback
         self._bins: dict[str, Bins] = {}
@@ -282,7 +304,7 @@ class Histogram(Planned):
         return 0.9 * self._edges[bins.bin_at(0.05)], 1.1 * self._edges[bins.bin_at(0.99) + 1]
 
     def worth(self, replica: Replica, view: Cluster, now: float) -> float:
-        return _TIE * held_bytes(replica, view) / _GB / (1.0 + max(now - replica.since, 0.0))
+        return self._reluctance * held_bytes(replica, view) / _GB / (1.0 + max(now - replica.since, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,8 +404,7 @@ class Layered(Planned):
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What a GB is worth for a second, in seconds of somebody's start. Memory that is needed is taken by placement
-    anyway (by `worth`), so what is held idle has a low price: 80 GB of GPU memory for a minute are half a second."""
+    """What a GB is worth for a second, in seconds of somebody's start."""
 
     gpu: float = 1e-4
     host: float = 1e-5
@@ -395,49 +416,83 @@ class Prices:
 class Expected(Planned):
     """Ours: each layer is kept as long as what it is expected to save is worth its memory.
 
-    The idle times of a model (and as many as `prior` of everybody's, so that a new model is like the others) say how
-    likely the next request comes in each stretch of time. A stretch is worth having a layer in when
-    chance that the request comes then * seconds saved > price * bytes * seconds that it would be held there. So a layer
-    goes where the sum of what follows is a loss (the best end is looked for, not the first dip). If the last idle times
-    that were longer than that lie close together, it comes back before the next one. Unlike with RainbowCake's quantile
-    of a Poisson process, bursts and periods are seen."""
+    A model's outlook (idle_times.py) says how soon it returns, as returns a second. A layer is worth its memory as long
+    as returns a second * what a return saves >= price * bytes. What a start costs is its seconds, and `felt` more for
+    that there is one at all. If the last idle times that were longer than that lie close together, the model comes back
+    before the next one.
+
+    Nobody sets the price of memory: it is learned from regret. A start of what had gone down by the policy's own doing
+    (not by eviction, nor for the first time) lowers the price, every other start raises it, such that a share `regret`
+    of all starts is the policy's own. So it frees as much as it can for that, and what it frees is what would have been
+    the least use for its bytes."""
 
     def __init__(
-        self, estimator: Estimator, prices: Prices | None = None, *, prior: float = 4.0, fade: float = 0.98
+        self,
+        estimator: Estimator,
+        prices: Prices | None = None,
+        *,
+        regret: float = 0.2,
+        felt: float = 10.0,
+        prior: float = 20.0,
     ) -> None:
         super().__init__()
         self._estimator = estimator
-        self._prices = prices or Prices()
-        self._prior = prior
-        self._fade = fade
-        self._edges = log_edges(0.5, 86_400.0, 2)
-        self._everybody = Bins(self._edges, 0.999)
-        self._bins: dict[str, Bins] = {}
-        self._outlooks: dict[str, Outlook] = {}
+        self._first = prices or Prices()
+        self._felt = felt
+        self._regret = regret
+        self._level = 0.0
+        self._hot_until: dict[str, float] = {}
+        self._times = IdleTimes(prior=prior)
         self._last: dict[str, deque[float]] = {}
 
+    @property
+    def prices(self) -> Prices:
+        """As they are now."""
+        times = math.exp(self._level)
+        return Prices(self._first.gpu * times, self._first.host * times)
+
+    def on_request(self, model: str, now: float) -> None:
+        self._times.request(model, now)
+        if self._hot_until.get(model, 0.0) > now:
+            del self._hot_until[model]
+        super().on_request(model, now)
+
     def learn(self, model: str, idle: float, now: float) -> None:
-        self._bins.setdefault(model, Bins(self._edges, self._fade)).add(idle)
-        self._everybody.add(idle)
+        self._times.ended(model, idle, now)
         self._last.setdefault(model, deque(maxlen=_LAST)).append(idle)
-        self._outlooks.pop(model, None)
+
+    def on_start(self, model: str, evicted: Sequence[Replica], now: float) -> None:
+        own = self._hot_until.pop(model, math.inf) <= now
+        for one in evicted:
+            self._hot_until.pop(one.model, None)
+        self._level += _PACE * (self._regret - own)
+        self._level = min(max(self._level, -_MOST_LEVEL), _MOST_LEVEL)
+
+    def _costs(self, costs: Sequence[LayerCost]) -> tuple[LayerCost, ...]:
+        """That there is a start at all is what being hot saves."""
+        return (replace(costs[0], saves=costs[0].saves + self._felt), *costs[1:])
+
+    def _index(self, replica: Replica, now: float) -> float:
+        age = max(now - self._idle_since.get(replica.model, replica.since), 0.0)
+        return self._times.outlook(replica.model, now).index(age)
 
     def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps:
         until = self.begins_idle(replica.model, now)
         model = view.model(replica.model)
-        costs = layer_costs(model, replica, view, self._estimator)
-        ahead = self._outlook(replica.model)
+        costs = self._costs(layer_costs(model, replica, view, self._estimator))
+        ahead, prices = self._times.outlook(replica.model, now), self.prices
         began = self._idle_since[replica.model]
-        ends, longest = [], 0.0
+        ends, longest = [], now - began
         for cost in costs:  # a layer stays at least as long as what needs it
-            longest = max(longest, _best_end(ahead, cost, self._prices.of(cost)))
+            longest = max(longest, ahead.until(prices.of(cost) / max(cost.saves, 1e-9), now - began))
             ends.append(longest)
-        hot, sleep, snapshot = (max(began + end, now) for end in ends)
+        hot, sleep, snapshot = (began + end for end in ends)
         if until is not None:
             hot = max(until, now)  # it was made ready ahead
             sleep, snapshot = max(sleep, hot), max(snapshot, hot)
         else:
             self._plan_return(model, costs, began, ends[0], ends[1])
+        self._hot_until[replica.model] = hot
         return tuple(Step(*step) for step in (("sleep", hot), ("snapshot", sleep), ("nothing", snapshot)))
 
     def _plan_return(
@@ -448,34 +503,15 @@ class Expected(Planned):
         after = bisect_right(times, asleep)
         layers = costs[:2] if after < len(times) and times[after] > gone else costs[:1]
         saves = sum(cost.saves for cost in layers)
-        window = _return_window(times[after:], saves, sum(self._prices.of(cost) for cost in layers))
+        window = _return_window(times[after:], saves, sum(self.prices.of(cost) for cost in layers))
         if window:
-            self.plan_warm(model.name, began + max(window[0] - saves, asleep), began + window[1])
+            ahead = saves - self._felt  # the seconds of the start
+            self.plan_warm(model.name, began + max(window[0] - ahead, asleep), began + window[1])
 
     def worth(self, replica: Replica, view: Cluster, now: float) -> float:
-        """What its return takes, by the chance that it is asked for before holding it has cost as much."""
-        back = self._estimator.return_seconds(view.model(replica.model))
-        price = self._prices.gpu * held_bytes(replica, view) / _GB
-        age = max(now - self._idle_since.get(replica.model, replica.since), 0.0)
-        horizon = min(back / max(price, 1e-9), 3600.0)
-        return back * self._outlook(replica.model).ends_within(age, age + horizon)
-
-    def _outlook(self, model: str) -> Outlook:
-        found = self._outlooks.get(model)
-        if found is None:
-            own = self._bins.get(model) or Bins(self._edges)
-            found = self._outlooks[model] = outlook(own, self._everybody, self._prior)
-        return found
-
-
-def _best_end(ahead: Outlook, cost: LayerCost, price: float) -> float:
-    """Until when a layer is best kept: the end of the stretch from the start with the most gain; 0 if none gains."""
-    gain, best, end = 0.0, 0.0, 0.0
-    for number, (chance, lasts) in enumerate(zip(ahead.chance, ahead.lasts, strict=True)):
-        gain += chance * cost.saves - price * lasts
-        if gain > best:
-            best, end = gain, ahead.edges[number + 1]
-    return end
+        """What its return takes, by the chance that it is asked for soon."""
+        back = self._felt + self._estimator.return_seconds(view.model(replica.model))
+        return back * -math.expm1(-_SOON * self._index(replica, now))
 
 
 def _return_window(late: list[float], saves: float, price: float) -> tuple[float, float] | None:
@@ -496,12 +532,15 @@ def _return_window(late: list[float], saves: float, price: float) -> tuple[float
 
 class Oracle(Planned):
     """Knows all requests to come (for the simulator only): a replica goes at once, and is back when it is needed,
-    unless it would be needed before it could be back. When memory is short, who is needed last goes first."""
+    unless it would be needed before it could be back. When memory is short, who is needed last goes first. A reference,
+    not the best possible: which of two starts on one link should go first, it does not ask."""
 
     def __init__(self, arrivals: Mapping[str, Sequence[float]], estimator: Estimator) -> None:
         super().__init__()
         self._arrivals = arrivals
         self._estimator = estimator
+        for model, (first, *_rest) in arrivals.items():
+            self.plan_warm(model, max(first - _FIRST_START, 0.0), first)
 
     def on_idle(self, replica: Replica, view: Cluster, now: float) -> Steps:
         warmed = self.begins_idle(replica.model, now)
@@ -535,25 +574,54 @@ class Minimum:
 
     replicas: int
     since: float = 0.0
-    until: float = 86_400.0
+    until: float = _DAY
+
+    def borders(self) -> tuple[float, ...]:
+        """The times of the day at which it begins and ends."""
+        return (self.since % _DAY, self.until % _DAY) if self.until - self.since < _DAY else ()
 
     def holds(self, now: float) -> bool:
-        second = now % 86_400.0
+        second = now % _DAY
         if self.since <= self.until:
             return self.since <= second < self.until
         return second >= self.since or second < self.until
 
 
-class Provisioned(Basic):
-    """Another policy, and models of which some replicas are always ready, or at some times of the day."""
+class Minima:
+    """All of them, by model. Ask at each `next_border`: who keeps the cluster starts what is `missing`, and pins those
+    that are to `stand`, so that nobody evicts them."""
 
-    def __init__(self, policy: Basic, minima: Mapping[str, Sequence[Minimum]]) -> None:
-        self._policy = policy
-        self._minima = minima
+    def __init__(self, minima: Mapping[str, Sequence[Minimum]]) -> None:
+        self.by_model = minima
 
     def least(self, model: str, now: float) -> int:
         """The replicas that are to be ready now."""
-        return max((one.replicas for one in self._minima.get(model, ()) if one.holds(now)), default=0)
+        return max((one.replicas for one in self.by_model.get(model, ()) if one.holds(now)), default=0)
+
+    def missing(self, view: Cluster, now: float) -> dict[str, int]:
+        """How many replicas of each model must be started to have its minimum."""
+        short = {model: self.least(model, now) - view.ready_count(model) for model in self.by_model}
+        return {model: count for model, count in short.items() if count > 0}
+
+    def next_border(self, now: float) -> float:
+        """When one begins or ends next; infinity when none ever does."""
+        day = now % _DAY
+        borders = {edge for minima in self.by_model.values() for one in minima for edge in one.borders()}
+        return now + min(((edge - day) % _DAY or _DAY for edge in borders), default=math.inf)
+
+
+def standing(model: str, view: Cluster, least: int) -> frozenset[str]:
+    """Which replicas of a model are its minimum: those that are it already, then those that are ready longest."""
+    there = sorted(view.soonest(model), key=lambda one: (not one.pinned, one.state is State.STARTING, one.since))
+    return frozenset(one.name for one in there[:least])
+
+
+class Provisioned(Minima, Basic):
+    """Another policy, and models of which some replicas are always ready, or at some times of the day."""
+
+    def __init__(self, policy: Basic, minima: Mapping[str, Sequence[Minimum]]) -> None:
+        super().__init__(minima)
+        self._policy = policy
 
     def on_request(self, model: str, now: float) -> None:
         self._policy.on_request(model, now)
@@ -565,27 +633,17 @@ class Provisioned(Basic):
     def on_gone(self, replica: Replica, view: Cluster, now: float) -> None:
         self._policy.on_gone(replica, view, now)
 
+    def on_start(self, model: str, evicted: Sequence[Replica], now: float) -> None:
+        self._policy.on_start(model, evicted, now)
+
     def prewarm(self, now: float) -> list[Warm]:
         return self._policy.prewarm(now)
 
     def next_prewarm(self) -> float | None:
         return self._policy.next_prewarm()
 
-    def missing(self, view: Cluster, now: float) -> dict[str, int]:
-        """How many replicas of each model must be started to have its minimum. Ask at the borders of the minima."""
-        found = {}
-        for model in self._minima:
-            short = self.least(model, now) - _ready(model, view)
-            if short > 0:
-                found[model] = short
-        return found
-
     def worth(self, replica: Replica, view: Cluster, now: float) -> float:
         return math.inf if self._needed(replica, view, now) else self._policy.worth(replica, view, now)
 
     def _needed(self, replica: Replica, view: Cluster, now: float) -> bool:
-        return _ready(replica.model, view) <= self.least(replica.model, now)
-
-
-def _ready(model: str, view: Cluster) -> int:
-    return sum(one.state in (State.HOT, State.BUSY, State.STARTING) for one in view.replicas_of(model))
+        return view.ready_count(replica.model) <= self.least(replica.model, now) > 0

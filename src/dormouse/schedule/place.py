@@ -10,24 +10,24 @@ shortest queues are looked at, so the work does not grow with the cluster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Literal
 
-from dormouse.schedule.cluster import SOURCE_LINK, Cluster, ModelCost, Replica, Request, StartPath, State, Tier
+from dormouse.schedule.cluster import MEMORY, Cluster, ModelCost, Replica, Request, StartPath, State, Tier
 from dormouse.schedule.estimate import Estimate, Estimator
-from dormouse.schedule.room import Eviction, Room, Worth, ends, find_room
+from dormouse.schedule.room import MORE_GPUS, Eviction, Room, Worth, ends, find_room, left
 
 Action = Literal["queue", "start", "wait"]
 
-_PATHS: tuple[StartPath, ...] = ("snapshot", "template", "cold")
 _NEAR = (Tier.GPU, Tier.DRAM, Tier.DISK)
 _SCAN = 25  # for each candidate wanted, so many nodes are looked at to find it
 _USUAL = 16  # more candidates than that are wanted for one that is out of patience
 _WORTH_LOOKING = 1.02  # a node that could be better by less than this is not looked at
-_ENOUGH_GPUS = 20  # once there is a place for a start, no more are looked at for a better one
+_ENOUGH_GPUS = 12  # once there is a place for a start, no more are looked at for a better one
 _MIGRATION_NODES = 3
 _MIGRATIONS = 3
 
@@ -96,15 +96,25 @@ class Decision:
 class Weights:
     """How much things count."""
 
+    start: float = 0.3  # seconds for each second that a start takes: its links and GPUs are lost to others meanwhile
     eviction: float = 0.1  # seconds for each second that the evicted one's return would take
     half_life: float = 60.0  # idle for so long, it is half as likely to be asked for soon
-    candidates: int = 8  # nodes looked at for each tier
+    candidates: int = 6  # nodes looked at for each tier
     migrate_above: float = 1.0  # seconds; quicker than that, nobody is migrated
     migrate_gain: float = 0.5  # seconds that a migration must promise
     alternatives: int = 8
 
 
 _DEFAULT = Weights()
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Requests of the same model that wait before one: how many, and when the place that the first of them waits for
+    should be there (a replica with all its slots), if it waits for one."""
+
+    ahead: int = 0
+    place_at: float | None = None
 
 
 def place(
@@ -114,14 +124,30 @@ def place(
     now: float,
     weights: Weights = _DEFAULT,
     worth: Worth | None = None,
+    line: Line | None = None,
 ) -> Decision:
     """The best that can be done for a request. `worth` says what an idle replica is worth to its model, in seconds
-    (keep-alive policies know better than the default: what a return takes, fading with the time it has been idle)."""
-    search = _Search(request, view, estimator, now, weights, worth or default_worth(view, estimator, now, weights))
+    (keep-alive policies know better than the default: what a return takes, fading with the time it has been idle).
+    `line` are those of its model that come first; one that has any queues behind them or starts, but waits for no
+    place."""
+    worth = worth or default_worth(view, estimator, now, weights)
+    search = _Search(request, view, estimator, now, weights, worth, line or Line())
     options = sorted(search.options(), key=lambda option: (option.score, option.action != "queue"))
     if not options:
         return Decision(request, None, (), search.blocked())
     return Decision(request, options[0], tuple(options[1 : 1 + weights.alternatives]))
+
+
+def place_start(
+    request: Request, view: Cluster, estimator: Estimator, now: float, *, evict: bool, worth: Worth | None = None
+) -> Decision:
+    """The quickest start of one more replica, whoever is ready already: for nobody's request, so it neither waits nor
+    migrates anybody, and only with `evict` do idle replicas go for it."""
+    worth = worth or default_worth(view, estimator, now)
+    search = _Search(request, view, estimator, now, _DEFAULT, worth, Line(), starts_only=True, may_evict=evict)
+    options = sorted(search.starts(), key=lambda option: option.score)
+    chosen = options[0] if options else None
+    return Decision(request, chosen, tuple(options[1:]), "" if chosen else search.blocked())
 
 
 def default_worth(view: Cluster, estimator: Estimator, now: float, weights: Weights = _DEFAULT) -> Worth:
@@ -154,10 +180,12 @@ class _Search:
     could still be better."""
 
     def __init__(
-        self, request: Request, view: Cluster, estimator: Estimator, now: float, weights: Weights, worth: Worth
-    ) -> None:
+        self, request: Request, view: Cluster, estimator: Estimator, now: float, weights: Weights, worth: Worth,
+        line: Line, *, starts_only: bool = False, may_evict: bool = True,
+    ) -> None:  # fmt: skip
         self.request, self.view, self.estimator, self.now = request, view, estimator, now
-        self.weights, self.worth = weights, worth
+        self._starts_only, self._may_evict = starts_only, may_evict
+        self.weights, self.worth, self.line = weights, worth, line
         self.model = view.model(request.model)
         self._phases: dict[tuple[str, StartPath, str], tuple[float, float]] = {}
         self._best = float("inf")
@@ -170,23 +198,43 @@ class _Search:
         self._ready()
         if self._best <= 0.0:
             return self._found
-        for replica in islice(self.view.sleeping(self.model.name), self.weights.candidates):
-            self._add(self._wake(replica))
-        near = self._stages()
+        near = self._new_ones()
         if self._best > self.weights.migrate_above and near:
             for option in self._migrations(near):
                 self._add(option)
         return self._found
 
+    def starts(self) -> list[Option]:
+        """One more replica, whoever is ready already."""
+        self._new_ones()
+        return self._found
+
+    def _new_ones(self) -> list[_Candidate]:
+        """Look at replicas that sleep and at new starts; the answer are the nodes that hold the weights near."""
+        if self.view.has_all(self.model.name):
+            return []
+        for replica in islice(self.view.sleeping(self.model.name), self.weights.candidates):
+            self._add(self._wake(replica))
+        return self._stages()
+
     def _add(self, option: Option | None) -> None:
-        if option is not None:
+        if option is not None and self._allowed(option):
             self._found.append(option)
             self._may_start = self._may_start or option.action == "start"
             self._best = min(self._best, option.score)
 
+    def _allowed(self, option: Option) -> bool:
+        """What has infinite worth goes for nobody."""
+        if self.line.ahead and option.action == "wait":
+            return False
+        starts = option.action == "start" or not self._starts_only
+        return starts and (self._may_evict or not option.evict) and option.score < math.inf
+
     def blocked(self) -> str:
         """Why there is no option."""
         model = self.model
+        if self.view.has_all(model.name):
+            return f"{model.name} has {model.max_replicas} replicas, as many as it may have"
         if not self._anywhere(model):
             return f"no node can hold {model.name}: {model.gpus} GPUs with {model.device_bytes} bytes each, and " + (
                 f"{model.host_bytes} bytes of host memory"
@@ -210,17 +258,40 @@ class _Search:
     # --- replicas that are there
 
     def _ready(self) -> None:
-        """Queueing at the replicas that would take it first."""
-        slots = self.model.slots
-        for replica in islice(self.view.soonest(self.model.name), self.weights.candidates):
-            if self.view.is_kept(replica.node, replica.gpus, self.request.name):
-                continue
-            at = replica.takes_next_at(slots)
-            wait = max(at - self.now, 0.0)
-            parts = (("queue", wait),) if wait > 0.0 else ()
-            self._add(
-                Option("queue", "hot", replica.node, replica.gpus, replica.name, wait, 0.0, Estimate(wait, wait, parts))
-            )
+        """Queueing at the replicas that would take it first; behind others of its model, at the one whose turn it is
+        when they have their slots."""
+        model = self.model
+        some = islice(self.view.soonest(model.name), self.weights.candidates)
+        replicas = [one for one in some if not self.view.is_kept(one.node, one.gpus, self.request.name)]
+        if not self.line.ahead:
+            for replica in replicas:
+                self._queue(replica, slot_waits(replica, model, self.now, 1)[0])
+        elif replicas:
+            self._queue(*self._turn(replicas))
+
+    def _queue(self, replica: Replica, wait: float) -> None:
+        parts = (("queue", wait),) if wait > 0.0 else ()
+        estimate = Estimate(wait, wait, parts)
+        self._add(Option("queue", "hot", replica.node, replica.gpus, replica.name, wait, 0.0, estimate))
+
+    def _turn(self, replicas: list[Replica]) -> tuple[Replica, float]:
+        """The replica and the wait of one that comes after others: all slots of these replicas in the order in which
+        they become free, and then once more."""
+        model, line = self.model, self.line
+        ahead = line.ahead * len(replicas) // max(self.view.ready_count(model.name), len(replicas))
+        slots = [(wait, one) for one in replicas for wait in slot_waits(one, model, self.now, ahead + 1)]
+        if line.place_at is not None:
+            slots += [(max(line.place_at - self.now, 0.0), replicas[0])] * model.slots
+        slots.sort(key=lambda slot: slot[0])
+        rounds, turn = divmod(ahead, len(slots))
+        wait, replica = slots[turn]
+        return replica, wait + rounds * max(self._usual(replicas), slots[-1][0])
+
+    def _usual(self, replicas: list[Replica]) -> float:
+        """How long a slot is taken: by what the request is expected to be, or as those before it."""
+        if self.request.expected_tokens:
+            return self.request.expected_tokens * self.model.token_seconds
+        return max(one.expected - min((r.began for r in one.requests), default=one.expected) for one in replicas)
 
     def _wake(self, replica: Replica) -> Option | None:
         node, model = replica.node, self.model
@@ -228,7 +299,13 @@ class _Search:
         plan = self.view.plan(model, node, "sleep", replica.gpus) if room else None
         if room is None or plan is None:
             return None
-        return _option(node, room, "sleep", self.estimator.estimate(model, node, plan, self.view), replica.name)
+        return self._option(node, room, "sleep", self.estimator.estimate(model, node, plan, self.view), replica.name)
+
+    def _option(self, node: str, room: Room, path: StartPath, estimate: Estimate, replica: str | None = None) -> Option:
+        action: Action = "wait" if room.blockers else "start"
+        penalty = room.loss + self.weights.start * estimate.mean
+        rest = (room.evict, (), room.blockers, room.host_short)
+        return Option(action, path, node, room.gpus, replica, room.wait + estimate.mean, penalty, estimate, *rest)
 
     # --- new starts
 
@@ -243,7 +320,7 @@ class _Search:
         if self.view.is_remote(key):
             idlest = next(self.view.idlest_networks(), None)
             least = self._candidate(self.model, idlest[1]) if idlest else None
-            if least and least.bound < self._best:
+            if least and self._least(least) < self._best:
                 self._look([name for name in self._far(most) if name not in seen], seen)
         return sorted(near, key=lambda one: (one.bound, one.node))
 
@@ -253,11 +330,17 @@ class _Search:
         found.sort(key=lambda one: (one.bound, one.node))
         seen.update(nodes)
         for candidate in found:
-            if candidate.bound * _WORTH_LOOKING >= self._best or (self._looked > _ENOUGH_GPUS and self._may_start):
+            if self._least(candidate) * _WORTH_LOOKING >= self._best or (
+                self._looked > _ENOUGH_GPUS and self._may_start
+            ):
                 break
-            self._looked += max(self.model.gpus, 1)
+            self._looked += self.model.gpus + MORE_GPUS
             self._add(self._start(candidate))
         return found
+
+    def _least(self, candidate: _Candidate) -> float:
+        """The least score of a start there."""
+        return candidate.bound * (1.0 + self.weights.start)
 
     def _some(self, among: Mapping[str, None], most: int) -> list[str]:
         """Those of `among` with most room, free or spare: all of a few."""
@@ -286,16 +369,22 @@ class _Search:
         tier = view.nearest(model.weights.key, node)
         if tier is None:
             return None
-        source = SOURCE_LINK.get(tier)
-        weights = estimator.link_seconds(node, source, model.weights.coded_bytes, view) if source else 0.0
+        weights = estimator.fetch_seconds(model.weights, node, tier, view)
         ways: list[tuple[StartPath, float, float]] = []
-        for path in _PATHS:
-            image = view.image_move(model, node, path)
-            if image is not None or path == "cold":
+        for path in model.paths:
+            moved = self._image_seconds(model, node, path)
+            if moved is not None:
                 process, after = self._phase_seconds(model, path, view.node(node).kind)
-                moved = estimator.move_seconds(node, image, view) if image else 0.0
                 ways.append((path, moved + process, after))
         return _Candidate(min(max(weights, process) + after for _path, process, after in ways), node, ways)
+
+    def _image_seconds(self, model: ModelCost, node: str, path: StartPath) -> float | None:
+        """What the image of a path takes to a node; None when that path is not open there."""
+        image, tier = self.view.image_of(model, node, path)
+        if image is None or tier is None:
+            return 0.0 if path == "cold" else None
+        one = partial(self.estimator.link_seconds, node, size=image.coded_bytes, view=self.view)
+        return max(self.estimator.fetch_seconds(image, node, tier, self.view), one(MEMORY))
 
     def _phase_seconds(self, model: ModelCost, path: StartPath, kind: str) -> tuple[float, float]:
         key = (model.name, path, kind)
@@ -308,7 +397,7 @@ class _Search:
     def _start(self, candidate: _Candidate) -> Option | None:
         room = find_room(self.model, candidate.node, self.view, self.worth, self.now, request=self.request.name)
         best = self._estimated(self.model, candidate, room.gpus) if room else None
-        return _option(candidate.node, room, *best) if room and best else None
+        return self._option(candidate.node, room, *best) if room and best else None
 
     def _estimated(
         self, model: ModelCost, candidate: _Candidate, gpus: tuple[int, ...]
@@ -324,7 +413,7 @@ class _Search:
     def _migrations(self, near: list[_Candidate]) -> Iterator[Option]:
         """Starts in the place of one running request that goes elsewhere, on the nearest few nodes."""
         for candidate in near[:_MIGRATION_NODES]:
-            if candidate.bound + self.weights.migrate_gain >= self._best:
+            if self._least(candidate) + self.weights.migrate_gain >= self._best:
                 return
             some = islice(self.view.replicas_on(candidate.node), _SCAN)
             movable = (one for one in some if self._may_move(one))
@@ -362,7 +451,7 @@ class _Search:
             return None
         path, estimate = best
         seconds = migration.seconds + estimate.mean
-        loss = migration.pause + self.worth(replica)
+        loss = migration.pause + self.worth(replica) + self.weights.start * estimate.mean
         return Option(
             "wait", path, replica.node, gpus, None, seconds, loss, estimate, (), (migration,), (replica.name,)
         )
@@ -376,6 +465,8 @@ class _Search:
                 return Migration(
                     running.name, replica.name, other.node, other.gpus, "hot", pause, pause, reuse=other.name
                 )
+        if self.view.has_all(model.name):
+            return None
         found = [one for node in self._others(model, replica.node) if (one := self._candidate(model, node))]
         for candidate in sorted(found, key=lambda one: (one.bound, one.node)):
             room = find_room(model, candidate.node, self.view, self.worth, self.now, request=self.request.name)
@@ -399,21 +490,15 @@ class _Search:
         return list(dict.fromkeys(islice(roomy, _MIGRATIONS)))
 
 
-def _option(node: str, room: Room, path: StartPath, estimate: Estimate, replica: str | None = None) -> Option:
-    return Option(
-        "wait" if room.blockers else "start",
-        path,
-        node,
-        room.gpus,
-        replica,
-        room.wait + estimate.mean,
-        room.loss,
-        estimate,
-        room.evict,
-        (),
-        room.blockers,
-        room.host_short,
-    )
+def slot_waits(replica: Replica, model: ModelCost, now: float, most: int) -> list[float]:
+    """Seconds until each slot of a replica is free for one more request, `most` of them; at least one."""
+    taken, waiting = len(replica.requests), replica.waiting
+    if replica.state is State.STARTING:
+        room = min(model.slots - taken - waiting, most)
+        return [left(replica.ready_at, replica.since, now)] * room or [ends(replica, now)]
+    began = min((running.began for running in replica.requests), default=now)
+    waits = [*[0.0] * (model.slots - taken), *(left(at, began, now) for at in replica.leave(model))]
+    return waits[waiting : waiting + most] or [ends(replica, now)]
 
 
 def _count(free: list[int], need: int) -> int:

@@ -17,7 +17,8 @@ from dormouse.schedule.cluster import Cluster, ModelCost, Replica, State, pcie
 Worth = Callable[[Replica], float]
 """The seconds that somebody is expected to lose when an idle replica goes."""
 
-_MORE_GPUS = 2  # so many more than needed are compared
+MORE_GPUS = 2  # so many more than needed are compared
+_LATE = 0.5
 _ASLEEP_SHARE = 0.2  # of a replica's worth that is lost when it only goes to sleep
 
 
@@ -111,13 +112,11 @@ def _devices(
     spare = view.spare(node)
     found: list[_Device] = []
     for gpu in sorted(gpus, key=lambda gpu: -spare[gpu]):
-        if len(found) >= model.gpus + _MORE_GPUS and spare[gpu] < model.device_bytes:
-            break
         if not view.is_kept(node, (gpu,), request):
             device = _device(model.device_bytes, node, gpu, view, worth, now)
             if device:
                 found.append(device)
-        if len(found) >= model.gpus + 2 * _MORE_GPUS:
+        if len(found) >= model.gpus + MORE_GPUS:
             break
     return found
 
@@ -128,18 +127,16 @@ def _device(need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: fl
     missing = need - free
     if missing <= 0:
         return _Device(0.0, 0.0, queue, free, gpu, (), ())
-    replicas = list(view.replicas_on_gpu(node, gpu))
-    sizes = {replica.name: view.model(replica.model).device_bytes for replica in replicas}
-    idle = [(worth(replica), replica.name) for replica in replicas if replica.idle]
-    gone = _cheapest(idle, sizes, missing)
-    missing -= sum(sizes[name] for name in gone)
-    loss = sum(value for value, name in idle if name in gone)
+    models = view.models
+    idle = [(worth(one), models[one.model].device_bytes, one.name) for one in view.idle_on_gpu(node, gpu)]
+    gone, freed, loss = _cheapest(idle, missing)
+    missing -= freed
     if missing <= 0:
         return _Device(0.0, loss, queue, free, gpu, gone, ())
     wait, blockers = 0.0, []
-    busy = {one.name: one for one in replicas if not (one.idle or one.pinned)}
+    busy = {one.name: one for one in view.replicas_on_gpu(node, gpu) if not (one.idle or one.pinned)}
     for end, name in sorted((ends(one, now), name) for name, one in busy.items()):
-        wait, missing = end, missing - sizes[name]
+        wait, missing = end, missing - view.model(busy[name].model).device_bytes
         loss += worth(busy[name])
         blockers.append(name)
         if missing <= 0:
@@ -149,23 +146,34 @@ def _device(need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: fl
 
 def ends(replica: Replica, now: float) -> float:
     """Seconds until a busy replica should have done what it has."""
-    return max(replica.expected - now, replica.ready_at - now if replica.state is State.STARTING else 0.0, 0.0)
+    if replica.state is State.STARTING:
+        return left(max(replica.ready_at, replica.expected), replica.since, now)
+    since = min((running.began for running in replica.requests), default=now)
+    return left(replica.expected, since, now)
 
 
-def _cheapest(idle: list[tuple[float, str]], sizes: dict[str, int], missing: int) -> tuple[str, ...]:
-    """Idle ones that free `missing` bytes (or all of them): least worth for their size first, and none in vain."""
-    gone: list[tuple[float, str]] = []
-    for value, name in sorted(idle, key=lambda one: (one[0] / max(sizes[one[1]], 1), one[1])):
-        if missing <= 0:
+def left(due: float, since: float, now: float) -> float:
+    """Seconds until something should be over. What is late is thought to take a share of its time once more: the longer
+    it has taken already, the longer it still does."""
+    return due - now if due > now else max(now - since, 0.0) * _LATE
+
+
+def _cheapest(idle: list[tuple[float, int, str]], missing: int) -> tuple[tuple[str, ...], int, float]:
+    """Of (worth, bytes, name), those that free `missing` bytes (or all): least worth for their size first, and none in
+    vain. With the bytes that they free, and what they are worth."""
+    gone: list[tuple[float, int, str]] = []
+    freed = 0
+    for _share, name, value, size in sorted([(value / size, name, value, size) for value, size, name in idle if size]):
+        if freed >= missing:
             break
-        if sizes[name] > 0:
-            gone.append((value, name))
-            missing -= sizes[name]
-    for value, name in sorted(gone, reverse=True):
-        if missing + sizes[name] <= 0:
-            gone.remove((value, name))
-            missing += sizes[name]
-    return tuple(name for _value, name in gone)
+        gone.append((value, size, name))
+        freed += size
+    if len(gone) > 1:
+        for one in sorted(gone, reverse=True):
+            if freed - one[1] >= missing:
+                gone.remove(one)
+                freed -= one[1]
+    return tuple([one[2] for one in gone]), freed, sum([one[0] for one in gone])
 
 
 def _on_devices(chosen: list[_Device]) -> Room:
@@ -188,9 +196,9 @@ def _with_host(
     replicas = [one for one in view.replicas_on(node) if wake is None or one.name != wake.name]
     slept = {eviction.replica for eviction in room.evict}
     sizes = {one.name: view.takes(one)[1] for one in replicas}
-    idle = [(_more(one, slept, worth), one.name) for one in replicas if one.idle]
-    ended = _cheapest(idle, sizes, missing)
-    missing -= sum(sizes[name] for name in ended)
+    idle = [(_more(one, slept, worth), sizes[one.name], one.name) for one in replicas if one.idle]
+    ended, freed, lost = _cheapest(idle, missing)
+    missing -= freed
     wait, blockers = room.wait, dict.fromkeys(room.blockers)
     for end, name in sorted((ends(one, now), one.name) for one in replicas if not (one.idle or one.pinned)):
         if missing <= 0:
@@ -199,10 +207,9 @@ def _with_host(
         blockers[name] = None
     if missing > 0:
         return None
-    loss = room.loss + sum(value for value, name in idle if name in ended)
     evict = [Eviction(name, "end" if name in ended else "sleep") for name in dict.fromkeys((*sorted(slept), *ended))]
     host_short = len(blockers) > len(room.blockers)
-    return Room(room.gpus, tuple(evict), loss, wait, tuple(blockers), host_short)
+    return Room(room.gpus, tuple(evict), room.loss + lost, wait, tuple(blockers), host_short)
 
 
 def _more(replica: Replica, slept: set[str], worth: Worth) -> float:

@@ -5,11 +5,14 @@ submit -> Queue.dispatch -> Decision -> commit: evict, migrate, wake, start, ass
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dormouse.schedule.place import Decision, Migration, Option
 from dormouse.schedule.queue import Queue
-from dormouse.schedule.room import Eviction
+from dormouse.sim.carry import begin, evict
 from dormouse.sim.keeping import Keeper
-from dormouse.sim.world import Job, Worker, World
+from dormouse.sim.worker import Job, Worker
+from dormouse.sim.world import World
 
 _PAUSE = 50e-6
 """Seconds for each node."""
@@ -32,9 +35,12 @@ class Ours:
         self.keeper.on_request(job.request.model)
         self._jobs[job.request.name] = job
         self.queue.push(job.request)
+        model = job.request.model
         if len(self._jobs) == 1:
             self._dispatch()
-        else:
+        elif self.world.view.takes_now(model) and self.queue.waiting(model) == 1:
+            self._dispatch(only=model)
+        if job.request.name in self._jobs:
             self.changed()
         if job.request.name in self._jobs:
             self.world.expect_deadline(job)
@@ -49,10 +55,11 @@ class Ours:
         self._planned = False
         self._dispatch()
 
-    def _dispatch(self) -> None:
+    def _dispatch(self, only: str | None = None) -> None:
         if self._jobs:
-            self.world.refresh_links()
-            self.queue.dispatch(self.world.view, self.world.estimator, self.world.now, self._commit, self._worth)
+            world = self.world
+            world.wires.refresh()
+            self.queue.dispatch(world.view, world.estimator, world.now, self._commit, self._worth, only)
 
     def became_idle(self, worker: Worker) -> None:
         self.keeper.became_idle(worker)
@@ -66,6 +73,13 @@ class Ours:
         else:
             self.queue.finished(job.request)
 
+    def lost(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._jobs[job.request.name] = job
+            self.queue.finished(job.request)
+            self.queue.push(job.request)
+            self.world.expect_deadline(job)
+
     def finished(self, job: Job) -> None:
         self.queue.finished(job.request)
 
@@ -74,33 +88,21 @@ class Ours:
         option = decision.chosen
         assert option is not None
         self.decided += 1
-        for eviction in option.evict:
-            self._evict(eviction)
+        if option.action == "start":
+            self.keeper.starting(decision.request.model, option.evict)
+        evict(self.world, option)
         for move in option.migrate:
             self.world.migrate(self.world.workers[move.replica], self._destination(move))
         if option.action != "wait":
             self._take(self._jobs.pop(decision.request.name), option)
 
-    def _evict(self, eviction: Eviction) -> None:
-        worker = self.world.workers[eviction.replica]
-        self.world.counts.evictions += 1
-        if eviction.to == "sleep":
-            self.world.doze(worker)
-        else:
-            self.world.end(worker)
-
     def _take(self, job: Job, option: Option) -> None:
-        workers = self.world.workers
         if option.action == "queue":
             assert option.replica is not None
-            self.world.assign(job, workers[option.replica])
-        elif option.replica is not None:
-            self.world.wake(workers[option.replica], option.estimate.mean)
-            self.world.assign(job, workers[option.replica])
+            self.world.assign(job, self.world.workers[option.replica])
         else:
-            model = self.world.view.model(job.request.model)
-            worker = self.world.start(model, option.node, option.gpus, option.path, option.estimate.mean)
-            self.world.assign(job, worker)
+            self.world.assign(job, begin(self.world, job.request.model, option))
+            self.world.wires.refresh()
 
     def _destination(self, move: Migration) -> Worker:
         if move.reuse is not None:

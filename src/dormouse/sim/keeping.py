@@ -8,11 +8,16 @@ One rule is the simulator's own, because peers have it: an idle replica stays as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dormouse.schedule.cluster import Replica, Request, State, Tier
 from dormouse.schedule.keepalive import Policy, Step, Warm
 from dormouse.schedule.place import place
+from dormouse.schedule.room import Eviction
+from dormouse.sim.carry import begin
 from dormouse.sim.events import Event
-from dormouse.sim.world import Worker, World
+from dormouse.sim.worker import Worker
+from dormouse.sim.world import World
 
 _NEVER = 1e12
 
@@ -32,6 +37,7 @@ class Keeper:
         if self.policy is not None:
             self._asked[model] = self._asked.get(model, 0) + 1
             self.policy.on_request(model, self.world.now)
+            self._look_ahead()
 
     def became_idle(self, worker: Worker) -> None:
         """Plan what happens to it while nobody asks."""
@@ -47,6 +53,12 @@ class Keeper:
         """It is about to end."""
         if self.policy is not None and worker.name in self.world.view:
             self.policy.on_gone(self.world.view.replica(worker.name), self.world.view, self.world.now)
+
+    def starting(self, model: str, evictions: Sequence[Eviction]) -> None:
+        """A start of it begins, and these go for it."""
+        if self.policy is not None:
+            evicted = [self.world.view.replica(one.replica) for one in evictions]
+            self.policy.on_start(model, evicted, self.world.now)
 
     def worth(self, replica: Replica) -> float:
         """What an idle replica is worth to its model, in seconds."""
@@ -81,7 +93,7 @@ class Keeper:
             self._end(worker)
         for part in (model.weights, model.image):
             if part is not None:
-                self.world.forget(part.key, worker.node, Tier.DRAM)
+                self.world.tiers.forget(part.key, worker.node, Tier.DRAM)
 
     # --- ahead of requests
 
@@ -107,14 +119,10 @@ class Keeper:
         there = world.by_model.get(warm.model, {}).values()
         if any(worker.state is not State.SLEEPING for worker in there):
             return
-        world.refresh_links()
+        world.wires.refresh()
         decision = place(Request(f"warm {warm.model}", warm.model, world.now), world.view, world.estimator, world.now)
         option = decision.chosen
         if option is None or option.action != "start" or option.evict or option.migrate:
             return
         world.counts.prewarms += 1
-        if option.replica is not None:
-            world.wake(world.workers[option.replica], option.estimate.mean)
-        else:
-            model = world.view.model(warm.model)
-            world.start(model, option.node, option.gpus, option.path, option.estimate.mean)
+        begin(world, warm.model, option)

@@ -64,10 +64,12 @@ class Flow:
 
 
 class Network:
-    """All transfers of a simulation. `delivered` counts the bytes of those that ended, `dropped` of those cut off."""
+    """All transfers of a simulation. `begun` counts their bytes, `delivered` those of the ones that ended, `dropped`
+    what had come of those cut off."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
+        self.begun = 0.0
         self.delivered = 0.0
         self.dropped = 0.0
         self.touched: dict[
@@ -77,6 +79,7 @@ class Network:
     def start(self, size: float, path: Way, done: Callable[[], None], cap: float = math.inf) -> Flow:
         """Begin a transfer; `done` is called from the clock, never from here."""
         flow = Flow(float(size), path, cap, done)
+        self.begun += flow.size
         flow.since = self.clock.now
         for link, part in path:
             link.flows[flow] = part

@@ -14,8 +14,9 @@ when no node has room.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -24,7 +25,8 @@ import numpy as np
 from dormouse.schedule.cluster import ModelCost, State, Tier
 from dormouse.sim.keeping import Keeper
 from dormouse.sim.rooms import Room, room_on
-from dormouse.sim.world import Job, Worker, World
+from dormouse.sim.worker import Job, Worker
+from dormouse.sim.world import World
 
 _SMALL = 64
 _MOST_FAILURES = 32
@@ -38,7 +40,7 @@ class Place:
     seconds: float = 0.0
 
 
-class Peer:
+class Peer(ABC):
     """The part all of them share; `_place` is what they differ in."""
 
     def __init__(self, world: World, keeper: Keeper, *, evict_idle: bool, random: np.random.Generator) -> None:
@@ -47,8 +49,11 @@ class Peer:
         self.evict = evict_idle
         self.random = random
         self.waiting: OrderedDict[str, Job] = OrderedDict()
-        self.nodes = list(world.view.nodes)
         self._asked_for: Counter[str] = Counter()  # by requests that wait
+
+    @property
+    def nodes(self) -> list[str]:
+        return list(self.world.view.nodes)
 
     # --- what the world tells
 
@@ -78,8 +83,12 @@ class Peer:
     def gave_up(self, job: Job) -> None:
         self._no_longer_waits(job)
 
-    def finished(self, job: Job) -> None:
-        pass
+    def lost(self, jobs: Sequence[Job]) -> None:
+        for job in reversed(jobs):
+            self._wait(job, first=True)
+
+    def finished(self, job: Job) -> None:  # noqa: B027
+        """Nothing to count."""
 
     # --- serving
 
@@ -100,7 +109,9 @@ class Peer:
         if ready is not None:
             self.world.assign(job, ready)
             return True
-        self.world.refresh_links()
+        if self.world.view.has_all(job.request.model):
+            return False
+        self.world.wires.refresh()
         return self._place(job, self.world.view.model(job.request.model))
 
     def _ready_one(self, model: str) -> Worker | None:
@@ -112,8 +123,9 @@ class Peer:
         coming = (one for one in workers if one.state is State.STARTING and len(one.queue) < one.model.slots)
         return next((one for one in coming if not one.takes_over), None)
 
+    @abstractmethod
     def _place(self, job: Job, model: ModelCost) -> bool:
-        raise NotImplementedError
+        """Start something for it; False when there is no place."""
 
     def _start(self, job: Job, model: ModelCost, place: Place) -> None:
         for name in place.room.victims:
@@ -160,12 +172,13 @@ class RandomNode(Peer):
     """See the module: `random`."""
 
     def _place(self, job: Job, model: ModelCost) -> bool:
-        order = self.random.permutation(len(self.nodes))
+        nodes = self.nodes
+        order = self.random.permutation(len(nodes))
         for evict in (False, True) if self.evict else (False,):
             for index in order:
-                room = room_on(self.world.view, self.nodes[index], model, evict=evict)
+                room = room_on(self.world.view, nodes[index], model, evict=evict)
                 if room is not None:
-                    self._start(job, model, Place(self.nodes[index], room))
+                    self._start(job, model, Place(nodes[index], room))
                     return True
         return False
 
@@ -210,7 +223,7 @@ class Nearest(Peer):
         fits = []
         for replica in view.replicas_on(node):
             worker = workers[replica.name]
-            if not worker.running or worker.moving_to or worker.takes_over or worker.queue:
+            if not worker.running or worker.moving_to or worker.takes_over or worker.queue or worker.pinned:
                 continue
             there = sum(free[gpu] + worker.model.device_bytes >= model.device_bytes for gpu in worker.gpus)
             if there >= model.gpus and view.free_host(node) + worker.model.host_bytes >= model.host_bytes:
@@ -234,6 +247,8 @@ class Migrating(Nearest):
         if room_on(self.world.view, node, model, evict=self.evict) is not None:
             return False
         for victim in self._victims(model, node):
+            if self.world.view.has_all(victim.model.name):
+                continue
             others = [other for other in self._candidates(victim.model) if other != node]
             to = next(iter(self._places(victim.model, others)), None)
             if to is None:
@@ -259,7 +274,8 @@ class Migrating(Nearest):
         def moved() -> None:
             if job.given_up:
                 return
-            if victim.name in self.world.workers or room_on(self.world.view, node, model, evict=False) is None:
+            there = node in self.world.view.nodes and victim.name not in self.world.workers
+            if not there or room_on(self.world.view, node, model, evict=False) is None:
                 self.submit(job)
             else:
                 self._start(job, model, Place(node, Room(gpus)))

@@ -19,7 +19,7 @@ from dormouse.errors import ConfigError, HostError
 from dormouse.sim.run import Outcome
 
 _KINDS = (".png", ".svg", ".html")
-_COLOURS = {"run": "tab:blue", "start": "tab:orange", "idle": "lightgrey"}
+_COLOURS = {"idle": "lightgrey", "start": "tab:orange", "run": "tab:blue"}  # the later hides the earlier
 _MOST_LANES = 64
 
 
@@ -78,9 +78,10 @@ def _timeline(axis: Any, outcome: Outcome) -> None:
         axis.barh([number[span.node, span.gpu] for span in bars], [span.end - span.begin for span in bars],
                   left=[span.begin for span in bars], color=colour, label=what)  # fmt: skip
     axis.set_yticks(range(len(lanes)), [f"{node} GPU {gpu}" for node, gpu in lanes], fontsize=5)
-    axis.set_title(f"{outcome.system}, {outcome.load.case} {outcome.load.rate:g} requests/s", fontsize=9)
+    words = f"{outcome.system}, {outcome.load.case}".rstrip(", ")
+    axis.set_title(f"{words}, {outcome.load.rate:g} requests/s", fontsize=9)
     axis.set_xlabel("s")
-    axis.legend(fontsize=7, loc="upper right")
+    axis.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(_COLOURS), borderaxespad=0.2)
 
 
 def _save(figure: Any, path: Path, title: str) -> None:

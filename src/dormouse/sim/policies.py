@@ -14,10 +14,10 @@ def keep_alive_policy(
 ) -> Policy | None:
     """None for `load`, which is the simulator's own. `future` are the times of requests by model, for the oracle."""
     made: dict[str, Callable[[], Policy]] = {
-        "fixed": lambda: FixedTtl(rule.seconds),
-        "lru": Lru,
-        "greedy-dual": lambda: GreedyDual(estimator),
-        "histogram": Histogram,
+        "fixed": lambda: FixedTtl(rule.seconds, reluctance=rule.reluctance),
+        "lru": lambda: Lru(rule.reluctance),
+        "greedy-dual": lambda: GreedyDual(estimator, rule.reluctance),
+        "histogram": lambda: Histogram(reluctance=rule.reluctance),
         "layered": lambda: Layered(estimator),
         "expected": lambda: Expected(estimator),
         "oracle": lambda: Oracle(future, estimator),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dormouse.errors import ConfigError
 from dormouse.schedule.cluster import (
@@ -25,17 +26,43 @@ from dormouse.schedule.cluster import (
     Request,
     Tier,
 )
-from dormouse.schedule.queue import Queue
+from dormouse.schedule.keepalive import Minima
+from dormouse.schedule.queue import Fairness, Queue
 from dormouse.sim.control import Ours
 from dormouse.sim.keeping import Keeper
 from dormouse.sim.peers import PEERS
 from dormouse.sim.policies import keep_alive_policy
-from dormouse.sim.scenario import Case, ModelGroup, NodeGroup, Requests, Scenario, System
-from dormouse.sim.traces import Trace, drawn, drawn_lengths, popularity, read_trace
-from dormouse.sim.world import Control, Counts, Habits, Job, Records, Span, World
+from dormouse.sim.records import Counts, Records, Span
+from dormouse.sim.scaling import Scaled
+from dormouse.sim.scenario import (
+    Case,
+    ModelGroup,
+    NodeGroup,
+    Requests,
+    Scenario,
+    System,
+    TenantGroup,
+    copies_of,
+)
+from dormouse.sim.starts import Habits
+from dormouse.sim.traces import Trace, drawn, drawn_lengths, drawn_models, popularity, read_trace
+from dormouse.sim.worker import Job
+from dormouse.sim.world import Control, World
 
 _MOST_SPANS_NODES = 16
 _STRIDE = 7919  # a prime: neighbours of a model on one node are not its neighbours on the next
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """One of those who ask, of a group of the scenario that has a name and a number."""
+
+    name: str
+    of: str
+    group: int
+    share: float
+    cap: int | None
+    priority: int
 
 
 @dataclass(frozen=True)
@@ -44,8 +71,12 @@ class Load:
 
     case: str
     rate: float
+    nodes: list[NodeGroup]
     models: list[ModelGroup]
     trace: Trace
+    tenants: tuple[Tenant, ...]
+    tenant: NDArray[np.int64]
+    """Of each request, its number among `tenants`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +130,22 @@ def loads(scenario: Scenario, traces: Path, only: tuple[str, ...] = ()) -> Itera
         for rate in case.rates or [requests.rate]:
             random = np.random.default_rng([scenario.seed, number, round(rate * 1e6)])
             trace = make_trace(requests, rate, sum(group.copies for group in groups), scenario.duration, traces, random)
-            yield Load(name, len(trace) / scenario.duration if requests.trace else rate, groups, trace)
+            shown = len(trace) / scenario.duration if requests.trace else rate
+            tenants = _tenants(scenario.tenants)
+            shares = np.array([tenant.share for tenant in tenants])
+            random = np.random.default_rng([scenario.seed, number, round(rate * 1e6), 1])
+            tenant = random.choice(len(tenants), len(trace), p=shares / shares.sum())
+            yield Load(name, shown, case.nodes or scenario.nodes, groups, trace, tenants, tenant)
+
+
+def _tenants(groups: list[TenantGroup]) -> tuple[Tenant, ...]:
+    """Each by itself; one without a name when the scenario has none."""
+    found = [
+        Tenant(name, group.name, number, group.share / group.copies, group.cap, group.priority)
+        for number, group in enumerate(groups)
+        for name in copies_of(group.name, group.copies)
+    ]
+    return tuple(found) or (Tenant("", "", 0, 1.0, None, 0),)
 
 
 def make_trace(
@@ -117,7 +163,7 @@ def make_trace(
         return drawn(shares, rate=rate, duration=duration, cv=requests.cv, lengths=pool, random=random)
     read = read_trace(folder / requests.trace)
     read = Trace(read.time / requests.speed, read.model, read.tokens_in, read.tokens_out, read.names).until(duration)
-    model = read.model % models if read.names else random.choice(models, len(read), p=shares)
+    model = read.model % models if read.names else drawn_models(len(read), shares, requests.cv, random)
     return Trace(read.time, model, read.tokens_in, read.tokens_out)
 
 
@@ -126,17 +172,19 @@ def run_one(scenario: Scenario, load: Load, system_name: str, *, spans: bool = F
     system = scenario.systems[system_name]
     began = time.perf_counter()
     random = np.random.default_rng([scenario.seed, 7])
-    names, view = build_view(scenario, load.models, system)
+    names, view = build_view(load.nodes, load.models, system)
     habits = Habits(system.loading, {str(path): phases for path, phases in system.paths.items()}, system.noise,
                     scenario.timeout)  # fmt: skip
-    small = sum(group.count for group in scenario.nodes) <= _MOST_SPANS_NODES
+    small = sum(group.count for group in load.nodes) <= _MOST_SPANS_NODES
     world = World(view, habits, random, spans=spans and small)
     if system.loading.preloaded:
         _fill_disks(world, system.loading.preloaded)
     future = _future(load, names) if system.keep_alive.policy == "oracle" else {}
     policy = keep_alive_policy(system.keep_alive, world.estimator, future)
     keeper = Keeper(world, policy, prewarms=system.placement == "dormouse")
-    world.control = _control(world, keeper, system, random)
+    world.control = _control(world, keeper, scenario, load, system, random)
+    for event in scenario.events:
+        world.clock.at(event.at, world.lose_node if event.what == "lost" else world.return_node, event.node)
     _play(world, load, names)
     world.close()
     errors = world.estimator.errors()
@@ -148,10 +196,26 @@ def run_one(scenario: Scenario, load: Load, system_name: str, *, spans: bool = F
     )  # fmt: skip
 
 
-def _control(world: World, keeper: Keeper, system: System, random: np.random.Generator) -> Control:
+def _control(
+    world: World, keeper: Keeper, scenario: Scenario, load: Load, system: System, random: np.random.Generator
+) -> Control:
+    control: Control
     if system.placement == "dormouse":
-        return Ours(world, keeper, Queue())
-    return PEERS[system.placement](world, keeper, evict_idle=system.evict_idle, random=random)
+        caps = {tenant.name: tenant.cap for tenant in load.tenants if tenant.cap is not None}
+        control = Ours(world, keeper, Queue(Fairness(tenant_caps=caps)))
+    else:
+        control = PEERS[system.placement](world, keeper, evict_idle=system.evict_idle, random=random)
+    groups = [group for group in load.models if group.least]
+    minima = {name: group.minima(scenario.begins) for group in groups for name in _names(group)}
+    rule = system.scaling
+    scaling = {name: rule.of(group) for group in load.models for name in _names(group)} if rule else {}
+    if not (minima or scaling):
+        return control
+    return Scaled(world, control, scaling, Minima(minima), keeper.worth if keeper.policy is not None else None)
+
+
+def _names(group: ModelGroup) -> list[str]:
+    return copies_of(group.name, group.copies)
 
 
 def _future(load: Load, names: list[str]) -> dict[str, list[float]]:
@@ -164,13 +228,15 @@ def _future(load: Load, names: list[str]) -> dict[str, list[float]]:
 def _play(world: World, load: Load, names: list[str]) -> None:
     """Let the requests come, then wait for the last of them."""
     trace = load.trace
-    columns = (trace.time.tolist(), trace.model.tolist(), trace.tokens_in.tolist(), trace.tokens_out.tolist())
+    columns = (trace.time.tolist(), trace.model.tolist(), load.tenant.tolist(), trace.tokens_in.tolist(),
+               trace.tokens_out.tolist())  # fmt: skip
     clock, control = world.clock, world.control
-    for number, (moment, model, tokens_in, tokens_out) in enumerate(zip(*columns, strict=True)):
+    for number, (moment, model, which, tokens_in, tokens_out) in enumerate(zip(*columns, strict=True)):
         clock.advance(moment)
-        name = names[model]
-        request = Request(f"r{number}", name, moment, 0, "", tokens_in, world.expected_tokens(name))
-        control.submit(Job(request, tokens_in, tokens_out))
+        name, tenant = names[model], load.tenants[which]
+        expected = world.expected_tokens(name)
+        request = Request(f"r{number}", name, moment, tenant.priority, tenant.name, tokens_in, expected)
+        control.submit(Job(request, tokens_in, tokens_out, tenant.group))
     while len(world.records) < len(trace):
         due = clock.next_time()
         if due == float("inf"):
@@ -181,12 +247,10 @@ def _play(world: World, load: Load, names: list[str]) -> None:
 # --- from the scenario to the view
 
 
-def build_view(scenario: Scenario, groups: list[ModelGroup], system: System) -> tuple[list[str], Cluster]:
+def build_view(machines: list[NodeGroup], groups: list[ModelGroup], system: System) -> tuple[list[str], Cluster]:
     """Names of the models by number, and the empty cluster."""
     models = [cost for group in groups for cost in _costs(group, system)]
-    nodes = [
-        node for number, group in enumerate(scenario.nodes) for node in _nodes(group, number, system.loading.sequential)
-    ]
+    nodes = [node for number, group in enumerate(machines) for node in _nodes(group, number, system.loading.sequential)]
     view = Cluster(nodes, models)
     for model in models:
         view.hold_remote(model.weights.key)
@@ -213,8 +277,7 @@ def _nodes(group: NodeGroup, number: int, sequential: bool) -> Iterator[Node]:
 def _costs(group: ModelGroup, system: System) -> Iterator[ModelCost]:
     coded = int(group.weights * group.coded) if system.loading.coded else group.weights
     phases = {path: {"process": part.process, "ready": part.ready} for path, part in system.paths.items()}
-    for index in range(group.copies):
-        name = f"{group.name}-{index}" if group.copies > 1 else group.name
+    for name in _names(group):
         image = Artifact(f"image:{name}", group.process, group.image) if "snapshot" in system.paths else None
         yield ModelCost(
             name,
@@ -227,6 +290,8 @@ def _costs(group: ModelGroup, system: System) -> Iterator[ModelCost]:
             phases=phases,  # type: ignore[arg-type]
             token_seconds=group.token_time,
             prefill_seconds=1 / group.prefill_rate,
+            max_replicas=system.scaling.most(group) if system.scaling else group.max_replicas,
+            pinned=group.pinned,
         )
 
 
@@ -246,6 +311,6 @@ def _fill_disks(world: World, copies: int) -> None:
                 room[node] -= size
                 placed = True
                 for part in parts:
-                    world.keep(part.key, part.coded_bytes, node, Tier.DISK)
+                    world.tiers.keep(part.key, part.coded_bytes, node, Tier.DISK)
         if not placed:
             return

@@ -226,6 +226,13 @@ def drawn(
     return Trace(times[order], model[order], lengths[0][pick], lengths[1][pick])
 
 
+def drawn_models(count: int, shares: NDArray[np.float64], cv: float, random: np.random.Generator) -> NDArray[np.int64]:
+    """Whose each of `count` requests is, in their order: each model's are spread over them with the given CV."""
+    counts = random.multinomial(count, shares)
+    places = np.concatenate([gamma_times(int(number), 1.0, cv, random) for number in counts])
+    return np.asarray(np.repeat(np.arange(len(shares)), counts)[np.argsort(places, kind="stable")])
+
+
 def drawn_lengths(mean_in: float, mean_out: float, cv: float, random: np.random.Generator) -> list[NDArray[np.int64]]:
     """A pool of lengths: log-normal with these means."""
     sigma = math.sqrt(math.log1p(cv**2))
