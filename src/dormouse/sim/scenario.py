@@ -159,7 +159,7 @@ class Phases(_Part):
 class KeepAliveRule(_Part):
     """How long an idle replica stays."""
 
-    policy: Literal["fixed", "load", "lru", "greedy-dual", "histogram", "layered", "expected", "oracle"] = "fixed"
+    policy: Literal["fixed", "load", "lru", "greedy-dual", "histogram", "layered", "expected", "oracle"] = "expected"
     """load: as long as loading it took. The others are those of schedule/keepalive.py."""
     seconds: KeepAlive = 60.0
     """For fixed."""
