@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dormouse.errors import ConfigError
-from dormouse.sim.traces import drawn, drawn_lengths, gamma_times, popularity, read_trace
+from dormouse.sim.traces import drawn, drawn_lengths, drawn_models, gamma_times, popularity, read_trace
 
 GOOD = {
     "azure_llm": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:04.0319600,3180,8\n"
@@ -81,3 +81,15 @@ def test_drawn_requests_have_the_rate_the_burstiness_and_the_popularity_asked_fo
     assert (np.diff(made.time) >= 0).all() and made.time[-1] < 200
     counts = np.bincount(made.model, minlength=100)
     assert counts[0] / counts[9] == pytest.approx(10, rel=0.3)
+
+
+def test_models_of_a_trace_come_in_bursts_by_their_cv() -> None:
+    shares = popularity(20, 1.0)
+    gaps = {}
+    for cv in (1.0, 6.0):
+        models = drawn_models(20_000, shares, cv, np.random.default_rng(1))
+        assert np.bincount(models, minlength=20) / 20_000 == pytest.approx(shares, abs=0.02)
+        between = np.diff(np.flatnonzero(models == 5))
+        gaps[cv] = between.std() / between.mean()
+    assert gaps[1.0] == pytest.approx(1.0, abs=0.15)
+    assert gaps[6.0] > 3.0

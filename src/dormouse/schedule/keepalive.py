@@ -40,6 +40,10 @@ RELUCTANCE = 1e-3
 start goes where it is quickest, whoever must go for it; with 10, only where nothing is free does anybody go."""
 
 
+REGRET = 0.2
+"""The share of starts that are ours to blame, by default."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """At `at` (absolute), an idle replica goes down to `to`. "snapshot" ends the process and keeps its image and
@@ -431,7 +435,7 @@ class Expected(Planned):
         estimator: Estimator,
         prices: Prices | None = None,
         *,
-        regret: float = 0.2,
+        regret: float = REGRET,
         felt: float = 10.0,
         prior: float = 20.0,
     ) -> None:
