@@ -17,7 +17,17 @@ from functools import partial
 from itertools import islice
 from typing import Literal
 
-from dormouse.schedule.cluster import MEMORY, Cluster, ModelCost, Replica, Request, StartPath, State, Tier
+from dormouse.schedule.cluster import (
+    MEMORY,
+    Cluster,
+    ModelCost,
+    Replica,
+    Request,
+    StartPath,
+    StartPlan,
+    State,
+    Tier,
+)
 from dormouse.schedule.estimate import Estimate, Estimator
 from dormouse.schedule.room import MORE_GPUS, Eviction, Room, Worth, ends, find_room, left
 
@@ -153,10 +163,15 @@ def place_start(
 def default_worth(view: Cluster, estimator: Estimator, now: float, weights: Weights = _DEFAULT) -> Worth:
     """A return's seconds, halved for each half-life that the replica has been idle."""
 
+    returns: dict[str, float] = {}
+
     def worth(replica: Replica) -> float:
-        back = estimator.return_seconds(view.model(replica.model))
-        age = min(max(now - replica.since, 0.0) / weights.half_life, 60.0)
-        return float(weights.eviction * back * 0.5**age)
+        back = returns.get(replica.model)
+        if back is None:
+            back = weights.eviction * estimator.return_seconds(view.model(replica.model))
+            returns[replica.model] = back
+        age = now - replica.since
+        return float(back * 0.5 ** min(age / weights.half_life, 60.0)) if age > 0.0 else back
 
     return worth
 
@@ -404,9 +419,11 @@ class _Search:
     ) -> tuple[StartPath, Estimate] | None:
         """The quickest way to start on these GPUs."""
         move = self.view.weights_move(model, candidate.node, gpus)
+        if move is None and self.view.nearest(model.weights.key, candidate.node) is not Tier.GPU:
+            return None
         _seconds, path = candidate.best(self.estimator.move_seconds(candidate.node, move, self.view) if move else 0.0)
-        plan = self.view.plan(model, candidate.node, path, gpus)
-        return (path, self.estimator.estimate(model, candidate.node, plan, self.view)) if plan else None
+        plan = StartPlan(path, move, self.view.image_move(model, candidate.node, path))
+        return path, self.estimator.estimate(model, candidate.node, plan, self.view)
 
     # --- migration
 
