@@ -52,10 +52,10 @@ class Host:
     runs once something is on a GPU."""
 
     def __init__(self, store: Store, criu: Criu, log: Path, data: Path | None = None) -> None:
-        self._loader = Loader(loader_command(data or log.parent, 0))
+        self.loader = Loader(loader_command(data or log.parent, 0))
         digests = DigestCache(log.parent / "digests")
         self.service = Service(
-            *(store, criu, digests, log.parent / "criu"), keep_bytes=0, loader=self._loader, hands=NO_HANDS
+            *(store, criu, digests, log.parent / "criu"), keep_bytes=0, loader=self.loader, hands=NO_HANDS
         )
         self.log = log
         self.cells: list[str] = []
@@ -106,7 +106,7 @@ class Host:
         for worker in self.workers:
             worker.close()
         self.service.close()
-        self._loader.close()
+        self.loader.close()
 
 
 @pytest.fixture

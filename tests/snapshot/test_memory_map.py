@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -422,6 +423,16 @@ def test_large_mappings_that_will_be_full_get_huge_pages_and_others_do_not() -> 
     )
     (plan,) = fill_plan([space(*windows[:6], *windows[9:])], {7: [dense, loose, small]}, [Task(7, 0)])
     assert plan.huge == {dense.start}
+
+
+def test_large_memory_of_a_process_with_cuda_state_gets_huge_pages_also_where_it_is_zero() -> None:
+    empty = Mapping(0, 256 << 20, plain=True)
+    small = Mapping(1 << 30, (1 << 30) + (255 << 20), plain=True)
+    reserved = Mapping(1 << 40, 1 << 41, plain=False)
+    mappings = {7: [empty, small, reserved], 8: [empty, small, reserved]}
+    tree = [Task(7, 0), Task(8, 0)]
+    of_cuda, other = fill_plan([space(), msgspec.structs.replace(space(), pid=8)], mappings, tree, cuda=[7])
+    assert of_cuda.huge == {empty.start} and not other.huge
 
 
 def test_only_windows_wholly_in_plain_memory_are_filled() -> None:

@@ -226,7 +226,8 @@ class _Work:
         self._tasks = parse_tree(images.whole("pstree.img"), "pstree.img")
         names = {space.pid: f"mm-{space.pid}.img" for space in body.memory} if fill else {}
         mappings = {pid: parse_mappings(images.whole(name), name) for pid, name in names.items()}
-        plans = fill_plan(body.memory, mappings, self._tasks)
+        cuda = [] if body.cuda is None else [process.pid for process in body.cuda.processes]
+        plans = fill_plan(body.memory, mappings, self._tasks, cuda)
         self.fill: Fill = make_fill(plans, chunks.reader, hands)
         self.served: dict[str, Parts] = {image.name: partial(image_parts, image, chunks) for image in body.images}
         for plan in plans:
