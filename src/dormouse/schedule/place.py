@@ -38,6 +38,8 @@ _SCAN = 25  # for each candidate wanted, so many nodes are looked at to find it
 _USUAL = 16  # more candidates than that are wanted for one that is out of patience
 _WORTH_LOOKING = 1.02  # a node that could be better by less than this is not looked at
 _ENOUGH_GPUS = 12  # once there is a place for a start, no more are looked at for a better one
+_ENOUGH_OF_MANY = 6  # the same where there are more nodes than a few
+_FEW_NODES = 4
 _MIGRATION_NODES = 3
 _MIGRATIONS = 3
 
@@ -344,10 +346,9 @@ class _Search:
         found = [one for node in dict.fromkeys(nodes) if (one := self._candidate(self.model, node))]
         found.sort(key=lambda one: (one.bound, one.node))
         seen.update(nodes)
+        enough = _ENOUGH_GPUS if len(nodes) <= _FEW_NODES else _ENOUGH_OF_MANY
         for candidate in found:
-            if self._least(candidate) * _WORTH_LOOKING >= self._best or (
-                self._looked > _ENOUGH_GPUS and self._may_start
-            ):
+            if self._least(candidate) * _WORTH_LOOKING >= self._best or (self._looked > enough and self._may_start):
                 break
             self._looked += self.model.gpus + MORE_GPUS
             self._add(self._start(candidate))
