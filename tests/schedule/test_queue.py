@@ -24,15 +24,20 @@ def one_place(slots: int = 1) -> Cluster:
 
 
 def served(queue: Queue, keeper: Keeper) -> list[str]:
-    """The names placed by one dispatch, in order."""
-    names: list[str] = []
+    """The names in the decisions of one dispatch, in order: placed, or another one's migration was begun for them."""
+    return [decision.request.name for decision in decided(queue, keeper)]
+
+
+def decided(queue: Queue, keeper: Keeper) -> list[Decision]:
+    """The decisions of one dispatch."""
+    decisions: list[Decision] = []
 
     def commit(decision: Decision) -> None:
-        names.append(decision.request.name)
+        decisions.append(decision)
         keeper.commit(decision)
 
     queue.dispatch(keeper.view, Estimator(), keeper.now, commit)
-    return names
+    return decisions
 
 
 def test_first_come_first_served_within_a_model() -> None:
@@ -180,7 +185,7 @@ def test_every_request_that_can_run_does(view: Cluster, arrivals: list[tuple[int
     placed: list[str] = []
     for second in range(0, 3000, 5):
         keeper.advance(float(second))
-        placed += served(queue, keeper)
+        placed += [one.request.name for one in decided(queue, keeper) if one.chosen and one.chosen.action != "wait"]
         if not len(queue):
             break
     left = {f"q{number}": names[which % len(names)] for number, (which, _at, _p) in enumerate(arrivals)}
