@@ -712,3 +712,28 @@ def test_a_hand_holds_one_batch_and_what_it_is_coded_to(
 def resident_peak(pid: int) -> int:
     line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) << 10
+
+
+@pytest.mark.root
+def test_a_hand_that_hangs_is_killed_and_named(
+    tmp_path: Path, hands: Hands, running: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.append(made := Captured([noise() for _ in range(8)], tmp_path))
+    monkeypatch.setattr("dormouse.snapshot.hand_capture._SECONDS", 1)
+    victims = pids_of(hands)
+    with Store.open(tmp_path / "store") as store:
+        made.captured(hands, store, "a")
+        hear = _Channel.hear
+
+        def hear_and_stop(channel: _Channel) -> object:
+            word = hear(channel)
+            for pid in victims:
+                os.kill(pid, signal.SIGSTOP)
+            return word
+
+        with monkeypatch.context() as patched, store.begin() as transaction:
+            patched.setattr(_Channel, "hear", hear_and_stop)
+            with pytest.raises(HostError, match=f"({victims[0]}|{victims[1]}) took over 1 s"):
+                made.stored(hands, store, transaction, None)
+        wait_until(lambda: not any(hand.alive for hand in hands._hands))
+        made.captured(hands, store, "b")

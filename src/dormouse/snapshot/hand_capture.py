@@ -20,6 +20,7 @@ import os
 import queue
 import signal
 import socket
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -37,7 +38,7 @@ from dormouse.store.transaction import Reserved, Transaction
 
 log = logging.getLogger(__name__)
 
-_SECONDS = 120.0
+_SECONDS = 120
 """A batch takes milliseconds; a hand that is just being started, and a disk that is behind, some seconds."""
 
 
@@ -154,7 +155,9 @@ class _Channel:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._pid: int | None = None
-        sock.settimeout(_SECONDS)
+        # By the kernel: Python's own time limit is a second call for each word, and so a second turn for the lock.
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", _SECONDS, 0))
 
     def say(self, said: messages.Said) -> None:
         """Raises HostError."""
@@ -181,9 +184,9 @@ class _Channel:
 
     def _lost(self, error: OSError | None) -> HostError:
         who = f"helper process {self._pid}" if self._pid is not None else "a helper process that had not begun"
-        if isinstance(error, TimeoutError):
+        if isinstance(error, BlockingIOError):  # the time is up
             log.error("%s does not answer; it is killed", who)
             if self._pid is not None:
                 os.kill(self._pid, signal.SIGKILL)
-            return HostError(f"{who} took over {_SECONDS:.0f} s for a window of memory", remedy=REMEDY)
+            return HostError(f"{who} took over {_SECONDS} s for a window of memory", remedy=REMEDY)
         return HostError(f"{who} died while memory was captured", remedy=REMEDY)

@@ -1,7 +1,7 @@
 """Captures the memory of a stopped process beside CRIU's one thread.
 
     CRIU --page map (a pipe)--> spans --> pool: read the pages out of the process, drop zero ones, compare with the
-                                                parent snapshot, store what is left --> AddressSpace
+                                               parent snapshot, store what is left --> AddressSpace
     CRIU --pages (a pipe)-----> /dev/null      (spliced, never copied)
 
 CRIU names the pages and stops the process; their bytes it would push through one pipe with one thread. They lie still
