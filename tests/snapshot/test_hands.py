@@ -397,6 +397,7 @@ def test_hands_that_were_dead_before_are_replaced_and_so_is_the_foreman(
         os.kill(pid, signal.SIGKILL)
     assert hands._foreman is not None
     hands._foreman.kill()
+    wait_until(lambda: hands._foreman is None or hands._foreman.poll() is not None)  # it could still take an order
     wait_until(lambda: not any(hand.alive for hand in hands._hands))
     with store.reader() as reader, HandFill([filled.plan], reader, hands) as fill:
         fill.begin()
