@@ -11,7 +11,8 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,21 +30,27 @@ from tests.snapshot.test_memory_paths import (
     uncached,
 )
 
-from dormouse.errors import DamagedError, HostError, SnapshotError
+from dormouse.errors import DamagedError, DiskFullError, HostError, SnapshotError, StoreError
+from dormouse.snapshot.batches import batches, even, shrinking
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.criu_setup import Criu
-from dormouse.snapshot.hand_fill import HandFill, batch_bytes, batches
+from dormouse.snapshot.hand_capture import HandCapture, _Channel
+from dormouse.snapshot.hand_fill import HandFill
 from dormouse.snapshot.hands import Hands, ahead_limit, hands_for
-from dormouse.snapshot.images import decode_body
-from dormouse.snapshot.memory_map import WINDOW, AddressSpace, Piece, Window, mask_bytes
+from dormouse.snapshot.hands_messages import CAPTURE_BYTES
+from dormouse.snapshot.images import SnapshotBody, decode_body
+from dormouse.snapshot.memory_capture import ParentMemory, address_space
+from dormouse.snapshot.memory_map import FULL, WINDOW, AddressSpace, Piece, Span, Window, mask_bytes
 from dormouse.snapshot.memory_restore import MemoryPlan
 from dormouse.snapshot.process_memory import ProcessMemory
 from dormouse.snapshot.tree import ProcessTree
 from dormouse.snapshot.window_fill import WindowTask
+from dormouse.snapshot.window_store import Stored
 from dormouse.store.chunk import Digest
 from dormouse.store.codec import Codec
 from dormouse.store.pack import StoredChunk
-from dormouse.store.store import Manifest, Store
+from dormouse.store.store import Manifest, Store, Transaction
+from dormouse.store.transaction import Reserved
 
 __all__ = ["large"]
 
@@ -94,7 +101,7 @@ def test_batches_have_all_windows_in_order_and_are_neither_too_large_nor_needles
     sizes: list[int], limit: int
 ) -> None:
     tasks = [task(number, pages) for number, pages in enumerate(sizes)]
-    cut = list(batches(tasks, limit))
+    cut = list(batches(tasks, lambda one: one.plain_bytes, lambda _given: limit))
     assert [one for batch in cut for one in batch] == tasks
     for batch in cut:
         assert batch and len(batch) <= 32
@@ -105,9 +112,18 @@ def test_batches_have_all_windows_in_order_and_are_neither_too_large_nor_needles
 
 @given(st.integers(0, 1 << 40), st.integers(1, 64))
 def test_a_batch_is_some_mebibytes_and_every_hand_gets_several(total: int, hands: int) -> None:
-    size = batch_bytes(total, hands)
+    size = even(total, hands, 8 << 20)
     assert 1 << 20 <= size <= 8 << 20
     assert size == 1 << 20 or size * hands * 8 <= total
+
+
+@given(st.integers(0, 1 << 32), st.integers(1, 16), st.lists(st.integers(1, 8 << 20), max_size=200))
+def test_batches_of_a_capture_shrink_so_that_all_hands_end_together(total: int, hands: int, sizes: list[int]) -> None:
+    given = 0
+    for batch in batches(sizes, int, lambda before: shrinking(total - before, hands, 16 << 20)):
+        assert len(batch) == 1 or sum(batch) <= max(1 << 20, min(16 << 20, (total - given) // (hands * 2)))
+        given += sum(batch)
+    assert given == sum(sizes)
 
 
 def test_the_number_of_hands_follows_the_cores() -> None:
@@ -187,7 +203,7 @@ def test_a_damaged_chunk_is_named_and_remembered(
         uncached(tmp_path / "data" / "store")
     with pytest.raises(DamagedError, match=f"{hit.digest.hex()} in .*{pack.name}.*signature"):
         restored(result.snapshot_id, store, criu, fill=True, hands=hands)
-    assert not store._layout.index.has(hit.digest)  # so the next capture stores it anew
+    assert not store._layout.index.present([hit.digest])  # so the next capture stores it anew
     pids_of(hands)
 
 
@@ -381,6 +397,7 @@ def test_hands_that_were_dead_before_are_replaced_and_so_is_the_foreman(
         os.kill(pid, signal.SIGKILL)
     assert hands._foreman is not None
     hands._foreman.kill()
+    wait_until(lambda: hands._foreman is None or hands._foreman.poll() is not None)  # it could still take an order
     wait_until(lambda: not any(hand.alive for hand in hands._hands))
     with store.reader() as reader, HandFill([filled.plan], reader, hands) as fill:
         fill.begin()
@@ -465,3 +482,259 @@ def test_the_key_is_in_no_command_line_and_no_environment(subject: tuple[Subject
         for name in ("cmdline", "environ"):
             text = Path(f"/proc/{pid}/{name}").read_bytes()
             assert store.key.secret not in text and store.key.secret.hex().encode() not in text
+
+
+# Without CRIU: the memory of a child of ours is captured
+
+
+class Captured:
+    """A process whose memory has these windows, and captures of them by hands."""
+
+    def __init__(self, contents: Sequence[bytes], folder: Path) -> None:
+        (folder / "contents").write_bytes(b"".join(contents))
+        program = f"""
+            import mmap, ctypes, sys, time
+            room = mmap.mmap(-1, {(len(contents) + 1) * WINDOW}, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            at = ctypes.addressof(ctypes.c_char.from_buffer(room))
+            begin = -at % {WINDOW}
+            room[begin : begin + {len(contents) * WINDOW}] = open({str(folder / "contents")!r}, "rb").read()
+            print((at + begin) // {WINDOW}, flush=True)
+            time.sleep(600)
+            """
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        self.first = int(self.process.stdout.readline())
+        self.spans = [(Span(self.first + number, FULL), FULL) for number in range(len(contents))]
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def contents(self) -> list[bytes]:
+        with Path(f"/proc/{self.process.pid}/mem").open("rb", buffering=0) as memory:
+            memory.seek(self.first * WINDOW)
+            return [memory.read(WINDOW) for _span in self.spans]
+
+    def stored(self, hands: Hands, store: Store, transaction: Transaction, parent: ParentMemory | None) -> Stored:
+        found: Stored = {}
+        with (
+            HandCapture(
+                *(hands, transaction, parent), key=store.key, packs=store.packs, pays=lambda _stored: False
+            ) as crew,
+            ThreadPoolExecutor(hands.count) as pool,
+        ):
+            batches = crew.batches(self.spans, len(self.spans) * WINDOW)
+            for part in pool.map(lambda batch: crew.store(7, self.process.pid, batch), batches):
+                found.update(part)
+        return found
+
+    def captured(
+        self, hands: Hands, store: Store, identity: str, parent: ParentMemory | None = None
+    ) -> tuple[AddressSpace, Transaction]:
+        with store.begin() as transaction:
+            found = self.stored(hands, store, transaction, parent)
+            space = address_space(7, 1, len(self.spans) * 256, found)
+            transaction.commit(Manifest(identity, "process", "p", 1.0, b"", space.chunk_list()))
+        return space, transaction
+
+
+def body(space: AddressSpace) -> SnapshotBody:
+    return SnapshotBody(1, "p", {}, 7, [], [], [space], [], {})
+
+
+def given_back(space: AddressSpace, store: Store) -> list[bytes]:
+    with store.reader() as reader:
+        numbers = [window.number for window in space.windows]
+        return [bytes(window[2]) for window in ParentMemory(body(space), reader).windows(7, numbers) if window]
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[list[Captured]]:
+    """Those that end with the test."""
+    subjects: list[Captured] = []
+    yield subjects
+    for subject in subjects:
+        subject.end()
+
+
+def noise(length: int = WINDOW) -> bytes:
+    return os.urandom(length)
+
+
+@pytest.mark.root
+def test_new_memory_that_many_hands_meet_at_once_is_stored_once(
+    tmp_path: Path, hands: Hands, running: list[Captured]
+) -> None:
+    kinds = [noise(), noise(), b"leaf" * (WINDOW // 4)]
+    running.append(made := Captured([kinds[number % 3] for number in range(48)], tmp_path))
+    with Store.open(tmp_path / "store") as store:
+        space, transaction = made.captured(hands, store, "a")
+        assert transaction.new_chunks == 3
+        assert 2 * WINDOW < transaction.stored_bytes < 2 * WINDOW + PAGE
+        assert len(space.chunk_list()) == 3
+        assert given_back(space, store) == made.contents()
+        assert store.verify().ok
+
+
+@pytest.mark.root
+def test_memory_that_has_not_changed_is_asked_about_once_for_each_batch(
+    tmp_path: Path, hands: Hands, running: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.append(made := Captured([noise() for _ in range(64)], tmp_path))
+    with Store.open(tmp_path / "store") as store:
+        first, _ = made.captured(hands, store, "a")
+        heard = []
+        hear = _Channel.hear
+        monkeypatch.setattr(_Channel, "hear", lambda channel: heard.append(hear(channel)) or heard[-1])
+        with store.reader() as reader:
+            again, transaction = made.captured(hands, store, "b", ParentMemory(body(first), reader))
+        assert again == first
+        assert transaction.new_chunks == 0
+        names = [type(word).__name__ for word in heard]
+        assert names.count("Has") == names.count("Taken") == len(names) / 2 < len(made.spans) / 2
+
+
+@pytest.mark.root
+def test_a_few_changed_pages_are_stored_alone_and_what_is_new_beside_them_whole(
+    tmp_path: Path, hands: Hands, running: list[Captured]
+) -> None:
+    running.append(made := Captured([noise() for _ in range(32)], tmp_path))
+    with Store.open(tmp_path / "store") as store:
+        first, _ = made.captured(hands, store, "a")
+        changes = {0: 1, 5: 7, 6: 1 << 255, 31: 1 << 9, 20: FULL}
+        with ProcessMemory(made.process.pid) as memory:
+            for number, mask in changes.items():
+                memory.write(made.first + number, mask, memoryview(noise(mask.bit_count() * PAGE)))
+        with store.reader() as reader:
+            second, transaction = made.captured(hands, store, "b", ParentMemory(body(first), reader))
+        assert transaction.stored_bytes == sum(mask.bit_count() for mask in changes.values()) * PAGE
+        assert [len(window.pieces) for window in second.windows].count(2) == 4
+        store.remove("a")
+        assert given_back(second, store) == made.contents()
+        assert store.verify().ok
+
+
+@pytest.mark.root
+def test_a_damaged_window_of_the_parent_is_stored_anew_and_noted(
+    tmp_path: Path, hands: Hands, running: list[Captured]
+) -> None:
+    running.append(made := Captured([noise() for _ in range(16)], tmp_path))
+    with Store.open(tmp_path / "store") as store:
+        first, _ = made.captured(hands, store, "a")
+        hurt = first.chunk_list()[first.windows[3].pieces[0].chunk]
+        with store.reader() as reader:
+            (chunk,) = reader.locate([hurt])
+            with reader.pack(chunk).open("r+b") as pack:
+                pack.seek(chunk.offset + 10)
+                pack.write(b"damage")
+        with ProcessMemory(made.process.pid) as memory:
+            for number in (3, 4):
+                memory.write(made.first + number, 1, memoryview(noise(PAGE)))
+        with store.reader() as reader:
+            second, transaction = made.captured(hands, store, "b", ParentMemory(body(first), reader))
+        assert transaction.stored_bytes == WINDOW + PAGE
+        assert given_back(second, store) == made.contents()
+        assert not store._layout.index.present([hurt])
+
+
+@pytest.mark.root
+def test_a_hand_that_dies_with_places_reserved_leaves_nothing_behind(
+    tmp_path: Path, hands: Hands, running: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.append(made := Captured([noise() for _ in range(16)], tmp_path))
+    victims = pids_of(hands)
+    reserve = Transaction.reserve
+
+    def reserve_and_kill(transaction: Transaction, chunks: Sequence[StoredChunk]) -> Reserved:
+        reserved = reserve(transaction, chunks)
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return reserved
+
+    with Store.open(tmp_path / "store") as store:
+        with monkeypatch.context() as patched, store.begin() as transaction:
+            patched.setattr(Transaction, "reserve", reserve_and_kill)
+            with pytest.raises(HostError, match="died while memory was captured"):
+                made.stored(hands, store, transaction, None)
+            with pytest.raises(StoreError, match="could not be written"):
+                transaction.commit(Manifest("a", "process", "p", 1.0, b"", []))
+        assert store.manifests() == []
+        assert not list((tmp_path / "store").rglob("*.tmp"))
+        wait_until(lambda: not any(hand.alive for hand in hands._hands))
+        space, _ = made.captured(hands, store, "b")
+        assert given_back(space, store) == made.contents()
+        assert store.verify().ok
+
+
+@pytest.mark.root
+def test_a_disk_that_is_full_is_named_and_the_hands_live_on(
+    tmp_path: Path, hands: Hands, running: list[Captured]
+) -> None:
+    running.append(made := Captured([noise() for _ in range(24)], tmp_path))
+    pids = pids_of(hands)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=True)
+    try:
+        with Store.open(disk / "store") as store, store.begin() as transaction:
+            with pytest.raises(DiskFullError, match="disk is full"):
+                made.stored(hands, store, transaction, None)
+            with pytest.raises(StoreError, match="could not be written"):
+                transaction.commit(Manifest("a", "process", "p", 1.0, b"", []))
+        assert not list(disk.rglob("*.tmp"))
+    finally:
+        wait_until(lambda: subprocess.run(["umount", disk], capture_output=True).returncode == 0)  # hands let go of it
+    assert pids_of(hands) == pids
+    with Store.open(tmp_path / "store") as store:
+        space, _ = made.captured(hands, store, "b")
+        assert given_back(space, store) == made.contents()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("content", ["noise", "text"])
+def test_a_hand_holds_one_batch_and_what_it_is_coded_to(
+    tmp_path: Path, hands: Hands, running: list[Captured], content: str
+) -> None:
+    text = b"".join(b"%012d dormice" % number for number in range(WINDOW // 20))
+    varied = [(noise() if content == "noise" else b"%06d" % number + text)[:WINDOW] for number in range(128)]
+    running.append(made := Captured([window.ljust(WINDOW, b".") for window in varied], tmp_path))
+    before = {pid: resident_peak(pid) for pid in pids_of(hands)}
+    with Store.open(tmp_path / "store") as store:
+        made.captured(hands, store, "a")
+    for pid, least in before.items():
+        assert resident_peak(pid) - least < 2 * CAPTURE_BYTES + (12 << 20)
+
+
+def resident_peak(pid: int) -> int:
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.root
+def test_a_hand_that_hangs_is_killed_and_named(
+    tmp_path: Path, hands: Hands, running: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.append(made := Captured([noise() for _ in range(8)], tmp_path))
+    monkeypatch.setattr("dormouse.snapshot.hand_capture._SECONDS", 1)
+    victims = pids_of(hands)
+    with Store.open(tmp_path / "store") as store:
+        made.captured(hands, store, "a")
+        hear = _Channel.hear
+
+        def hear_and_stop(channel: _Channel) -> object:
+            word = hear(channel)
+            for pid in victims:
+                os.kill(pid, signal.SIGSTOP)
+            return word
+
+        with monkeypatch.context() as patched, store.begin() as transaction:
+            patched.setattr(_Channel, "hear", hear_and_stop)
+            with pytest.raises(HostError, match=f"({victims[0]}|{victims[1]}) took over 1 s"):
+                made.stored(hands, store, transaction, None)
+        wait_until(lambda: not any(hand.alive for hand in hands._hands))
+        made.captured(hands, store, "b")

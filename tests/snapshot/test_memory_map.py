@@ -7,7 +7,7 @@ import os
 import struct
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import pytest
@@ -18,9 +18,9 @@ from dormouse.errors import DamagedError
 from dormouse.snapshot import criu_images, memory_map
 from dormouse.snapshot.criu_images import PAGE, Mapping, PagemapParser, Run, Task, encode_pagemap, parse_pagemap
 from dormouse.snapshot.memory_capture import address_space, process_of
-from dormouse.snapshot.memory_map import PAGES, WIDE, WINDOW, AddressSpace, Piece, Span, Spans, Window, mask_bytes
+from dormouse.snapshot.memory_map import FULL, PAGES, WIDE, WINDOW, AddressSpace, Piece, Span, Spans, Window, mask_bytes
 from dormouse.snapshot.memory_restore import fill_plan
-from dormouse.snapshot.window_store import store_span, store_window
+from dormouse.snapshot.window_store import store_spans
 from dormouse.store.chunk import Buffer, Digest, digest_of
 
 masks = st.one_of(
@@ -100,7 +100,6 @@ def test_large_memory_is_squeezed_by_the_same_rule(pages: set[int], mostly_full:
         memory[page * PAGE + page % PAGE] = 1 + page % 200
     whole = memory.tobytes()
     sparse = (1 << WIDE * PAGES) - 1 & ~(1 << sparse_bit)
-    assert bits(memory_map.kept_pages(memory, (1 << WIDE * PAGES) - 1, sparse)) == sorted(filled | {sparse_bit})
     kept = memory_map.squeeze(memory, (1 << WIDE * PAGES) - 1, sparse)
     assert bits(kept) == sorted(filled | {sparse_bit})
     expected = b"".join(whole[page * PAGE : (page + 1) * PAGE] for page in bits(kept))
@@ -122,28 +121,26 @@ class Chunks:
         self.held: dict[Digest, bytes] = {}
         self.put_bytes = 0
 
-    def put(self, plain: Buffer) -> Digest:
-        digest = digest_of(plain)
-        if digest not in self.held:
-            self.put_bytes += len(plain)
-        self.held[digest] = bytes(plain)
-        return digest
+    def __call__(self, chunks: Sequence[tuple[Digest, Buffer]]) -> None:
+        for digest, plain in chunks:
+            assert digest == digest_of(plain)
+            if digest not in self.held:
+                self.put_bytes += len(plain)
+            self.held[digest] = bytes(plain)
+
+    def known(self, chunks: Sequence[tuple[Digest, Buffer]]) -> list[bool]:
+        return [digest in self.held for digest, _plain in chunks]
 
 
 def captured(memory: dict[int, bytes], chunks: Chunks, parent: AddressSpace | None = None) -> AddressSpace:
-    """An address space made of address -> page as a capture makes it."""
-    windows = {}
+    """An address space made of address -> page as a capture makes it, all windows in one batch."""
+    spans = []
     for number in sorted({address // WINDOW for address in memory}):
         mask = sum(1 << (address % WINDOW // PAGE) for address in memory if address // WINDOW == number)
         buffer = memoryview(bytearray(b"".join(memory[number * WINDOW + bit * PAGE] for bit in bits(mask))))
-        kept = memory_map.squeeze(buffer, mask, memory_map.FULL)
-        old = None
-        found = next((window for window in parent.windows if window.number == number), None) if parent else None
-        if parent is not None and found is not None:
-            digests = parent.chunk_list()
-            old = found, digests, memory_map.assemble(found, lambda n, d=digests: chunks.held[d[n]])  # type: ignore[misc]
-        windows[number] = store_window(buffer, kept, old, chunks.put)
-    return address_space(7, 1, len(memory), windows)
+        spans.append((Span(number, mask), FULL, buffer))
+    stored = store_spans(spans, 7, Parent(parent, chunks) if parent is not None else None, chunks)
+    return address_space(7, 1, len(memory), stored)
 
 
 def contents(space: AddressSpace, chunks: Chunks) -> dict[int, bytes]:
@@ -325,29 +322,18 @@ class Parent:
     def cuts_narrow(self, pid: int, span: Span) -> bool:
         return any(self.has(pid, Span(span.number + at, 0)) for at in range(span.width))
 
-    def window(self, _pid: int, number: int) -> tuple[Window, list[Digest], memoryview]:
-        self.read += 1
+    def windows(self, _pid: int, numbers: Sequence[int]) -> Iterator[tuple[Window, list[Digest], memoryview]]:
         digests = self._made.chunk_list()
-        window = next(w for w in self._made.windows if w.number == number)
-        return window, digests, memory_map.assemble(window, lambda n: self._chunks.held[digests[n]])
-
-
-class Put:
-    def __init__(self, chunks: Chunks) -> None:
-        self._chunks = chunks
-
-    def __call__(self, plain: Buffer) -> Digest:
-        return self._chunks.put(plain)
-
-    def known(self, plain: Buffer) -> Digest | None:
-        digest = digest_of(plain)
-        return digest if digest in self._chunks.held else None
+        for number in numbers:
+            self.read += 1
+            window = next(w for w in self._made.windows if w.number == number)
+            yield window, digests, memory_map.assemble(window, lambda n: self._chunks.held[digests[n]])
 
 
 def captured_wide(memory: bytes, chunks: Chunks, parent: Parent | None = None) -> AddressSpace:
     span = Span(WIDE, (1 << WIDE * PAGES) - 1, WIDE)
     buffer = memoryview(bytearray(memory))
-    stored = store_span(buffer, 7, span, span.mask, parent, Put(chunks))  # type: ignore[arg-type]
+    stored = store_spans([(span, span.mask, buffer)], 7, parent, chunks)
     return address_space(7, 1, WIDE * PAGES, stored)
 
 
@@ -384,7 +370,7 @@ def test_pages_that_were_dropped_and_are_missing_the_next_time_change_nothing() 
     there = [i for i in range(WIDE * PAGES) if i % 5]
     span = Span(WIDE, sum(1 << i for i in there), WIDE)
     buffer = memoryview(bytearray(b"".join(page[i] for i in there)))
-    stored = store_span(buffer, 7, span, span.mask, Parent(first, chunks), Put(chunks))  # type: ignore[arg-type]
+    stored = store_spans([(span, span.mask, buffer)], 7, Parent(first, chunks), chunks)
     assert address_space(7, 1, WIDE * PAGES, stored) == first
 
 

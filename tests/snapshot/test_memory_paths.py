@@ -24,7 +24,7 @@ from dormouse.snapshot.hands import NO_HANDS, Hands
 from dormouse.snapshot.images import SnapshotBody, decode_body
 from dormouse.snapshot.mapped_files import DigestCache
 from dormouse.snapshot.memory_capture import ParentMemory
-from dormouse.snapshot.memory_map import WINDOW, AddressSpace, Piece, Window, mask_bytes
+from dormouse.snapshot.memory_map import WINDOW, AddressSpace, Piece, Span, Window, mask_bytes
 from dormouse.snapshot.process_memory import ProcessMemory
 from dormouse.snapshot.restore import Restored, restore
 from dormouse.snapshot.tree import Home, ProcessTree, continue_tree
@@ -35,6 +35,7 @@ from dormouse.transfer.memory import huge_pages_on_request
 
 pytestmark = pytest.mark.root
 
+ONE = mask_bytes(1)
 RSEQ_BYTES = 32  # struct rseq: the kernel writes the CPU's number there whenever the thread is scheduled
 
 PROGRAM = """
@@ -335,10 +336,24 @@ def test_a_parent_whose_chunks_have_another_length_is_not_used(store: Store) -> 
     space = AddressSpace(7, 1, 5, [sound, odd], b"".join(digests))
     with store.reader() as reader:
         parent = ParentMemory(SnapshotBody(1, "p", {}, 7, [], [], [space], [], {}), reader)
-        found = parent.window(7, 5)
+        found, wrong, missing = parent.windows(7, [5, 6, 7])
         assert found is not None and found[2].tobytes() == b"a" * PAGE + b"b" * 2 * PAGE
-        assert parent.window(7, 6) is None
-        assert parent.window(7, 7) is None
+        assert wrong is missing is None
+
+
+def test_of_a_parent_that_lost_a_chunk_the_other_windows_are_of_use_to_others(store: Store) -> None:
+    with store.begin() as transaction:
+        digests = [transaction.put(b"a" * PAGE), transaction.put(b"b" * PAGE)]
+        transaction.commit(Manifest("x", "process", "p", 1.0, b"", digests))
+    windows = [Window(5, [Piece(0, mask_bytes(1))]), Window(6, [Piece(2, mask_bytes(1))]), Window(7, [Piece(1, ONE)])]
+    space = AddressSpace(7, 1, 3, windows, b"".join(digests) + bytes(32))
+    with store.reader() as reader:
+        parent = ParentMemory(SnapshotBody(1, "p", {}, 7, [], [], [space], [], {}), reader)
+        first, lost, last = parent.tasks(7, [5, 6, 7])
+        assert lost is None and first is not None and last is not None
+        assert (first.chunks, last.chunks) == tuple(reader.locate([digest]) for digest in digests)
+        assert last.window == Window(7, [Piece(0, ONE)])
+        assert parent.widths(7, [Span(4, 0, 8), Span(7, 0)]) == {5: 1, 6: 1, 7: 1}
 
 
 LARGE_PROGRAM = """

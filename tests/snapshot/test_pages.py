@@ -22,10 +22,10 @@ from dormouse.snapshot.criu_images import PAGE, Mapping
 from dormouse.snapshot.images import decode_body
 from dormouse.snapshot.import_images import import_images
 from dormouse.snapshot.memory_capture import address_space
-from dormouse.snapshot.memory_map import WINDOW, squeeze
+from dormouse.snapshot.memory_map import WINDOW, Span
 from dormouse.snapshot.pages import ProcessMap, extents, hex_lines, read, usage
-from dormouse.snapshot.window_store import store_window
-from dormouse.store.chunk import Buffer, Digest, digest_of
+from dormouse.snapshot.window_store import store_spans
+from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.reader import Reader
 from dormouse.store.store import Store
 
@@ -189,19 +189,29 @@ def test_damage_in_a_page_is_an_error(store: Store, snapshot: str, tmp_path: Pat
 indices = st.dictionaries(st.integers(0, 3 * 256 - 1), st.sampled_from([bytes(PAGE), noise(1), noise(2)]), max_size=30)
 
 
+class Keep:
+    """Keeps what is put."""
+
+    def __init__(self, held: dict[Digest, bytes]) -> None:
+        self._held = held
+
+    def __call__(self, chunks: Sequence[tuple[Digest, Buffer]]) -> None:
+        self._held.update((digest, bytes(plain)) for digest, plain in chunks)
+
+    def known(self, chunks: Sequence[tuple[Digest, Buffer]]) -> list[bool]:
+        return [digest in self._held for digest, _plain in chunks]
+
+
 def built(memory: dict[int, bytes]) -> tuple[ProcessMap, dict[Digest, bytes]]:
     chunks: dict[Digest, bytes] = {}
 
-    def put(plain: Buffer) -> Digest:
-        chunks[digest_of(plain)] = bytes(plain)
-        return digest_of(plain)
-
-    windows = {}
+    spans = []
     for number in sorted({page // 256 for page in memory}):
         inside = {page % 256: content for page, content in sorted(memory.items()) if page // 256 == number}
         mask = sum(1 << bit for bit in inside)
         buffer = memoryview(bytearray(b"".join(inside.values())))
-        windows[number + BASE // WINDOW] = store_window(buffer, squeeze(buffer, mask, mask), None, put)
+        spans.append((Span(number + BASE // WINDOW, mask), mask, buffer))
+    windows = store_spans(spans, 1, None, Keep(chunks))
     mapping = Mapping(BASE, BASE + 3 * WINDOW, plain=True, sparse=True)
     return ProcessMap(address_space(1, 1, len(memory), windows), [mapping], {}), chunks
 

@@ -20,10 +20,13 @@ from store_tools import commit, noise, text
 from dormouse.errors import BusyError, DiskFullError, DormouseError, NotFoundError, StoreError
 from dormouse.store import pack as pack_module
 from dormouse.store import transaction as transaction_module
-from dormouse.store.chunk import MAX_CHUNK, Digest
+from dormouse.store.chunk import MAX_CHUNK, Digest, digest_of
 from dormouse.store.codec import Codec
 from dormouse.store.files import preamble, system_errors
+from dormouse.store.key import Key
+from dormouse.store.pack import StoredChunk, chunk_mac
 from dormouse.store.store import Manifest, Store
+from dormouse.store.transaction import Reserved
 
 
 @pytest.fixture
@@ -398,12 +401,63 @@ def test_a_chunk_that_could_not_be_written_keeps_all_from_being_committed(
     assert files(tmp_path / "data" / "store") == set()
 
 
-def test_what_is_known_is_named_and_what_is_not_is_not(store: Store) -> None:
+def test_what_is_there_is_told_and_used(store: Store) -> None:
+    chunk, other = (digest_of(noise(1, 5000)), 5000), (digest_of(noise(2, 6000)), 6000)
     with store.begin() as transaction:
-        assert transaction.known(noise(1, 5000)) is None
+        assert transaction.has([chunk]) == [False]
         digest = transaction.put(noise(1, 5000))
-        assert transaction.known(noise(1, 5000)) == digest
+        assert transaction.has([other, chunk, chunk]) == [False, True, True]
         transaction.commit(Manifest("m", "k", "n", 1.0, b"", [digest]))
     with store.begin() as transaction:
-        assert transaction.known(noise(1, 5000)) == digest
+        assert transaction.has([other, chunk]) == [False, True]
+        with pytest.raises(StoreError, match="never put"):
+            transaction.commit(Manifest("m2", "k", "n", 1.0, b"", [digest, other[0]]))
+    with store.begin() as transaction:
+        assert transaction.has([chunk]) == [True]
         transaction.commit(Manifest("m2", "k", "n", 1.0, b"", [digest]))
+
+
+def coded(plain: bytes, key: Key) -> StoredChunk:
+    """A chunk as another process would store it."""
+    mac = chunk_mac(key, digest_of(plain), Codec.RAW, len(plain), plain)
+    return StoredChunk(digest_of(plain), mac, 0, 0, len(plain), len(plain), Codec.RAW)
+
+
+def write(reserved: Reserved, plains: list[bytes]) -> None:
+    with reserved.writer.path.open("r+b") as pack:
+        for offset, plain in zip(reserved.offsets, plains, strict=True):
+            if offset is not None:
+                pack.seek(offset)
+                pack.write(plain)
+
+
+def test_of_those_who_put_a_chunk_at_once_one_is_to_store_it(store: Store) -> None:
+    plains = [noise(number, 5000) for number in range(4)]
+    chunks = [(digest_of(plain), len(plain)) for plain in plains]
+    with store.begin() as transaction:
+        transaction.put(plains[3])
+        assert transaction.lacks([chunks[0], chunks[1], chunks[0], chunks[3]]) == [True, True, False, False]
+        assert transaction.lacks([chunks[1], chunks[2]]) == [False, True]
+        first = transaction.reserve([coded(plain, store.key) for plain in plains[:2]])
+        second = transaction.reserve([coded(plain, store.key) for plain in plains[1:]])
+        assert [offset is None for offset in second.offsets] == [True, False, True]
+        write(second, plains[1:])
+        transaction.written(second, whole=True)
+        write(first, plains[:2])
+        transaction.written(first, whole=True)
+        assert (transaction.new_chunks, transaction.stored_bytes) == (4, 20000)
+        transaction.commit(Manifest("m", "k", "n", 1.0, b"", [digest for digest, _length in chunks]))
+    assert [bytes(store.read(digest)) for digest, _length in chunks] == plains
+    assert store.verify().ok
+
+
+def test_places_that_are_never_written_forbid_the_commit(store: Store, tmp_path: Path) -> None:
+    plains = [noise(number, 5000) for number in range(3)]
+    with store.begin() as transaction:
+        digest = transaction.put(plains[0])
+        reserved = transaction.reserve([coded(plain, store.key) for plain in plains[1:]])
+        transaction.written(reserved, whole=False)
+        assert transaction.new_chunks == 1
+        with pytest.raises(StoreError, match="could not be written"):
+            transaction.commit(Manifest("m", "k", "n", 1.0, b"", [digest]))
+    assert files(tmp_path / "data" / "store") == set()

@@ -40,7 +40,7 @@ from dormouse.snapshot.images import (
     raw_bytes,
 )
 from dormouse.snapshot.mapped_files import DigestCache, fingerprint
-from dormouse.snapshot.memory_capture import ParentMemory, StoreSpan, capture_memory
+from dormouse.snapshot.memory_capture import Elsewhere, ParentMemory, capture_memory
 from dormouse.snapshot.memory_map import AddressSpace
 from dormouse.snapshot.prefetch import MappedRanges, mapped_ranges, merge
 from dormouse.snapshot.streamer import CaptureStream
@@ -202,14 +202,14 @@ def _parent(store: Store, snapshot_id: str | None) -> Iterator[ParentMemory | No
 @contextlib.contextmanager
 def _elsewhere(
     hands: Hands, transaction: Transaction, parent: ParentMemory | None, store: Store
-) -> Iterator[StoreSpan | None]:
+) -> Iterator[Elsewhere | None]:
     """What has hands store memory, if there are any."""
     if not hands.count:
         yield None
         return
     pays = BulkChoice(store.root, hands.count).pays
     with HandCapture(hands, transaction, parent, key=store.key, packs=store.packs, pays=pays) as crew:
-        yield crew.store
+        yield crew
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _dump(
     tree: ProcessTree,
     ingest: Ingest,
     parent: ParentMemory | None,
-    elsewhere: StoreSpan | None,
+    elsewhere: Elsewhere | None,
     criu: Criu,
     timeout: float,
     options: Sequence[str],

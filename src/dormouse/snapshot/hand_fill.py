@@ -23,19 +23,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dormouse.errors import DormouseError, HostError
 from dormouse.phases import host_clock
 from dormouse.snapshot import hands_messages as messages
+from dormouse.snapshot.batches import batches, even
 from dormouse.snapshot.hands import Hand, Hands
 from dormouse.snapshot.memory_restore import Fill, MemoryPlan, ThreadFill
 from dormouse.snapshot.shortage import REMEDY
-from dormouse.snapshot.window_fill import WindowTask
 from dormouse.store.chunk import Digest
 from dormouse.store.store import Reader
 
 log = logging.getLogger(__name__)
 
-_BATCHES_PER_HAND = 8
-_LEAST_BATCH, _LARGE_BATCH = 1 << 20, 8 << 20
-_MOST_TASKS = 32
-"""Tasks of a batch at most, so that one always fits into a packet."""
+_LARGE_BATCH = 8 << 20
 _WORTH_A_HAND = 2 << 20
 _QUEUE_BYTES = 4 << 20
 
@@ -48,25 +45,6 @@ _DROP_SECONDS = 10.0
 def make_fill(plans: Iterable[MemoryPlan], reader: Reader, hands: Hands) -> Fill:
     """The fill that suits the machine. Raises DamagedError."""
     return HandFill(plans, reader, hands) if hands.count else ThreadFill(plans, reader)
-
-
-def batch_bytes(total: int, hands: int) -> int:
-    """How many bytes one batch is to have: so many that each costs little, so few that all hands end together."""
-    return max(_LEAST_BATCH, min(_LARGE_BATCH, total // (hands * _BATCHES_PER_HAND)))
-
-
-def batches(tasks: Iterable[WindowTask], limit: int) -> Iterator[list[WindowTask]]:
-    """All tasks in their order, neighbours together up to `limit` bytes; a larger one is alone."""
-    batch: list[WindowTask] = []
-    room = limit
-    for task in tasks:
-        room -= task.plain_bytes
-        if batch and (room < 0 or len(batch) == _MOST_TASKS):
-            yield batch
-            batch, room = [], limit - task.plain_bytes
-        batch.append(task)
-    if batch:
-        yield batch
 
 
 class HandFill(Fill):
@@ -123,7 +101,9 @@ class HandFill(Fill):
         crew = self._hands.crew()
         crew = crew[: max(1, min(len(crew), total // _WORTH_A_HAND))]
         self._granted = self._hands.take_ahead(total + 2 * messages.BATCH_BYTES * len(crew))
-        packets = map(messages.encode, batches(self._tasks(), batch_bytes(total, len(crew))))
+        size = even(total, len(crew), _LARGE_BATCH)
+        lots = batches(self._tasks(), lambda task: task.plain_bytes, lambda _given: size)
+        packets = map(messages.encode, lots)
         begin = messages.BeginFill(
             errand=self._hands.new_errand(),
             hand=0,

@@ -19,26 +19,19 @@ import os
 import select
 import signal
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 from dormouse.errors import DormouseError, HostError, SnapshotError, StoreError
 from dormouse.snapshot import hands_messages as messages
-from dormouse.snapshot.memory_map import (
-    WINDOW,
-    Span,
-    assemble,
-    check_length,
-    held_mask,
-    mask_bytes,
-    window_mask,
-)
+from dormouse.snapshot.memory_map import Span, assemble, check_length, held_mask, window_mask
 from dormouse.snapshot.process_memory import ProcessMemory
 from dormouse.snapshot.shortage import REMEDY, is_shortage
 from dormouse.snapshot.window_fill import WindowReader, WindowTask
-from dormouse.snapshot.window_store import OldWindow, StoredPages, store_span
-from dormouse.store.chunk import MAX_CHUNK, Buffer, Digest, digest_of
+from dormouse.snapshot.window_store import Named, OldWindow, SparseSpan, Stored, store_spans
+from dormouse.store.chunk import Buffer, Digest
 from dormouse.store.codec import FLOATS, Codec, encode
 from dormouse.store.files import system_errors, write_all
 from dormouse.store.key import Key
@@ -162,7 +155,9 @@ class FillPart:
 
 class CapturePart:
     """What one hand does of one capture. As a store's transaction would `Put` (window_store.py): it asks what it does
-    not know. And as a `Parent`: the windows of the parent snapshot that lie where the pages are from."""
+    not know. And as a `Parent`: the windows of the parent snapshot that lie where the pages are from.
+
+    A batch takes twice CAPTURE_BYTES: its pages, and what they are coded to, until there are places for it."""
 
     wants_work = True
 
@@ -170,13 +165,13 @@ class CapturePart:
         self.queue = channel
         self.done = False
         self.turn = contextlib.nullcontext()
-        self._damaged: list[bytes] = []
+        self._damaged: list[Digest] = []
         self._key = Key(begin.key)
         self._reader = PackReader(Path(begin.packs), self._key, self._damaged.append)
         self._memories: dict[int, ProcessMemory] = {}
         self._packs: dict[str, int] = {}
         self._opened = contextlib.ExitStack()
-        self._buffer = memoryview(anonymous(MAX_CHUNK))
+        self._buffer = memoryview(anonymous(messages.CAPTURE_BYTES))
         self._old: dict[int, int] | None = None
 
     def step(self) -> None:
@@ -188,12 +183,9 @@ class CapturePart:
         take = messages.decode_said(packet)
         assert isinstance(take, messages.Take)
         self._old = take.old
-        span = Span(take.number, int.from_bytes(take.mask, "little"), take.width)
-        self._memory(take.host_pid).read(span.number, span.mask, self._buffer)
+        read = self._memory(take.host_pid).read_spans(map(_span, take.parts), self._buffer)
         parent = self if take.old is not None else None
-        sparse = int.from_bytes(take.sparse, "little")
-        stored = store_span(self._buffer[: take.width * WINDOW], take.pid, span, sparse, parent, self)
-        self._taken({number: list(map(_told, parts)) for number, parts in stored.items()}, None)
+        self._taken(store_spans(read, take.pid, parent, self), None)
 
     def end(self, failure: messages.Failure | None) -> None:
         """Say what went wrong, which ends the step and not the capture; without a failure, let go of everything."""
@@ -208,39 +200,41 @@ class CapturePart:
         self._reader.close()
         self.queue.close()
 
-    def _taken(
-        self, stored: dict[int, list[tuple[bytes, bytes, bytes, int]]], failure: messages.Failure | None
-    ) -> None:
+    def _taken(self, stored: Stored, failure: messages.Failure | None) -> None:
         damaged = list(self._damaged)
         self._damaged.clear()
         self._tell(messages.Taken(stored, failure, damaged))
 
     # Put
 
-    def known(self, plain: Buffer) -> Digest | None:
-        digest = digest_of(plain)
-        return digest if self._asked_yes(messages.Has(digest, len(plain))) else None
+    def known(self, chunks: Sequence[Named]) -> list[bool]:
+        return self._asked_yes(messages.Has(_lengths(chunks)))
 
-    def __call__(self, plain: Buffer) -> Digest:
-        digest = digest_of(plain)
-        if self._asked_yes(messages.Lacks(digest, len(plain))):
-            codec, stored = encode(plain, self._codec(memoryview(plain)))
-            mac = chunk_mac(self._key, digest, codec, len(plain), stored)
-            placed = self._asked(messages.Reserve(StoredChunk(digest, mac, 0, 0, len(stored), len(plain), codec)))
-            assert isinstance(placed, messages.Placed)
-            if placed.path is not None:
+    def __call__(self, chunks: Sequence[Named]) -> None:
+        new = list(compress(chunks, self._asked_yes(messages.Lacks(_lengths(chunks)))))
+        if not new:
+            return
+        codecs = self._codecs([memoryview(plain) for _digest, plain in new])
+        coded = [self._coded(*chunk, codec) for chunk, codec in zip(new, codecs, strict=True)]
+        placed = self._asked(messages.Reserve([chunk for chunk, _stored in coded]))
+        assert isinstance(placed, messages.Placed)
+        for (_chunk, stored), offset in zip(coded, placed.offsets, strict=True):
+            if offset is not None:
                 with system_errors(Path(placed.path), "writing to", len(stored)):
-                    write_all(self._pack(placed.path), stored, placed.offset)
-                self._tell(messages.Written())
-        return digest
+                    write_all(self._pack(placed.path), stored, offset)
 
-    def _codec(self, plain: memoryview) -> Codec:
+    def _coded(self, digest: Digest, plain: Buffer, wanted: Codec) -> tuple[StoredChunk, Buffer]:
+        codec, stored = encode(plain, wanted)
+        mac = chunk_mac(self._key, digest, codec, len(plain), stored)
+        return StoredChunk(digest, mac, 0, 0, len(stored), len(plain), codec), stored
+
+    def _codecs(self, plains: Sequence[memoryview]) -> list[Codec]:
         """As threads choose, but zstd for LZ4: pages of an engine take a third less, and there are cores enough to
         decode them while CRIU works."""
-        codec, stored = guess(plain) if len(plain) >= LARGE else (Codec.LZ4, 0.0)
-        if codec in FLOATS:
-            return codec if self._asked_yes(messages.Pays(stored)) else Codec.RAW
-        return Codec.ZSTD if codec is Codec.LZ4 else codec
+        guesses = [guess(plain) if len(plain) >= LARGE else (Codec.LZ4, 0.0) for plain in plains]
+        floats = [stored for codec, stored in guesses if codec in FLOATS]
+        pays = iter(self._asked_yes(messages.Pays(floats)) if floats else [])
+        return [_codec(codec, pays) for codec, _stored in guesses]
 
     # Parent
 
@@ -250,12 +244,15 @@ class CapturePart:
     def cuts_narrow(self, pid: int, span: Span) -> bool:
         return any(self.has(pid, Span(span.number + at, 0)) for at in range(span.width))
 
-    def window(self, pid: int, number: int) -> OldWindow | None:
-        answer = self._asked(messages.Old(number))
-        assert isinstance(answer, messages.OldIs)
-        if answer.task is None:
+    def windows(self, pid: int, numbers: Sequence[int]) -> Iterator[OldWindow | None]:
+        answer = self._asked(messages.Old(list(numbers)))
+        assert isinstance(answer, messages.OldAre)
+        return map(self._window, answer.tasks)
+
+    def _window(self, task: WindowTask | None) -> OldWindow | None:
+        if task is None:
             return None
-        window, chunks = answer.task.window, answer.task.chunks
+        window, chunks = task.window, task.chunks
         try:
             for piece, chunk in zip(window.pieces, chunks, strict=True):
                 check_length(chunk.plain_length, held_mask(piece), chunk.digest)
@@ -265,7 +262,7 @@ class CapturePart:
             return None
         return window, [chunk.digest for chunk in chunks], pages
 
-    def _asked_yes(self, ask: messages.Ask) -> bool:
+    def _asked_yes(self, ask: messages.Ask) -> list[bool]:
         answer = self._asked(ask)
         assert isinstance(answer, messages.Yes)
         return answer.yes
@@ -293,15 +290,25 @@ class CapturePart:
         return self._packs[path]
 
 
-def _told(pages: StoredPages) -> tuple[bytes, bytes, bytes, int]:
-    return pages.digest, mask_bytes(pages.held, pages.width), mask_bytes(pages.used, pages.width), pages.width
+def _span(part: messages.Part) -> SparseSpan:
+    return Span(part.number, int.from_bytes(part.mask, "little"), part.width), int.from_bytes(part.sparse, "little")
+
+
+def _lengths(chunks: Sequence[Named]) -> list[tuple[Digest, int]]:
+    return [(digest, len(plain)) for digest, plain in chunks]
+
+
+def _codec(guessed: Codec, pays: Iterator[bool]) -> Codec:
+    if guessed in FLOATS:
+        return guessed if next(pays) else Codec.RAW
+    return Codec.ZSTD if guessed is Codec.LZ4 else guessed
 
 
 Part = FillPart | CapturePart
 
 
 class Hand:
-    """One hand: takes part in any number of fills and captures at once, a batch or window of one at a time."""
+    """One hand: takes part in any number of fills and captures at once, a batch of one at a time."""
 
     def __init__(self, orders: socket.socket) -> None:
         self._orders = orders

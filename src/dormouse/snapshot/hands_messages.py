@@ -4,7 +4,7 @@
     socket of a fill, all hands' end: host service -> hands     batches: each is taken by the hand that is first
                                       hand -> host service      Begun, Done
     socket of a capture, one per hand: host service -> hand     Take, then answers to what it asks
-                                      hand -> host service      questions, then Taken
+                                      hand -> host service      questions, each once for all of the batch, then Taken
 
 The kernel's queue of the second socket so is the queue of work: who is quick takes more. Its end is
 the end of the work.
@@ -12,18 +12,24 @@ the end of the work.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
 from dormouse import errors
 from dormouse.errors import DormouseError
 from dormouse.snapshot.window_fill import WindowTask
-from dormouse.store.chunk import MAX_CHUNK
+from dormouse.snapshot.window_store import Stored
+from dormouse.store.chunk import MAX_CHUNK, Digest
 from dormouse.store.pack import StoredChunk
 
 MAX_PACKET = 1 << 20
 
 BATCH_BYTES = MAX_CHUNK
 """Plain bytes of a batch at most."""
+
+CAPTURE_BYTES = 16 << 20
+"""Pages of a Take at most: a hand has room for them, and for as much of what they are coded to."""
 
 
 class BeginFill(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -98,86 +104,87 @@ class Done(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 Word = Begun | Done
 
 
-class Take(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Store the pages `mask` of a window of the process `pid` (as its images have it). Of those in `sparse`, zero ones
-    are dropped. `old`: the windows that the parent snapshot has there, and their widths."""
+class Part(NamedTuple):
+    """Pages `mask` of a window. Of those in `sparse`, zero ones are dropped."""
 
-    pid: int
-    host_pid: int
     number: int
     width: int
     mask: bytes
     sparse: bytes
+
+
+class Take(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Store a batch of pages of the process `pid` (as its images have it), together CAPTURE_BYTES at most. `old`: the
+    windows that the parent snapshot has there, and their widths."""
+
+    pid: int
+    host_pid: int
+    parts: list[Part]
     old: dict[int, int] | None
 
 
 class Has(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Is this chunk stored already? Answered by Yes."""
+    """Are these chunks (name, length) stored already? Answered by Yes."""
 
-    digest: bytes
-    length: int
+    chunks: list[tuple[Digest, int]]
 
 
 class Lacks(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """This chunk is used; must it be stored? Answered by Yes."""
+    """These chunks (name, length) are used; must they be stored? Answered by Yes."""
 
-    digest: bytes
-    length: int
+    chunks: list[tuple[Digest, int]]
 
 
 class Pays(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Do floats pay, of which this share would be stored? Answered by Yes."""
+    """Do floats pay, of which these shares would be stored? Answered by Yes."""
 
-    stored: float
+    stored: list[float]
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """A chunk as it will be stored wants a place. Answered by Placed."""
+    """Chunks as they will be stored want places, once in a Take. Answered by Placed. Taken says whether they are
+    there."""
 
-    chunk: StoredChunk
-
-
-class Written(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """The chunk is in the place that was reserved last. Not answered."""
+    chunks: list[StoredChunk]
 
 
 class Old(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """A window of the parent snapshot is wanted. Answered by OldIs."""
+    """Windows of the parent snapshot are wanted. Answered by OldAre."""
 
-    number: int
+    numbers: list[int]
 
 
 class Taken(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """The end of a Take: by window, the (chunk, held, used, width) of what was stored."""
+    """The end of a Take: what was stored, by window; without a failure, all that was reserved is written."""
 
-    stored: dict[int, list[tuple[bytes, bytes, bytes, int]]]
+    stored: Stored
     failure: Failure | None = None
-    damaged: list[bytes] = []
+    damaged: list[Digest] = []
 
 
-Ask = Has | Lacks | Pays | Reserve | Written | Old | Taken
+Ask = Has | Lacks | Pays | Reserve | Old | Taken
 
 
 class Yes(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Or no."""
+    """Or no, to each."""
 
-    yes: bool
+    yes: list[bool]
 
 
 class Placed(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Write it to this file, there; without a file, it is stored already."""
+    """Write them to this file, there; those without an offset are stored already."""
 
-    path: str | None = None
-    offset: int = 0
-
-
-class OldIs(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """The window, its pieces numbered by the chunks that come along; none if it can't be had."""
-
-    task: WindowTask | None
+    path: str
+    offsets: list[int | None]
 
 
-Said = Take | Yes | Placed | OldIs
+class OldAre(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The windows, the pieces of each numbered by the chunks that come along; none for one that can't be had."""
+
+    tasks: list[WindowTask | None]
+
+
+Said = Take | Yes | Placed | OldAre
 
 _encoder = msgspec.msgpack.Encoder()
 _orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)

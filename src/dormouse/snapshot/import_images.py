@@ -39,7 +39,7 @@ from dormouse.snapshot.memory_capture import address_space, process_of
 from dormouse.snapshot.memory_map import WINDOW, AddressSpace, Places, Span, Spans
 from dormouse.snapshot.streamer import read_image
 from dormouse.snapshot.tree import External
-from dormouse.snapshot.window_store import Stored, store_span
+from dormouse.snapshot.window_store import Stored, store_spans
 from dormouse.store.files import system_errors
 from dormouse.store.store import Manifest, Store
 from dormouse.transfer.ingest import Ingest, Putter
@@ -323,9 +323,10 @@ def _window_job(
     fd: int, at: int, pid: int, span: Span, sparse: int, files: _Folder
 ) -> Callable[[memoryview, Putter], Stored]:
     def job(buffer: memoryview, put: Putter) -> Stored:
-        if not _read_fully(fd, buffer[: span.mask.bit_count() * PAGE], at):
+        data = buffer[: span.bytes]
+        if not _read_fully(fd, data, at):
             raise files.refused("a file of pages became shorter while it was read")
-        return store_span(buffer, pid, span, sparse, None, put)
+        return store_spans([(span, sparse, data)], pid, None, put)
 
     return job
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from typing import Protocol
 
 from dormouse.errors import StoreError
 from dormouse.snapshot.criu_images import PagemapParser
@@ -30,13 +31,12 @@ from dormouse.snapshot.memory_map import (
     assemble,
     check_length,
     held_mask,
-    mask_bytes,
 )
 from dormouse.snapshot.process_memory import ProcessMemory
 from dormouse.snapshot.window_fill import WindowTask
-from dormouse.snapshot.window_store import Stored, StoredPages, store_span
+from dormouse.snapshot.window_store import OldWindow, SparseSpan, Stored, StoredPages, store_spans
 from dormouse.store.chunk import Buffer, Digest
-from dormouse.store.store import Reader
+from dormouse.store.store import Reader, StoredChunk
 from dormouse.transfer.ingest import Ingest, Putter
 
 _PIPE_READ = 1 << 16
@@ -64,33 +64,39 @@ class ParentMemory:
         """Whether it has windows of one WINDOW each within a wide one."""
         return any(self.has(pid, Span(span.number + at, 0)) for at in range(span.width))
 
-    def widths(self, pid: int, span: Span) -> dict[int, int]:
-        """The windows that it has within a span, and how wide they are."""
+    def widths(self, pid: int, spans: Iterable[Span]) -> dict[int, int]:
+        """The windows that it has within spans, and how wide they are."""
         _digests, windows = self._spaces.get(pid, ([], {}))
-        numbers = range(span.number, span.number + span.width)
+        numbers = (number for span in spans for number in range(span.number, span.number + span.width))
         return {number: windows[number].width for number in numbers if number in windows}
 
-    def task(self, pid: int, number: int) -> WindowTask | None:
-        """A window, for another process to read. None as with `window`."""
-        digests, windows = self._spaces.get(pid, ([], {}))
-        window = windows.get(number)
-        if window is None:
-            return None
+    def tasks(self, pid: int, numbers: Sequence[int]) -> list[WindowTask | None]:
+        """Windows that it has, for another process to read. None as with `windows`."""
+        digests, windows = self._spaces[pid]
+        names = [[digests[piece.chunk] for piece in windows[number].pieces] for number in numbers]
         try:
-            chunks = self._reader.locate([digests[piece.chunk] for piece in window.pieces])
+            located = self._reader.locate(digest for window in names for digest in window)
         except StoreError as error:
+            if len(numbers) > 1:  # the others can be read
+                return [self.tasks(pid, [number])[0] for number in numbers]
             log.warning("a window of the parent snapshot can't be read, it is stored anew: %s", error)
-            return None
-        pieces = [Piece(at, piece.held, piece.used) for at, piece in enumerate(window.pieces)]
-        return WindowTask(pid, Window(number, pieces), chunks)
+            return [None]
+        chunks = {chunk.digest: chunk for chunk in located}
+        return [
+            _as_task(pid, windows[at], [chunks[name] for name in found])
+            for at, found in zip(numbers, names, strict=True)
+        ]
 
     def note_damage(self, digest: Digest) -> None:
         """What another process has found when it read a window."""
         self._reader.note_damage(digest)
 
-    def window(self, pid: int, number: int) -> tuple[Window, list[Digest], memoryview] | None:
-        """A window of process `pid`, its address space's chunks, and its pages (packed). None when there is none, or
-        it can't be read: then the window is stored anew."""
+    def windows(self, pid: int, numbers: Sequence[int]) -> Iterator[OldWindow | None]:
+        """Windows of process `pid`, each read when it is its turn. None for one that is not there, or can't be read:
+        then the window is stored anew."""
+        return (self._window(pid, number) for number in numbers)
+
+    def _window(self, pid: int, number: int) -> OldWindow | None:
         digests, windows = self._spaces.get(pid, ([], {}))
         window = windows.get(number)
         if window is None:
@@ -108,8 +114,19 @@ class ParentMemory:
         return self._reader.plain(chunk)
 
 
-StoreSpan = Callable[[int, int, Span, int], Stored]
-"""Has another process store the pages of a span: pid in the images, pid here, span, which of it is sparse."""
+def _as_task(pid: int, window: Window, chunks: list[StoredChunk]) -> WindowTask:
+    pieces = [Piece(at, piece.held, piece.used) for at, piece in enumerate(window.pieces)]
+    return WindowTask(pid, Window(window.number, pieces), chunks)
+
+
+class Elsewhere(Protocol):
+    """Has other processes store the pages of spans."""
+
+    def batches(self, spans: Iterable[SparseSpan], total: int) -> Iterator[list[SparseSpan]]:
+        """Spans of about `total` bytes as they are best given to `store`."""
+
+    def store(self, pid: int, host_pid: int, spans: Sequence[SparseSpan]) -> Stored:
+        """Store one batch; `pid` in the images, `host_pid` here."""
 
 
 def capture_memory(
@@ -118,7 +135,7 @@ def capture_memory(
     pagemap: int,
     ingest: Ingest,
     parent: ParentMemory | None,
-    elsewhere: StoreSpan | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> AddressSpace:
     """The memory of a process, `pid` in its images and `host_pid` here, whose page map comes through the pipe
     `pagemap`. Returns when all is stored; the process must stay stopped until then. Threads of the ingest do it, or
@@ -131,17 +148,21 @@ def capture_memory(
     pages = 0
     with ProcessMemory(host_pid) as memory:
         sparse = Places(memory.anonymous())
+        spans = ((span, sparse.mask(span.number, span.width)) for span in _spans(pagemap, parser))
+        batches = (
+            elsewhere.batches(spans, memory.private_bytes()) if elsewhere is not None else ([one] for one in spans)
+        )
         try:
-            for span in _spans(pagemap, parser):
-                pages += span.mask.bit_count()
-                thin = sparse.mask(span.number, span.width)
+            for batch in batches:
+                pages += sum(span.mask.bit_count() for span, _sparse in batch)
                 if elsewhere is not None:
-                    windows.append(ingest.run(_lent_job(elsewhere, pid, host_pid, span, thin)))
+                    windows.append(ingest.run(_lent_job(elsewhere, pid, host_pid, batch)))
                 else:
-                    windows.append(ingest.run(_window_job(memory, pid, span, thin, parent), span.width * WINDOW))
+                    room = WINDOW * sum(span.width for span, _sparse in batch)
+                    windows.append(ingest.run(_own_job(memory, pid, batch, parent), room))
         finally:
             wait(windows)  # all of them: they use `memory`
-    stored = {number: pages for future in windows for number, pages in future.result().items()}
+    stored = {number: parts for future in windows for number, parts in future.result().items()}
     return address_space(pid, parser.finish(), pages, stored)
 
 
@@ -163,20 +184,19 @@ def _spans(pagemap: int, parser: PagemapParser) -> Iterator[Span]:
     yield from spans.last()
 
 
-def _window_job(
-    memory: ProcessMemory, pid: int, span: Span, sparse: int, parent: ParentMemory | None
+def _own_job(
+    memory: ProcessMemory, pid: int, batch: Sequence[SparseSpan], parent: ParentMemory | None
 ) -> Callable[[memoryview, Putter], Stored]:
     def job(buffer: memoryview, put: Putter) -> Stored:
-        memory.read(span.number, span.mask, buffer)
-        return store_span(buffer, pid, span, sparse, parent, put)
+        return store_spans(memory.read_spans(batch, buffer), pid, parent, put)
 
     return job
 
 
 def _lent_job(
-    elsewhere: StoreSpan, pid: int, host_pid: int, span: Span, sparse: int
+    elsewhere: Elsewhere, pid: int, host_pid: int, batch: Sequence[SparseSpan]
 ) -> Callable[[memoryview, Putter], Stored]:
-    return lambda _buffer, _put: elsewhere(pid, host_pid, span, sparse)
+    return lambda _buffer, _put: elsewhere.store(pid, host_pid, batch)
 
 
 def address_space(pid: int, pages_id: int, pages: int, windows: Mapping[int, list[StoredPages]]) -> AddressSpace:
@@ -184,16 +204,8 @@ def address_space(pid: int, pages_id: int, pages: int, windows: Mapping[int, lis
     numbers: dict[Digest, int] = {}
     made = []
     for number, stored in sorted(windows.items()):
-        pieces = [
-            Piece(
-                numbers.setdefault(part.digest, len(numbers)),
-                mask_bytes(part.held, part.width),
-                b"" if part.used == part.held else mask_bytes(part.used, part.width),
-            )
-            for part in stored
-        ]
-        if pieces:
-            made.append(Window(number, pieces))
+        pieces = [Piece(numbers.setdefault(part.digest, len(numbers)), part.held, part.used) for part in stored]
+        made.append(Window(number, pieces))
     return AddressSpace(pid=pid, pages_id=pages_id, pages=pages, windows=made, digests=b"".join(numbers))
 
 

@@ -134,6 +134,11 @@ class Span(NamedTuple):
     mask: int
     width: int = 1
 
+    @property
+    def bytes(self) -> int:
+        """How long the pages are."""
+        return self.mask.bit_count() * PAGE
+
     def narrow(self) -> Iterator[Span]:
         """The same pages as spans of one window each."""
         for at in range(self.width):
@@ -235,11 +240,6 @@ def squeeze(pages: memoryview, mask: int, sparse: int) -> int:
             pages[target : target + count * PAGE] = pages[first * PAGE : (first + count) * PAGE]
         target += count * PAGE
     return kept
-
-
-def kept_pages(pages: memoryview, mask: int, sparse: int) -> int:
-    """The mask of the pages that `squeeze` would leave."""
-    return _kept(pages, mask, sparse)[0]
 
 
 def _kept(pages: memoryview, mask: int, sparse: int) -> tuple[int, int]:

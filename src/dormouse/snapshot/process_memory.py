@@ -7,7 +7,7 @@ import ctypes
 import errno
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +15,7 @@ from dormouse.errors import HostError, SnapshotError
 from dormouse.snapshot.criu_images import PAGE
 from dormouse.snapshot.memory_map import WINDOW, mask_runs
 from dormouse.snapshot.shortage import system_failure
+from dormouse.snapshot.window_store import ReadSpan, SparseSpan
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _Transfer = Callable[..., int]
@@ -55,9 +56,25 @@ class ProcessMemory:
                 start, _dash, end = place.partition(b"-")
                 yield int(start, 16), int(end, 16)
 
+    def private_bytes(self) -> int:
+        """About how much memory it has that is neither a file's nor shared."""
+        try:
+            _size, resident, shared, *_rest = Path(f"/proc/{self.pid}/statm").read_text().split()
+        except OSError as error:
+            raise _failed("sized", self.pid, error) from error
+        return (int(resident) - int(shared)) * PAGE
+
     def read(self, window: int, mask: int, into: memoryview) -> int:
         """Read the pages `mask` of a window, packed, into a buffer; their bytes. Raises SnapshotError."""
         return self._transfer(_libc.process_vm_readv, os.preadv, window, mask, into, "read")
+
+    def read_spans(self, spans: Iterable[SparseSpan], into: memoryview) -> Iterator[ReadSpan]:
+        """Read the pages of spans into a buffer, one after another, each when it is its turn. Raises SnapshotError."""
+        at = 0
+        for span, sparse in spans:
+            data = into[at : at + span.bytes]
+            at += self.read(span.number, span.mask, data)
+            yield span, sparse, data
 
     def write(self, window: int, mask: int, data: memoryview) -> int:
         """Write packed pages to the places `mask` of a window; their bytes. Raises SnapshotError."""

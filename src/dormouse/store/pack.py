@@ -10,7 +10,7 @@ import fcntl
 import os
 import struct
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,34 +108,37 @@ class PackWriter:
     def append(self, digest: Digest, codec: Codec, plain_length: int, stored: Buffer) -> bool:
         """Add a chunk; False when it is there already, or another thread is just writing it."""
         mac = chunk_mac(self._key, digest, codec, plain_length, stored)
-        offset = self.reserve(StoredChunk(digest, mac, 0, 0, len(stored), plain_length, codec))
-        if offset is None:
-            return False
+        (offset,) = self.reserve([StoredChunk(digest, mac, 0, 0, len(stored), plain_length, codec)])
         whole = False
         try:
-            with system_errors(self.path, "writing to", len(stored)):
-                write_all(self._fd, stored, offset)
+            if offset is not None:
+                with system_errors(self.path, "writing to", len(stored)):
+                    write_all(self._fd, stored, offset)
             whole = True
         finally:
             self.written(whole)
-        return True
+        return offset is not None
 
-    def reserve(self, chunk: StoredChunk) -> int | None:
-        """Give a chunk, whose own offset does not count, a place for somebody to write it to, who then says `written`;
-        None when it is there already, or is just being written."""
+    def reserve(self, chunks: Iterable[StoredChunk]) -> list[int | None]:
+        """Give chunks, whose own offsets do not count, places for somebody to write them to, who then says `written`,
+        once; None for those that are there already, or are just being written."""
         with self._changed:
             if self._fd < 0:
                 raise StoreError(f"{self.path.name} takes no more chunks: its transaction has ended")
-            if chunk.digest in self.entries:
-                return None
-            offset = self._end if chunk.stored_length else 0
-            self._end += aligned(chunk.stored_length)
-            self.entries[chunk.digest] = chunk._replace(offset=offset)
+            offsets = [self._place(chunk) for chunk in chunks]
             self._writing += 1
+        return offsets
+
+    def _place(self, chunk: StoredChunk) -> int | None:
+        if chunk.digest in self.entries:
+            return None
+        offset = self._end if chunk.stored_length else 0
+        self._end += aligned(chunk.stored_length)
+        self.entries[chunk.digest] = chunk._replace(offset=offset)
         return offset
 
     def written(self, whole: bool) -> None:
-        """A chunk is in its place, or, if not `whole`, never will be."""
+        """What was reserved is in its places, or, if not `whole`, never will be."""
         if whole:
             self._hint()
         with self._changed:

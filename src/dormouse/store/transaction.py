@@ -32,11 +32,12 @@ _SPREAD_FROM = 256 << 20
 _MOST_PACKS = 8
 
 
-class Place(NamedTuple):
-    """Where a chunk is to be written."""
+class Reserved(NamedTuple):
+    """Where some chunks are to be written, in one pack. Those without an offset are there already."""
 
     writer: PackWriter
-    offset: int
+    offsets: list[int | None]
+    stored_lengths: list[int]
 
 
 class _Packs:
@@ -57,23 +58,22 @@ class _Packs:
         finally:
             self._release(writer)
 
-    def reserve(self, chunk: StoredChunk) -> Place | None:
-        """A place for a chunk; None when it is there already."""
-        writer = self._take(chunk.stored_length)
-        offset = None
+    def reserve(self, chunks: Sequence[StoredChunk]) -> Reserved:
+        """Places for chunks."""
+        lengths = [chunk.stored_length for chunk in chunks]
+        writer = self._take(sum(lengths))
         try:
-            offset = writer.reserve(chunk)
-        finally:
-            if offset is None:
-                self._release(writer)
-        return None if offset is None else Place(writer, offset)
+            return Reserved(writer, writer.reserve(chunks), lengths)
+        except BaseException:
+            self._release(writer)
+            raise
 
-    def written(self, place: Place, whole: bool) -> None:
+    def written(self, reserved: Reserved, whole: bool) -> None:
         """See `PackWriter.written`."""
         try:
-            place.writer.written(whole)
+            reserved.writer.written(whole)
         finally:
-            self._release(place.writer)
+            self._release(reserved.writer)
 
     def filled(self) -> list[PackWriter]:
         """Those that have chunks."""
@@ -126,51 +126,65 @@ class Transaction:
     def __exit__(self, *_exception: object) -> None:
         self._end()
 
-    def known(self, plain: Buffer) -> Digest | None:
-        """The name of a chunk that is there already, as `put` would give it; None for another. Thread-safe."""
-        view = memoryview(plain).cast("B")
-        digest = digest_of(view)
-        return digest if self.has(digest, len(view)) else None
-
-    def has(self, digest: Digest, length: int) -> bool:
-        """Like `known`, of a chunk that somebody else has hashed."""
+    def has(self, chunks: Sequence[tuple[Digest, int]]) -> list[bool]:
+        """Which chunks (name, length) are there already; those are then used, as if they had been put. Thread-safe."""
         with self._lock:
-            known = digest in self._lengths
-        if not known and not self._layout.index.has(digest):
-            return False
+            there = {digest for digest, _length in chunks if digest in self._lengths}
+        there |= self._layout.index.present(digest for digest, _length in chunks if digest not in there)
         with self._lock:
-            self.raw_bytes += length
-            self._lengths[digest] = length
-        return True
+            for digest, length in chunks:
+                if digest in there:
+                    self.raw_bytes += length
+                    self._lengths[digest] = length
+        return [digest in there for digest, _length in chunks]
 
-    def lacks(self, digest: Digest, length: int) -> bool:
-        """Whether a chunk that is put must still be stored: by `reserve`, which its caller then owes."""
+    def lacks(self, chunks: Sequence[tuple[Digest, int]]) -> list[bool]:
+        """Which of the chunks (name, length) that are put must still be stored: by `reserve`, which its caller then
+        owes. Of several callers who put the same chunk, one is told so, and of a chunk that is named twice, the first.
+        """
+        new = []
         with self._lock:
-            self.raw_bytes += length
-            known = digest in self._lengths
-            self._lengths[digest] = length
-        return not known and not self._layout.index.has(digest)
+            for digest, length in chunks:
+                new.append(digest not in self._lengths)
+                self._lengths[digest] = length
+                self.raw_bytes += length
+        asked = (digest for (digest, _length), is_new in zip(chunks, new, strict=True) if is_new)
+        there = self._layout.index.present(asked)
+        return [is_new and digest not in there for (digest, _length), is_new in zip(chunks, new, strict=True)]
 
-    def reserve(self, chunk: StoredChunk) -> Place | None:
-        """A place for a chunk that is coded and signed (its own pack and offset don't count), which another process is
-        to write there; `written` tells the outcome. None: it is there already. Thread-safe."""
-        if not chunk.stored_length <= chunk.plain_length <= MAX_CHUNK:
-            raise StoreError(f"a chunk of {chunk.plain_length} bytes can't have {chunk.stored_length} stored ones")
-        return self._packs.reserve(chunk)
+    def reserve(self, chunks: Sequence[StoredChunk]) -> Reserved:
+        """Places for chunks that are coded and signed (their own pack and offset don't count), which another process is
+        to write there; `written` tells the outcome, once for all. Thread-safe."""
+        for chunk in chunks:
+            if not chunk.stored_length <= chunk.plain_length <= MAX_CHUNK:
+                raise StoreError(f"a chunk of {chunk.plain_length} bytes can't have {chunk.stored_length} stored ones")
+        return self._packs.reserve(chunks)
 
-    def written(self, place: Place, stored_length: int, *, whole: bool) -> None:
-        """A chunk is in its place; or, if not `whole`, it never will be, and nothing can be committed."""
-        self._packs.written(place, whole)
+    def written(self, reserved: Reserved, *, whole: bool) -> None:
+        """Chunks are in their places; or, if not `whole`, not all ever will be, and nothing can be committed."""
+        self._packs.written(reserved, whole)
+        new = [
+            length
+            for offset, length in zip(reserved.offsets, reserved.stored_lengths, strict=True)
+            if offset is not None
+        ]
         with self._lock:
             if whole:
-                self.stored_bytes += stored_length
-                self.new_chunks += 1
+                self.stored_bytes += sum(new)
+                self.new_chunks += len(new)
             else:
                 self._error = self._error or StoreError("a chunk could not be written")
 
-    def put(self, plain: Buffer, *, codec: Codec | Choose = Codec.LZ4, payload: Buffer | None = None) -> Digest:
+    def put(
+        self,
+        plain: Buffer,
+        *,
+        codec: Codec | Choose = Codec.LZ4,
+        payload: Buffer | None = None,
+        digest: Digest | None = None,
+    ) -> Digest:
         """Store a chunk unless it is there already; its name. Thread-safe. `codec` may be a function that is asked
-        when the chunk is to be stored.
+        when the chunk is to be stored. `digest` is its name, where that is known.
 
         `payload` is what `codec` makes of the chunk, where somebody has coded it already; they answer for it that it
         decodes to the chunk, which is not tried again here. An all-zero chunk is stored as such all the same.
@@ -183,9 +197,9 @@ class Transaction:
         if payload is not None and (codec not in FLOATS or len(payload) * 8 > len(view) * 7):
             name = codec.name if isinstance(codec, Codec) else str(codec)
             raise StoreError(f"a payload of {len(payload)} bytes is not what {name} stores for {len(view)}")
-        digest = digest_of(view)
+        digest = digest_of(view) if digest is None else digest
         try:
-            if self.lacks(digest, len(view)):
+            if self.lacks([(digest, len(view))])[0]:
                 self._append(digest, view, codec, payload)
         except BaseException as error:
             self._error = self._error or error

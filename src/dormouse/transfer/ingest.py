@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self, TypeVar
@@ -30,7 +30,6 @@ CHUNK_SIZE = 1 << 20
 LARGE = 2 << 20
 """What is at least as long, the ingest's `choose` may store in another way."""
 
-Put = Callable[[Buffer], Digest]
 Choose = Callable[[memoryview], Codec]
 _JOBS_PER_THREAD = 4
 Result = TypeVar("Result")
@@ -41,19 +40,22 @@ class _PooledBuffer(mmap.mmap):
 
 
 class Putter:
-    """Stores buffers for a job. `known` gives the name of one that is stored already, None for another."""
+    """Stores chunks for a job, which has hashed them. `known` tells which are stored already."""
 
     def __init__(self, transaction: Transaction, codec: Codec, choose: Choose | None) -> None:
         self._transaction = transaction
         self._codec = codec
         self._choose = choose
 
-    def __call__(self, plain: Buffer) -> Digest:
-        large = self._choose is not None and len(plain) >= LARGE
-        return self._transaction.put(plain, codec=self._choose if large and self._choose else self._codec)
+    def __call__(self, chunks: Sequence[tuple[Digest, Buffer]]) -> None:
+        for digest, plain in chunks:
+            self._transaction.put(plain, codec=self._codec_for(plain), digest=digest)
 
-    def known(self, plain: Buffer) -> Digest | None:
-        return self._transaction.known(plain)
+    def known(self, chunks: Sequence[tuple[Digest, Buffer]]) -> list[bool]:
+        return self._transaction.has([(digest, len(plain)) for digest, plain in chunks])
+
+    def _codec_for(self, plain: Buffer) -> Codec | Choose:
+        return self._choose if self._choose is not None and len(plain) >= LARGE else self._codec
 
 
 class Ingest:
