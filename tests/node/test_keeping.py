@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class Scripted(FixedTtl):
 
     def on_request(self, model: str, now: float) -> None:
         self.told.append(f"request {model}")
+
+    def on_start(self, model: str, evicted: Sequence[Replica], now: float) -> None:
+        self.told.append(" ".join((f"start {model}", *(f"for {one.model}" for one in evicted))))
 
     def on_gone(self, replica: Replica, view: Cluster, now: float) -> None:
         self.told.append(f"gone {replica.name}")
@@ -86,7 +89,8 @@ async def step_down(tmp_path: Path) -> None:
 def test_an_idle_model_steps_down_layer_by_layer(tmp_path: Path, use: Callable[[Scripted], Scripted]) -> None:
     policy = use(Scripted({"sleep": 0.15, "snapshot": 0.4, "nothing": 0.6}))
     step_down(tmp_path)
-    assert policy.told == ["request mouse", "idle mouse", "gone mouse", "request mouse", "idle mouse", "gone mouse"]
+    once = ["request mouse", "start mouse", "idle mouse", "gone mouse"]
+    assert policy.told == [*once, *once]
 
 
 @on_loop

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dormouse.config import KeepAlivePolicy, ModelConfig, ServeConfig, parse_times
@@ -117,6 +117,11 @@ class Keeping:
         self._plan_end(model, steps)
         self._look_ahead()
         return as_stay(steps, self._loop.time() - now)
+
+    def starting(self, model: str, evicted: Sequence[str]) -> None:
+        """It starts or wakes for a request, and those models give up what they have for it."""
+        view = self._hooks.view()
+        self.policy.on_start(model, [view.replica(name) for name in evicted if name in view], self._clock())
 
     def gone(self, model: str) -> None:
         """Its process is about to be no more."""

@@ -89,6 +89,7 @@ class Node:
         self._evicted_for: dict[str, list[str]] = {}
         self.prewarms: dict[str, int] = {}
         self._in_need: dict[Runner, int] = {}
+        self._ahead: set[str] = set()  # models that are made ready though nobody has asked
         self._host: Host | None = None
         self._history = History(wall_clock)
         self._observers: list[Observer] = [self._history]
@@ -452,6 +453,8 @@ class Node:
         await self._check_gpu(runner)
         self._in_need[runner] = needed
         try:
+            if runner.model.name not in self._ahead:
+                self._keeping.starting(runner.model.name, self._way_for(runner, needed).evict)
             await self._until_room(runner, needed)
         finally:
             del self._in_need[runner]
@@ -649,11 +652,15 @@ class Node:
         if not may_evict and not self._way_for(runner, runner.expected).fits:
             log.info("model %s is not made ready ahead: that would take others' room", runner.model.name)
             return
-        with contextlib.suppress(StoppingError):
-            waiter, lease = await runner.acquire()
-            self.prewarms[runner.model.name] = self.prewarms.get(runner.model.name, 0) + 1
-            await lease.end()
-            runner.release(waiter)
+        self._ahead.add(runner.model.name)
+        try:
+            with contextlib.suppress(StoppingError):
+                waiter, lease = await runner.acquire()
+                self.prewarms[runner.model.name] = self.prewarms.get(runner.model.name, 0) + 1
+                await lease.end()
+                runner.release(waiter)
+        finally:
+            self._ahead.discard(runner.model.name)
 
     def _let_go(self, name: str) -> None:
         """Nobody has asked for a model for so long that its weights need not be in memory."""
