@@ -127,6 +127,22 @@ def test_what_the_policy_expects_is_made_ready_ahead(tmp_path: Path, use: Callab
 
 
 @on_loop
+async def one_for_another(tmp_path: Path) -> None:
+    models = {name: FakeModel(name, weight_bytes=400 << 20) for name in ("one", "two")}
+    config = configure(tmp_path, {name: ModelConfig() for name in models}, memory="700MiB")
+    async with run_node(config, StandInHost(), models) as node:
+        await ask(node, model="one")
+        await ask(node, model="two")
+        assert await ask(node, model="two")
+
+
+def test_the_policy_hears_who_goes_for_a_start(tmp_path: Path, use: Callable[[Scripted], Scripted]) -> None:
+    policy = use(Scripted({}))
+    one_for_another(tmp_path)
+    assert [word for word in policy.told if word.startswith("start")] == ["start one", "start two for one"]
+
+
+@on_loop
 async def test_a_start_ahead_takes_nobodys_room(tmp_path: Path) -> None:
     names = ("one", "two")
     models = {name: FakeModel(name, weight_bytes=400 << 20) for name in names}
