@@ -55,7 +55,7 @@ def load(folder: Path) -> Estimator:
         learned = _checked(text)
     except FileNotFoundError:
         return Estimator()
-    except (OSError, ValueError, msgspec.MsgspecError, RecursionError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         log.warning("what was learned of starts (%s) can't be used, it begins afresh: %s", path, error)
         return Estimator()
     return Estimator.restored(msgspec.to_builtins(learned))
@@ -63,10 +63,10 @@ def load(folder: Path) -> Estimator:
 
 def _checked(text: bytes) -> _Learned:
     if len(text) > _LARGEST:
-        raise ValueError(f"it is larger than {_LARGEST >> 20} MiB")
+        raise msgspec.ValidationError(f"it is larger than {_LARGEST >> 20} MiB")
     learned = msgspec.json.decode(text, type=_Learned)
     if learned.version != _VERSION:
-        raise ValueError(f"it has version {learned.version}, not {_VERSION}")
+        raise msgspec.ValidationError(f"it has version {learned.version}, not {_VERSION}")
     _check((row[4] for row in learned.rates), above=0.0)
     _check((row[5] for row in learned.phases), above=_JUST_BELOW)
     _check((row[1] for row in learned.returns), above=_JUST_BELOW)
@@ -76,4 +76,4 @@ def _checked(text: bytes) -> _Learned:
 def _check(several: Iterable[list[float]], above: float) -> None:
     for samples in several:
         if not all(above < one < math.inf for one in samples):
-            raise ValueError(f"{samples} are no measured times")
+            raise msgspec.ValidationError(f"{samples} are no measured times")
