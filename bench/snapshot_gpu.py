@@ -21,7 +21,8 @@ A Llama of random bfloat16 weights is made and imported; its engine takes 80 % o
 Seconds of a restore end at the first token of an answer, which must be what it was before the capture. The command
 line's own time counts. `peak` is the most host memory taken beyond what was before, page cache left out. Rows are
 independent: one that fails says why, and after `--row-seconds` it has failed. Figures are written after every row; rows
-of an earlier run in the same file stay, marked with its date and the file system of its store, unless they run again.
+of an earlier run in the same file stay, marked with its date, its limits and the file system of its store, unless they
+run again.
 Needs root and CRIU.
 """
 
@@ -610,7 +611,7 @@ def finish(bench: Bench, result: dict[str, Any]) -> None:
     """Write what there is so far."""
     rows = {name: {key: value for key, value in row.items() if key[0] != "_"} for name, row in bench.rows.items()}
     for name, row in rows.items():
-        row |= {"date": result["machine"]["date"], "store": filesystem(bench.scratch)}
+        row |= {"date": result["machine"]["date"], "store": filesystem(bench.scratch), "limits": result["limits"]}
         for kind in ("capture", "restore"):
             if f"{kind}_steps" in row:
                 steps = [_with_gpu_bytes(name, row, fields) for fields in row[f"{kind}_steps"]]
@@ -666,7 +667,10 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
     say("restore, dram (s)", lambda: rows["dram"]["restore_s"])
     say("restore, sleep (s)", lambda: rows["sleep"]["restore_s"])
     say("restore, disk cold (s)", lambda: rows["disk-cold"]["restore_s"])
-    say("1.15 x coded bytes / disk rate + 0.6 (s)", lambda: 1.15 * stored() / result["limits"]["disk read"] + 0.6)
+    say(
+        "1.15 x coded bytes / disk rate + 0.6 (s)",
+        lambda: 1.15 * stored() / rows["disk-cold"]["limits"]["disk read"] + 0.6,
+    )
     say("cold start / restore from dram", lambda: rows["cold"]["cold_s"] / rows["dram"]["restore_s"])
     say("plain CRIU / ours from dram, restore", lambda: rows["raw"]["restore_s"] / rows["dram"]["restore_s"])
     say("plain CRIU / ours from disk, restore", lambda: rows["raw"]["restore_s"] / rows["disk-cold"]["restore_s"])
