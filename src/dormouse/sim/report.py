@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from dormouse.sim.records import PATHS, Records
+from dormouse.sim.records import PATHS
 from dormouse.sim.run import Outcome
 from dormouse.sim.scenario import Published, Scenario
 
@@ -28,13 +28,13 @@ _QUANTILES = (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
 
 
 @dataclass(frozen=True)
-class TenantRow:
-    """What the requests of one group of tenants met; the same figures as in `Row`."""
+class Met:
+    """What requests met: seconds, and shares from 0 to 1. `waited` is the share of those that waited for a start of any
+    kind, `stored` of those for which one came from a snapshot, a template or nothing."""
 
     case: str
     rate: float
     system: str
-    tenant: str
     requests: int
     given_up: int
     start_mean: float
@@ -57,33 +57,17 @@ class TenantRow:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Seconds, bytes, shares from 0 to 1. `gpu_idle` is the part of `gpu_seconds` in which no request ran. `waited` is
-    the share of requests that waited for a start of any kind, `stored` that of those which came from a snapshot, a
-    template or nothing. `waste` is memory held for nobody, in GB-seconds: the sum of the four after it."""
+class TenantRow(Met):
+    """The requests of one group of tenants."""
 
-    case: str
-    rate: float
-    system: str
-    requests: int
-    given_up: int
-    start_mean: float
-    start_p50: float
-    start_p95: float
-    start_p99: float
-    start_max: float
-    ttft_mean: float
-    ttft_p50: float
-    ttft_p95: float
-    ttft_p99: float
-    slo: float
-    hot: float
-    sleep: float
-    snapshot: float
-    template: float
-    cold: float
-    waited: float
-    stored: float
+    tenant: str
+
+
+@dataclass(frozen=True)
+class Row(Met):
+    """All requests, and what the run cost in seconds and bytes. `gpu_idle` is the part of `gpu_seconds` in which no
+    request ran. `waste` is memory held for nobody, in GB-seconds: the sum of the four after it."""
+
     waste: float
     waste_gpu: float
     waste_host: float
@@ -123,10 +107,7 @@ def row_of(outcome: Outcome, slo: float) -> Row:
     ]
     count, median, p99 = outcome.errors
     return Row(
-        case=outcome.load.case,
-        rate=round(outcome.load.rate, 4),
-        system=outcome.system,
-        **_met(outcome.records, slo, None),
+        **_met(outcome, slo, None),
         waste=_round(sum(wasted) / _GB),
         waste_gpu=_round(wasted[0] / _GB),
         waste_host=_round(wasted[1] / _GB),
@@ -158,16 +139,13 @@ def row_of(outcome: Outcome, slo: float) -> Row:
 
 def tenant_rows(outcome: Outcome, slo: float) -> list[TenantRow]:
     """One for each group of tenants; none when the scenario names no tenants."""
-    load = outcome.load
-    groups = dict.fromkeys((tenant.group, tenant.of) for tenant in load.tenants if tenant.name)
-    return [
-        TenantRow(load.case, round(load.rate, 4), outcome.system, name, **_met(outcome.records, slo, number))
-        for number, name in groups
-    ]
+    groups = dict.fromkeys((tenant.group, tenant.of) for tenant in outcome.load.tenants if tenant.name)
+    return [TenantRow(**_met(outcome, slo, number), tenant=name) for number, name in groups]
 
 
-def _met(records: Records, slo: float, tenant: int | None) -> dict[str, Any]:
-    """What requests met: all, or those of one group of tenants."""
+def _met(outcome: Outcome, slo: float, tenant: int | None) -> dict[str, Any]:
+    """The fields of `Met`: of all requests, or of those of one group of tenants."""
+    records = outcome.records
     of = np.frombuffer(records.tenant, dtype=np.int32) if len(records) else np.zeros(0, dtype=np.int32)
     chosen = np.ones(len(of), dtype=bool) if tenant is None else of == tenant
     start, first = (_column(column, chosen, np.float64) for column in (records.start, records.first))
@@ -175,6 +153,9 @@ def _met(records: Records, slo: float, tenant: int | None) -> dict[str, Any]:
     total = int(chosen.sum())
     shares = (np.bincount(path, minlength=len(PATHS)) / len(path)).tolist() if total else [0.0] * len(PATHS)
     return {
+        "case": outcome.load.case,
+        "rate": round(outcome.load.rate, 4),
+        "system": outcome.system,
         "requests": total,
         "given_up": int(given_up.sum()),
         "start_mean": _round(start.mean()),
