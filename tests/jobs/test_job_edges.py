@@ -183,7 +183,8 @@ def test_arguments_that_are_no_text(dormouse: Dormouse) -> None:
     (job,) = dormouse.do("jobs")
     assert job["argv"][-1] == r"a\xff"  # type: ignore[index,call-overload]
     dormouse.checkpoint("odd", "--leave-running")
-    assert dormouse.do("stop", "odd", "--grace", "0") == {"name": "odd", "killed": True}
+    assert dormouse.do("stop", "odd", "--grace", "0")["name"] == "odd"  # it may have ended before it could be killed
+    assert dormouse.do("jobs") == []
 
 
 @pytest.mark.root

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from dormouse.data_dir import DataDir
 from dormouse.errors import ConfigError, DamagedError, DormouseError, IncompatibleError, NotFoundError, SnapshotError
+from dormouse.jobs import launch
 from dormouse.jobs.control import ControlSocket, Request, ask, free_name, running_jobs
 from dormouse.jobs.explain import explained
 from dormouse.jobs.hook_calls import parse_unix
@@ -301,3 +302,20 @@ def test_input_takes_no_more_than_the_job_has_room_for() -> None:
         os.close(feeding)
         os.close(reading)
         os.close(source)
+
+
+def test_a_job_that_ends_while_it_is_killed_was_not_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its keeper takes the question, and is gone before it answers."""
+    asked: list[str] = []
+
+    def answer(_data_dir: DataDir, name: str, request: Request, **_more: object) -> dict[str, object]:
+        asked.append(request.verb)
+        if request.verb == "kill":
+            raise SnapshotError(f"the keeper of job {name} ended without an answer")
+        if asked.count("status") == 2:
+            raise NotFoundError(f"no job {name} runs")
+        return {}
+
+    monkeypatch.setattr(launch, "ask", answer)
+    assert launch.stop_job(DataDir(tmp_path), "job", 0.0) == {"name": "job", "killed": False}
+    assert asked == ["stop", "kill", "status", "status"]

@@ -36,6 +36,7 @@ Emit = Callable[[dict[str, Any]], None]
 MAX_REPLICAS = 64
 _POLL = 0.1
 _KILL_TIMEOUT = 120.0
+_ENDING = 2.0
 _LONGEST_PID = 10
 
 
@@ -151,6 +152,13 @@ def stop_job(data_dir: DataDir, name: str, grace: float) -> dict[str, Any]:
     try:
         ask(data_dir, name, Request("kill"), timeout=_KILL_TIMEOUT)
     except NotFoundError:
+        return {"name": name, "killed": False}
+    except SnapshotError:  # it may just be ending, as it was asked to before
+        deadline = time.monotonic() + _ENDING
+        while _runs(data_dir, name):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL)
         return {"name": name, "killed": False}
     return {"name": name, "killed": True}
 
