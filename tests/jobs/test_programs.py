@@ -143,6 +143,9 @@ def test_connections_within_the_tree_go_on(dormouse: Dormouse, tmp_path: Path) -
     snapshot = dormouse.checkpoint()
     assert job.code() == 0
     lines = job.lines()
+    assert "only a network of its own can have again" in dormouse.refused(
+        "restore", snapshot, "--net", "host", expect=2
+    )
     (tmp_path / "stop").touch()
     again = dormouse.start("restore", snapshot)
     assert again.code(60) == 0

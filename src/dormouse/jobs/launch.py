@@ -232,6 +232,11 @@ def _checked(record: JobRecord) -> JobRecord:
             "a job on the host's network has its ports there already; --publish is for a network of its own",
             remedy="Leave out --publish, or --net host",
         )
+    if record.connections == "kept" and record.network == "host":
+        raise ConfigError(
+            "the snapshot has TCP connections of the job with itself, which only a network of its own can have again",
+            remedy="Restore it with --net own, or capture it with --close-connections",
+        )
     return record
 
 

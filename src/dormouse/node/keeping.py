@@ -32,7 +32,6 @@ from dormouse.schedule.keepalive import (
     Steps,
 )
 
-_DAY = 86_400.0
 _RETRY = 60.0  # a provisioned model that is not there is started anew as often
 _SOONEST = 0.01
 
@@ -87,10 +86,7 @@ class Keeping:
         self.policy = make_policy(config, estimator)
         self.name = config.keep_alive_policy
         self._forever = {name for name, one in config.models.items() if math.isinf(one.keep_alive)}
-        provisioned = {name: one for name, one in config.models.items() if one.provisioned}
-        minima = [minimum for one in provisioned.values() for minimum in _minima(one)]
-        self._provisioned = tuple(provisioned)
-        self._borders = {border % _DAY for one in minima for border in (one.since, one.until)}
+        self._provisioned = tuple(name for name, one in config.models.items() if one.provisioned)
         self._clock = clock
         self._hooks = hooks
         self._loop = asyncio.get_running_loop()
@@ -160,18 +156,14 @@ class Keeping:
         if self._provisioned and not self._closed:
             for model in self.policy.missing(self._hooks.view(), self._clock()):
                 self._hooks.start(model, True)
-            self._at("provisioned", self._clock() + self._until_border(), self._border)
+            now = self._clock()
+            self._at("provisioned", min(now + _RETRY, self.policy.next_border(now)) + _SOONEST, self._border)
 
     def close(self) -> None:
         """No more."""
         self._closed = True
         for timer in self._timers.values():
             timer.cancel()
-
-    def _until_border(self) -> float:
-        second = self._clock() % _DAY
-        ahead = [(border - second) % _DAY or _DAY for border in self._borders]
-        return min([_RETRY, *ahead]) + _SOONEST
 
     def _border(self) -> None:
         for model in self._provisioned:
