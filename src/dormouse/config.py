@@ -15,10 +15,20 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from dormouse.data_dir import HOME_VARIABLE, default_data_dir
@@ -180,6 +190,25 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class ScalingConfig(_Settings):
+    """How many replicas a model has while it is asked for, in Knative's words and with its defaults."""
+
+    target: Annotated[float, Field(gt=0)] | None = None
+    """Requests that a replica should have at once. Left out: max_concurrent."""
+    utilization: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Share of the target that is aimed at (0..1), so that there is room for the next request."""
+    stable_window: Duration = 60.0
+    """The mean of requests over so long decides."""
+    panic_window: Duration = 6.0
+    """When that over so long asks for panic_threshold times the replicas, it decides, and none goes for a while."""
+    panic_threshold: Annotated[float, Field(gt=1)] = 2.0
+    """From so many times the replicas on (more than 1)."""
+    max_up_rate: Annotated[float, Field(gt=1)] = 1000.0
+    """At once there may be so many times more (more than 1)."""
+    max_down_rate: Annotated[float, Field(gt=1)] = 2.0
+    """At once there may be so many times fewer (more than 1)."""
+
+
 class ModelConfig(_Settings):
     """How one model is served."""
 
@@ -189,8 +218,12 @@ class ModelConfig(_Settings):
     """Where it runs: cpu, cuda or cuda:N."""
     keep_alive: KeepAlive = 300.0
     """How long an idle model stays ready before it sleeps: seconds, 90s, 5m, 1h, or forever (under every policy)."""
-    provisioned: bool | tuple[TimesOfDay, ...] = False
-    """true: it is started ahead and stays ready. A list such as ["08:00-18:00"]: at these times of the day, in UTC."""
+    provisioned: StrictBool | Annotated[int, Field(ge=1, le=64)] | tuple[TimesOfDay, ...] = False
+    """true or a number: so many replicas are started ahead and stay. ["08:00-18:00"]: one, at these times, in UTC."""
+    max_replicas: Annotated[int, Field(ge=1, le=64)] = 1
+    """Replicas there may be at once (1..64), all on its device, where they share the weights."""
+    scaling: ScalingConfig = ScalingConfig()
+    """When there are more and fewer of them."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the worker (1..1024). Left out: one per core."""
     context: Annotated[int, Field(ge=16)] | None = None
@@ -204,9 +237,17 @@ class ModelConfig(_Settings):
     sleep: bool = True
     """true: an idle model's process stays in memory, without weights, while there is room (`sleep_memory`)."""
     max_concurrent: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Requests the worker handles at once (1..1024); more of them wait in the queue."""
+    """Requests a replica handles at once (1..1024); more of them wait, or are another replica's."""
     adapters: tuple[ModelName, ...] = ()
     """Imported LoRA adapters of this model that are served from the start, each under its own name."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if isinstance(self.provisioned, int) and self.provisioned > self.max_replicas:
+            raise ValueError(f"provisioned ({self.provisioned}) is more than max_replicas ({self.max_replicas})")
+        if self.scaling.panic_window > self.scaling.stable_window:
+            raise ValueError("scaling.panic_window is longer than scaling.stable_window")
+        return self
 
 
 class ServeConfig(_Settings):

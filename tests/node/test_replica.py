@@ -32,7 +32,6 @@ from dormouse.phases import Phase, Phases
 
 def new_replica(
     keep_alive: float = 10.0,
-    max_queue: int = 4,
     max_concurrent: int = 2,
     snapshots: bool = True,
     snapshot_id: str | None = None,
@@ -41,7 +40,6 @@ def new_replica(
     return Replica(
         "mouse",
         stay=lambda now: r.Stay(now + keep_alive),
-        max_queue=max_queue,
         max_concurrent=max_concurrent,
         snapshots=snapshots,
         snapshot_id=snapshot_id,
@@ -78,14 +76,6 @@ def test_many_requests_share_one_restore() -> None:
     assert replica.handle(r.Request(2), 0.5) == []
     start = Start("snapshot", 1.0)
     assert replica.handle(r.Done(), 1.0) == [r.Ready(start, Phases(0.0)), r.Serve(1, start), r.Serve(2, start)]
-
-
-def test_one_too_many_is_refused_with_a_time_to_come_back() -> None:
-    replica = new_replica(max_queue=1)
-    replica.handle(r.Request(1), 0.0)
-    (refusal,) = replica.handle(r.Request(2), 0.0)
-    assert isinstance(refusal, r.Fail) and isinstance(refusal.error, BusyError)
-    assert refusal.error.retry_after >= 1.0
 
 
 def test_first_idle_captures_then_sleeps() -> None:
@@ -607,7 +597,7 @@ class AnyOrder(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.replica = new_replica(max_queue=3, max_concurrent=2, dozes=True)
+        self.replica = new_replica(max_concurrent=2, dozes=True)
         self.operation: r.Operation | None = None
         self.workers = 0
         self.parked = False

@@ -63,7 +63,6 @@ MAX_CAPTURE_FAILURES = 3
 MAX_RESTORE_FAILURES = 2
 MAX_QUARANTINES = 3
 STOP_RETRY = 5.0
-_FIRST_GUESS = 5.0
 
 
 class State(StrEnum):
@@ -122,9 +121,11 @@ def judge(error: DormouseError) -> Verdict:
 
 @dataclass(frozen=True)
 class Request:
-    """Someone wants to use the model. `waiter` is a number never used before."""
+    """Someone wants to use the model. `waiter` is a number never used before; `since`: it has waited elsewhere since
+    then."""
 
     waiter: int
+    since: float | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,13 @@ class Offer:
 
 
 @dataclass(frozen=True)
+class Renew:
+    """Another replica of the model has been captured: its snapshot takes the place of what this one would use."""
+
+    snapshot_id: str
+
+
+@dataclass(frozen=True)
 class Withdraw:
     """A snapshot must not be used any more."""
 
@@ -221,6 +229,7 @@ Event = (
     | WorkerDied
     | Sleep
     | Offer
+    | Renew
     | Withdraw
     | OfferTemplate
     | Tick
@@ -392,7 +401,6 @@ class Replica:
         model: str,
         *,
         stay: Callable[[float], Stay],
-        max_queue: int,
         max_concurrent: int,
         snapshots: bool,
         snapshot_id: str | None,
@@ -409,12 +417,11 @@ class Replica:
         self.idle_since: float | None = None
         self.stays = Stay()
         self._stay = stay
-        self._max_queue = max_queue
         self._max_concurrent = max_concurrent
         self._snapshots = snapshots
         self._dozes = dozes
         self._waiters: dict[int, _Waiter] = {}
-        self._running: set[int] = set()
+        self._running: dict[int, float] = {}
         self._attempt: Starting = StartCold()
         self._proven = True
         self._restore_failures = 0
@@ -426,7 +433,8 @@ class Replica:
         self._closing = False
         self._began = now
         self._starts = 0
-        self._last_start: Start | None = None
+        self._ready_at: float | None = None
+        self.last_start: Start | None = None
         self._retry_stop_at: float | None = None
         self._effects: list[Effect] = []
 
@@ -439,6 +447,15 @@ class Replica:
     def in_flight(self) -> int:
         """Requests that use the worker."""
         return len(self._running)
+
+    @property
+    def running_since(self) -> tuple[float, ...]:
+        """Since when it has each of them."""
+        return tuple(self._running.values())
+
+    def began(self, waiter: int) -> float | None:
+        """Since when a request has the worker; None when it has not."""
+        return self._running.get(waiter)
 
     @property
     def next_path(self) -> StartPath:
@@ -467,7 +484,7 @@ class Replica:
         """Take one event; what is to be done about it comes back in order."""
         match event:
             case Request():
-                self._request(event.waiter, now)
+                self._request(event, now)
             case Leave():
                 self._leave(event.waiter)
             case Done():
@@ -481,11 +498,11 @@ class Replica:
                     self._worker_died(event.error, now)
             case Sleep():
                 self._press(event)
-            case Offer() | Withdraw() | OfferTemplate() | Replan():
+            case Offer() | Renew() | Withdraw() | OfferTemplate() | Replan():
                 self._take_note(event, now)
             case Shutdown():
                 self._closing = True
-                self._fail_waiters(_shutting_down(self.model))
+                self._fail_waiters(shutting_down(self.model))
             case Tick():
                 if self._retry_stop_at is not None and now >= self._retry_stop_at:
                     self._operate(State.STOPPING, Stop(), now)
@@ -493,24 +510,19 @@ class Replica:
         effects, self._effects = self._effects, []
         return effects
 
-    def _request(self, waiter: int, now: float) -> None:
+    def _request(self, event: Request, now: float) -> None:
         if self._closing:
-            self._effects.append(Fail(waiter, _shutting_down(self.model)))
-        elif len(self._waiters) >= self._max_queue:
-            expected = self._last_start.seconds if self._last_start else _FIRST_GUESS
-            error = BusyError(
-                f"{len(self._waiters)} requests already wait for model {self.model}",
-                retry_after=max(1.0, expected),
-                remedy="Try again later, or raise max_queue",
-            )
-            self._effects.append(Fail(waiter, error))
-        else:
-            self._waiters[waiter] = _Waiter(now, self._starts)
+            self._effects.append(Fail(event.waiter, shutting_down(self.model)))
+            return
+        seen = self._starts
+        if event.since is not None and self._ready_at is not None and event.since < self._ready_at:
+            seen -= 1  # it has waited for the latest start
+        self._waiters[event.waiter] = _Waiter(now if event.since is None else event.since, seen)
 
     def _leave(self, waiter: int) -> None:
         self._waiters.pop(waiter, None)
         if waiter in self._running:
-            self._running.discard(waiter)
+            del self._running[waiter]
             self._prove()
 
     def _prove(self) -> None:
@@ -529,7 +541,7 @@ class Replica:
             self._recapture = True
             self._capture_failures = self._quarantines = 0
 
-    def _take_note(self, event: Offer | Withdraw | OfferTemplate | Replan, now: float) -> None:
+    def _take_note(self, event: Offer | Renew | Withdraw | OfferTemplate | Replan, now: float) -> None:
         match event:
             case Replan():
                 if self.state is State.READY and self.idle_since is not None:
@@ -537,6 +549,9 @@ class Replica:
             case Offer():
                 self._quarantines = 0
                 if self._snapshots and self.snapshot_id is None:
+                    self._use(event.snapshot_id)
+            case Renew():
+                if self._snapshots and self.snapshot_id != event.snapshot_id:
                     self._use(event.snapshot_id)
             case Withdraw():
                 if self.snapshot_id == event.snapshot_id:
@@ -594,13 +609,14 @@ class Replica:
             self._operate(State.STOPPING, Stop(), now)
 
     def _started(self, event: Done, now: float) -> None:
-        self._last_start = Start(_PATHS[type(self._attempt)], now - self._began)
+        self.last_start = Start(_PATHS[type(self._attempt)], now - self._began)
+        self._ready_at = now
         self._proven = False
         if event.proven:
             self._prove()
         self._starts += 1
         self.last_error = None
-        self._effects.append(Ready(self._last_start, event.phases))
+        self._effects.append(Ready(self.last_start, event.phases))
         self._enter(State.READY, now)
 
     def _failed(self, event: Failed, now: float) -> None:
@@ -749,8 +765,8 @@ class Replica:
         while self._waiters and len(self._running) < self._max_concurrent:
             number = next(iter(self._waiters))
             waiter = self._waiters.pop(number)
-            self._running.add(number)
-            start = self._last_start if waiter.starts < self._starts else None
+            self._running[number] = now
+            start = self.last_start if waiter.starts < self._starts else None
             self._effects.append(Serve(number, start or Start("hot", now - waiter.arrived)))
 
     @property
@@ -799,5 +815,6 @@ def path_of(operation: Starting) -> StartPath:
     return _PATHS[type(operation)]
 
 
-def _shutting_down(model: str) -> StoppingError:
+def shutting_down(model: str) -> StoppingError:
+    """What a request gets that comes too late."""
     return StoppingError(f"the node is shutting down, model {model} is not started any more", remedy="Try again later")

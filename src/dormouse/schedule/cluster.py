@@ -183,6 +183,7 @@ class Replica:
     ready_at: float = 0.0
     expected: float = 0.0
     pinned: bool = False
+    measured: tuple[int, int] | None = None  # bytes of each of its GPUs, of the host; else what its model's take
 
     @property
     def idle(self) -> bool:
@@ -499,6 +500,8 @@ class Cluster:
 
     def takes(self, replica: Replica) -> tuple[int, int]:
         """Bytes of each of its GPUs, and of the host."""
+        if replica.measured is not None:
+            return replica.measured
         model = self._models[replica.model]
         if replica.state is State.SLEEPING:
             return model.asleep_bytes, model.process_bytes

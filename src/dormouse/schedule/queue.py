@@ -114,9 +114,18 @@ class Queue:
         self._requests[request.name] = request
         self._line_up(request)
 
-    def remove(self, name: str, view: Cluster) -> bool:
-        """It has been given up, or has timed out; False when it did not wait."""
-        view.release(name)
+    def straight(self, request: Request) -> bool:
+        """Whether a request may take a free slot at once, past this queue: nobody of its model waits, and its tenant is
+        not at its cap. Then it counts as placed."""
+        if request.model in self._lines or self._capped(request.tenant):
+            return False
+        self._running[request.tenant] = self._running.get(request.tenant, 0) + 1
+        return True
+
+    def remove(self, name: str, view: Cluster | None = None) -> bool:
+        """It has been given up, or has timed out; False when it did not wait. `view`: where it may have a claim."""
+        if view is not None:
+            view.release(name)
         request = self._requests.get(name)
         if request is None:
             return False
@@ -129,6 +138,11 @@ class Queue:
         parked = self._parked.get(request.tenant)
         if parked:
             self._line_up(self._requests[parked.pop(0)[1]])
+
+    def look_anew(self) -> None:
+        """The next dispatch gets another view: what was found in the last one holds no more."""
+        self._waits.clear()
+        self._behind.clear()
 
     def dispatch(
         self,

@@ -127,8 +127,7 @@ def _device(need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: fl
     missing = need - free
     if missing <= 0:
         return _Device(0.0, 0.0, queue, free, gpu, (), ())
-    models = view.models
-    idle = [(worth(one), models[one.model].device_bytes, one.name) for one in view.idle_on_gpu(node, gpu)]
+    idle = [(worth(one), view.takes(one)[0], one.name) for one in view.idle_on_gpu(node, gpu)]
     gone, freed, loss = _cheapest(idle, missing)
     missing -= freed
     if missing <= 0:
@@ -136,7 +135,7 @@ def _device(need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: fl
     wait, blockers = 0.0, []
     busy = {one.name: one for one in view.replicas_on_gpu(node, gpu) if not (one.idle or one.pinned)}
     for end, name in sorted((ends(one, now), name) for name, one in busy.items()):
-        wait, missing = end, missing - view.model(busy[name].model).device_bytes
+        wait, missing = end, missing - view.takes(busy[name])[0]
         loss += worth(busy[name])
         blockers.append(name)
         if missing <= 0:

@@ -1,0 +1,188 @@
+"""The replicas of one model on this host: which one leads, which takes a request, what they hold together.
+
+    Runners (one for each replica that there may be) -> Standings for schedule/, one status for people
+
+All of a model's replicas run on its one device, and map the same weights there: these are counted once, with the
+replica that *bears* them, and whoever starts beside it needs none. The others bear them in turn when it goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
+
+from dormouse.config import ModelConfig
+from dormouse.node.forecast import Standing
+from dormouse.node.parts import Model
+from dormouse.node.presence import ModelStatus
+from dormouse.node.replica import State
+from dormouse.node.runner import Runner
+from dormouse.node.templates import TemplateSpec
+
+_RANK = (
+    State.READY,
+    State.RESUMING,
+    State.WAKING,
+    State.RESTORING,
+    State.STARTING,
+    State.QUIESCING,
+    State.CAPTURING,
+    State.DOZING,
+    State.STOPPING,
+    State.ASLEEP,
+)
+_COMING = (State.RESUMING, State.WAKING, State.RESTORING, State.STARTING)
+_AWAKE = (State.READY, *_COMING)
+
+
+class Crew:
+    """One model's replicas, of which the first is named as the model is. `template` is what they could start from,
+    `usual` tells how many seconds its requests take."""
+
+    def __init__(
+        self,
+        model: Model,
+        settings: ModelConfig,
+        runners: Sequence[Runner],
+        template: TemplateSpec | None,
+        *,
+        usual: Callable[[], float],
+    ) -> None:
+        self.model = model
+        self.name = model.name
+        self.settings = settings
+        self.runners = tuple(runners)
+        self.template = template
+        self._usual = usual
+        self.held_off_until = 0.0
+        """By the event loop's clock; until then no replica starts beside those that there are."""
+
+    def __iter__(self) -> Iterator[Runner]:
+        return iter(self.runners)
+
+    @property
+    def leader(self) -> Runner:
+        """The one that is nearest to being ready."""
+        return min(self.runners, key=lambda runner: _RANK.index(runner.replica.state))
+
+    @property
+    def ready(self) -> list[Runner]:
+        """Those that are ready, the first first."""
+        return [runner for runner in self.runners if runner.replica.state is State.READY]
+
+    @property
+    def awake(self) -> list[Runner]:
+        """Those that are ready or will be."""
+        return [runner for runner in self.runners if runner.replica.state in _AWAKE]
+
+    @property
+    def bound(self) -> int:
+        """Requests that wait at one of them."""
+        return sum(runner.replica.waiting for runner in self.runners)
+
+    @property
+    def load(self) -> int:
+        """Requests that they have, those that wait there included."""
+        return sum(runner.load for runner in self.runners)
+
+    def open(self) -> Runner | None:
+        """The one that takes a request at once: the least loaded that is ready, or one that is just being parked."""
+        free = [runner for runner in self.ready if runner.load < runner.slots]
+        if free:
+            return min(free, key=lambda runner: runner.load)
+        parked = (runner for runner in self.runners if runner.replica.state is State.QUIESCING)
+        return next((runner for runner in parked if runner.load < runner.slots), None)
+
+    def named(self, name: str) -> Runner:
+        """The one of that name."""
+        return next(runner for runner in self.runners if runner.name == name)
+
+    def to_start(self, but: Set[Runner] = frozenset()) -> Runner:
+        """The one that starts next: one whose process dozes, else one that has none, or will have none soon. `but`:
+        rather none of these."""
+        order = (State.DOZING, State.ASLEEP, State.STOPPING, State.CAPTURING)
+        idle = [
+            runner
+            for runner in self.runners
+            if runner.replica.state in order and not runner.replica.waiting and runner not in but
+        ]
+        return min(idle, key=lambda runner: order.index(runner.replica.state), default=self.leader)
+
+    # Memory
+
+    @property
+    def bearer(self) -> Runner | None:
+        """The one with which the weights are counted: of those that have them, the one that will probably go last."""
+        having = [runner for runner in self.runners if runner.admitted]
+        return max(having, key=lambda runner: runner.replica.idle_since or float("inf"), default=None)
+
+    def held(self, runner: Runner) -> int:
+        """Bytes of the host's memory to count for one of them now."""
+        return runner.held - (0 if runner is self.bearer else runner.shared_bytes)
+
+    def needed(self, runner: Runner) -> int:
+        """Bytes of the host's memory that it is expected to take from a start on."""
+        return runner.expected - self._mapped(runner)
+
+    def needed_on_gpu(self, runner: Runner) -> int:
+        """The same of its GPU."""
+        return runner.gpu_bytes - self._mapped(runner) if runner.gpu else 0
+
+    def _mapped(self, runner: Runner) -> int:
+        """Bytes of weights that another one has mapped already."""
+        bearer = self.bearer
+        return 0 if bearer is None or bearer is runner else runner.shared_bytes
+
+    def standing(self, runner: Runner, shift: float) -> Standing:
+        """One of them for the view of schedule/, whose clock is `shift` ahead of the event loop's."""
+        one = runner.standing(shift)
+        one = replace(
+            one,
+            needs_host=self.needed(runner),
+            needs_gpu=self.needed_on_gpu(runner),
+            usual=self._usual(),
+            most=self._most(),
+        )
+        if not runner.admitted or runner is self.bearer:
+            return one
+        gpu = one.gpu_bytes - runner.shared_bytes if one.gpu else 0
+        return replace(one, host_bytes=one.host_bytes - runner.shared_bytes, gpu_bytes=gpu)
+
+    def _most(self) -> int:
+        """How many there may be now."""
+        held_off = asyncio.get_running_loop().time() < self.held_off_until
+        return max(len(self.awake), 1) if held_off else len(self.runners)
+
+    def standings(self, shift: float, starting: Mapping[Runner, int] | None = None) -> list[Standing]:
+        """All of them; those that wait for memory have so much of the host's already."""
+        found = []
+        for runner in self.runners:
+            one = self.standing(runner, shift)
+            if starting and runner in starting and not runner.admitted:
+                one = replace(one, host_bytes=max(starting[runner], one.host_bytes), gpu_bytes=one.needs_gpu)
+            found.append(one)
+        return found
+
+    # For people
+
+    def status(self, waiting: int, adapters: tuple[str, ...], wall_time: float) -> ModelStatus:
+        """The model now; `waiting` requests wait at none of its replicas."""
+        leader = self.leader
+        errors = [runner.replica.last_error for runner in (leader, *self.runners)]
+        return ModelStatus(
+            name=self.name,
+            state=leader.replica.state.value,
+            since=leader.since(wall_time),
+            in_flight=self.load - self.bound,
+            waiting=self.bound + waiting,
+            rss_bytes=sum(runner.resident_bytes for runner in self.runners),
+            snapshot_id=leader.replica.snapshot_id,
+            last_error=next((str(error) for error in errors if error is not None), None),
+            adapters=adapters,
+            replicas={
+                runner.name: runner.replica.state.value
+                for runner in self.runners
+                if runner is leader or runner.replica.state is not State.ASLEEP
+            },
+        )

@@ -1,0 +1,295 @@
+"""Which request runs where on this host: the queue and the placement of schedule/, over the replicas that there are.
+
+    ask -> a slot is free and nobody of the model waits -----------------------------------------> Seat at a replica
+        -> Queue.push -> dispatch (a view of now, place) -> commit: a slot, a start, or the place stays claimed -^
+                             ^-- soon after any change, and once a second while somebody waits
+
+A request is bound to a replica only when that has room for it at once, or starts for it; the others wait here, so that
+they get the slot that is free first. When a start fails and no other replica of the model is there, all that wait for
+the model get its error: for each of them to try in turn would only take longer. When others are there, who has waited
+for the failed one waits on, and for a while no replica starts beside them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from dormouse.errors import BusyError, DormouseError, StoppingError
+from dormouse.node.crew import Crew
+from dormouse.node.forecast import HERE
+from dormouse.node.replica import shutting_down
+from dormouse.node.runner import Lease, Runner
+from dormouse.schedule.cluster import Claim, Cluster, Replica, Request, Running, State
+from dormouse.schedule.estimate import Estimator
+from dormouse.schedule.place import Decision, Option
+from dormouse.schedule.queue import Fairness, Queue
+from dormouse.schedule.room import Worth
+
+log = logging.getLogger(__name__)
+
+HOLD_OFF = 30.0
+"""Seconds after a start beside other replicas has failed in which none is tried again."""
+_LOOK_AGAIN = 1.0
+_FIRST_GUESS = 5.0
+_NEWEST = 0.2  # share of the newest request in what requests of a model usually take
+
+
+class Around(Protocol):
+    """What placing asks of the node. `blocked`: why a model can't start at all, as the memory is."""
+
+    def view(self) -> Cluster: ...
+
+    def worth_of(self, view: Cluster) -> Worth: ...
+
+    def now(self) -> float: ...
+
+    def blocked(self, crew: Crew) -> DormouseError | None: ...
+
+    def changed(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Seat:
+    """A request at a replica; `lease` is there once the replica is ready."""
+
+    request: Request
+    runner: Runner
+    waiter: int
+    lease: asyncio.Future[Lease]
+    since: float
+
+
+@dataclass(eq=False)
+class _Waiting:
+    crew: Crew
+    request: Request
+    since: float  # by the event loop's clock
+    seat: asyncio.Future[Seat] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Placing:
+    """For one node, on its event loop."""
+
+    def __init__(
+        self,
+        crews: Mapping[str, Crew],
+        fairness: Fairness,
+        max_queue: int,
+        estimator: Estimator,
+        around: Around,
+    ) -> None:
+        self._crews = crews
+        self._max_queue = max_queue
+        self._estimator = estimator
+        self._around = around
+        self._loop = asyncio.get_running_loop()
+        self._queue = Queue(fairness)
+        self._numbers = itertools.count(1)
+        self._waiting: dict[str, _Waiting] = {}
+        self._claims: list[Claim] = []
+        self._usual: dict[str, float] = {}
+        self._soon: asyncio.Handle | None = None
+        self._later: asyncio.TimerHandle | None = None
+        self._closing = False
+
+    def waiting(self, model: str) -> int:
+        """Requests for a model that wait at none of its replicas."""
+        return sum(one.request.model == model for one in self._waiting.values())
+
+    def usual(self, model: str) -> float:
+        """Seconds that its requests took lately; 0 before the first one."""
+        return self._usual.get(model, 0.0)
+
+    async def ask(self, crew: Crew, tenant: str = "", priority: int = 0) -> Seat:
+        """A seat at a replica that is ready, for `leave`. Raises BusyError, StoppingError, and what the last start path
+        raised or kept the model from starting."""
+        request = Request(f"request {next(self._numbers)}", crew.name, self._around.now(), priority, tenant)
+        since = self._loop.time()
+        while True:
+            seat = await self._seat(crew, request, since)
+            try:
+                await asyncio.wait([seat.lease])
+                seat.lease.result()
+            except BaseException as error:
+                self.leave(seat)
+                if not isinstance(error, DormouseError) or not self._goes_on_without(seat, crew, error):
+                    raise
+            else:
+                return seat
+
+    def leave(self, seat: Seat) -> None:
+        """The request is over, or goes without having been served."""
+        self._queue.finished(seat.request)
+        if seat.lease.done() and not seat.lease.cancelled() and seat.lease.exception() is None:
+            self._note_usual(seat)
+        seat.runner.release(seat.waiter)
+        self.look()
+
+    def look(self) -> None:
+        """Something has changed: see, soon, whether somebody who waits can go on."""
+        if self._waiting and self._soon is None and not self._closing:
+            self._soon = self._loop.call_soon(self._dispatch)
+
+    def close(self) -> None:
+        """All who wait get an error, as everybody does from now on."""
+        self._closing = True
+        for timer in (self._soon, self._later):
+            if timer is not None:
+                timer.cancel()
+        for one in list(self._waiting.values()):
+            self._fail(one, shutting_down(one.crew.name))
+
+    # One request
+
+    async def _seat(self, crew: Crew, request: Request, since: float) -> Seat:
+        """Wait until a replica has room for it, or starts for it."""
+        open_one = crew.open()
+        if open_one is not None and not self._is_claimed(open_one) and self._queue.straight(request):
+            return self._sit_down(request, open_one, since)
+        self._check_length(crew)
+        one = self._waiting[request.name] = _Waiting(crew, request, since)
+        self._queue.push(request)
+        self._around.changed()
+        self.look()
+        try:
+            return await one.seat
+        except BaseException:
+            if one.seat.done() and not one.seat.cancelled() and one.seat.exception() is None:
+                self.leave(one.seat.result())  # it was given a place while it went away
+            elif self._waiting.pop(request.name, None) is not None:
+                self._forget(request)
+            raise
+
+    def _is_claimed(self, runner: Runner) -> bool:
+        """Whether somebody else waits for its place, so that it must drain."""
+        gpus = frozenset({int(runner.gpu.partition(":")[2])}) if runner.gpu else frozenset()
+        return any(claim.whole or claim.gpus & gpus for claim in self._claims)
+
+    def _sit_down(self, request: Request, runner: Runner, since: float) -> Seat:
+        waiter, lease = runner.enter(since)
+        return Seat(request, runner, waiter, lease, since)
+
+    def _check_length(self, crew: Crew) -> None:
+        if self._closing:
+            raise shutting_down(crew.name)
+        if self.waiting(crew.name) + crew.bound < self._max_queue:
+            return
+        last = crew.leader.replica.last_start
+        raise BusyError(
+            f"{self._max_queue} requests already wait for model {crew.name}",
+            retry_after=max(1.0, last.seconds if last is not None else _FIRST_GUESS),
+            remedy="Try again later, or raise max_queue",
+        )
+
+    def _goes_on_without(self, seat: Seat, crew: Crew, error: DormouseError) -> bool:
+        """Whether a request whose start has failed waits for the other replicas. If there is none, all who wait for the
+        model fail with it."""
+        if isinstance(error, StoppingError) or self._closing:
+            return False
+        if any(runner is not seat.runner for runner in crew.awake):
+            log.warning("model %s goes on without its replica %s: %s", crew.name, seat.runner.name, error)
+            crew.held_off_until = self._loop.time() + HOLD_OFF
+            return True
+        self._fail_all(crew, error)
+        return False
+
+    def _fail_all(self, crew: Crew, error: DormouseError) -> None:
+        for one in [one for one in self._waiting.values() if one.crew is crew]:
+            self._fail(one, error)
+
+    def _fail(self, one: _Waiting, error: DormouseError) -> None:
+        del self._waiting[one.request.name]
+        self._forget(one.request)
+        if not one.seat.done():
+            one.seat.set_exception(error)
+
+    def _forget(self, request: Request) -> None:
+        self._queue.remove(request.name)
+        self._claims = [claim for claim in self._claims if claim.request != request.name]
+        self._around.changed()
+
+    def _note_usual(self, seat: Seat) -> None:
+        """How long it had its slot."""
+        began = seat.runner.replica.began(seat.waiter)
+        if began is None:
+            return
+        took, name = self._loop.time() - began, seat.request.model
+        before = self._usual.get(name, took)
+        self._usual[name] = before + _NEWEST * (took - before)
+
+    # All who wait
+
+    def _dispatch(self) -> None:
+        self._soon = None
+        if not self._waiting or self._closing:
+            return
+        view = self._around.view()
+        for claim in self._claims:
+            if claim.request in self._waiting and view.claimable(claim.node, claim.gpus, whole=claim.whole):
+                view.claim(claim)
+        self._queue.look_anew()
+        self._queue.dispatch(
+            view,
+            self._estimator,
+            self._around.now(),
+            lambda decision: self._commit(decision, view),
+            self._around.worth_of(view),
+        )
+        claims = (view.claim_of(name) for name in self._waiting)
+        self._claims = [claim for claim in claims if claim is not None]
+        for crew in {one.crew for one in self._waiting.values()}:
+            if not crew.awake and (error := self._around.blocked(crew)) is not None:
+                self._fail_all(crew, error)
+        if self._later is not None:
+            self._later.cancel()
+        self._later = self._loop.call_later(_LOOK_AGAIN, self.look) if self._waiting else None
+
+    def _commit(self, decision: Decision, view: Cluster) -> None:
+        """Carry out a decision to queue or to start; on one host nobody migrates."""
+        option = decision.chosen
+        assert option is not None and option.action != "wait"
+        one = self._waiting.pop(decision.request.name)
+        if option.action == "queue":
+            assert option.replica is not None
+            runner = one.crew.named(option.replica)
+        else:
+            runner = one.crew.named(option.replica) if option.replica is not None else one.crew.to_start()
+            log.debug("%s", decision.why())
+        seat = self._sit_down(one.request, runner, one.since)
+        self._bring_up_to_date(view, option, runner, one.request)
+        if not one.seat.done():
+            one.seat.set_result(seat)
+        else:
+            self.leave(seat)  # it went away in this very moment
+
+    def _bring_up_to_date(self, view: Cluster, option: Option, runner: Runner, request: Request) -> None:
+        """The view has the decision carried out. Who goes keeps its memory until it has gone, and who starts has it
+        from then on."""
+        if option.action == "queue":
+            replica = view.replica(runner.name)
+            running = Running(request.name, self._around.now(), expected_tokens=1, movable=False)
+            requests = (*replica.requests, running)
+            full = len(requests) + replica.waiting >= runner.slots
+            state = State.BUSY if full and replica.state is State.HOT else replica.state
+            view.put(replace(replica, requests=requests, state=state))
+            return
+        for eviction in option.evict:
+            view.put(replace(view.replica(eviction.replica), state=State.LEAVING))
+        now = self._around.now()
+        ready = now + option.estimate.mean
+        measured = (0, 0) if option.evict else None
+        if runner.name in view:
+            there = view.replica(runner.name)
+            measured = view.takes(there) if option.evict else None
+            view.drop(runner.name)
+        view.put(
+            Replica(
+                runner.name, request.model, HERE, option.gpus, State.STARTING, now, (), 1, ready,
+                expected=ready, measured=measured,
+            )
+        )  # fmt: skip
