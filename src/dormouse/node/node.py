@@ -159,7 +159,7 @@ class Node:
         self._observers.append(observer)
 
     @contextlib.asynccontextmanager
-    async def replica(self, name: str) -> AsyncIterator[Lease]:
+    async def replica(self, name: str, *, tenant: str = "", priority: int = 0) -> AsyncIterator[Lease]:
         """A ready replica of a model, or of an adapter's base, with the adapter; waits for one. What the lease has not
         finished is cancelled at the end.
 
