@@ -323,7 +323,10 @@ def load_api_keys(config: ServeConfig, environ: Mapping[str, str] = os.environ) 
     keys: dict[str, str] = {}
     for place, key, tenant in (*_keys_of_environment(environ), *_keys_of_file(config)):
         if _KEY.fullmatch(key) is None:
-            raise ConfigError(f"{place}: a key has characters that are not visible ASCII", remedy=_KEY_LINES)
+            raise ConfigError(
+                f"{place}: a key has characters that are not visible ASCII",
+                remedy="A key is one word; its tenant stands after it, in api_keys_file alone",
+            )
         if keys.setdefault(key, tenant) != tenant:
             raise ConfigError(
                 f"{place}: this key was given before, with another tenant or without one",
