@@ -1,5 +1,5 @@
 """What /metrics shows. Counters and histograms are fed where the thing happens; gauges are read from the node when
-somebody asks. Model labels are names that are served, so their number is bounded."""
+somebody asks. Labels are names that are served (models) or configured (tenants), so their number is bounded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,14 @@ class Metrics:
     def __init__(self, node: Node) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "dormouse_requests", "HTTP requests by outcome.", ("route", "model", "status"), registry=registry
+            "dormouse_requests", "HTTP requests by outcome.", ("route", "model", "status", "tenant"), registry=registry
+        )
+        self.queued = Histogram(
+            "dormouse_queue_seconds",
+            "How long requests waited until they had a replica, its start included; of those that got one.",
+            ("tenant",),
+            buckets=_START_BUCKETS,
+            registry=registry,
         )
         self.first_token = Histogram(
             "dormouse_time_to_first_token_seconds",
