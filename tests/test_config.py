@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dormouse.config import (
     ModelConfig,
+    ScalingConfig,
     ServeConfig,
     TenantConfig,
     config_schema,
@@ -259,14 +260,19 @@ def test_example_file_is_valid_and_shows_every_setting() -> None:
     config = load_config(EXAMPLE, environ={"HOME": "/h"})
     assert config.models
     text = EXAMPLE.read_text()
-    for name in (*ServeConfig.model_fields, *ModelConfig.model_fields, *TenantConfig.model_fields):
+    for name in (
+        *ServeConfig.model_fields,
+        *ModelConfig.model_fields,
+        *ScalingConfig.model_fields,
+        *TenantConfig.model_fields,
+    ):
         assert f"{name}:" in text, name
 
 
 def test_schema_describes_every_setting() -> None:
     schema = config_schema()
     assert "data_dir" not in schema.get("required", ()) and schema["additionalProperties"] is False
-    own = [schema["$defs"][name]["properties"] for name in ("ModelConfig", "TenantConfig")]
+    own = [schema["$defs"][name]["properties"] for name in ("ModelConfig", "ScalingConfig", "TenantConfig")]
     for properties in (schema["properties"], *own):
         for name, entry in properties.items():
             assert entry.get("description"), name
@@ -275,6 +281,6 @@ def test_schema_describes_every_setting() -> None:
 
 def test_reference_has_every_setting_in_its_own_words() -> None:
     text = REFERENCE.read_text()
-    for settings in (ServeConfig, ModelConfig, TenantConfig):
+    for settings in (ServeConfig, ModelConfig, ScalingConfig, TenantConfig):
         for name, field in settings.model_fields.items():
             assert f"| `{name}` |" in text and (field.description or "?") in text, name

@@ -525,15 +525,19 @@ _NAMED: dict[str, tuple[type[_Settings], str]] = {"models": (ModelConfig, "model
 
 def _finding(error: ErrorDetails, location: Location) -> tuple[str, str]:
     named = _NAMED.get(str(location[0])) if len(location) > 1 else None
-    settings = named[0] if named else ServeConfig
-    name = str(location[2] if len(location) > 2 and named else location[0] if location else "")
+    settings, within = (named[0], location[2:]) if named else (ServeConfig, location)
+    if len(within) > 1 and within[0] == "scaling":
+        settings, within = ScalingConfig, within[1:]
+    name = str(within[0]) if within else ""
+    message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         return "no such setting", _allowed(settings, name)
-    if named and len(location) == 2:
+    if named and not within:
         if error["type"] == "string_pattern_mismatch":
             return f"not a {named[1]} name", _NAME_RULE
+        if error["type"] == "value_error":
+            return message, "Change one of the two"
         return "must be a mapping of settings", f"Write {{}} for a {named[1]} with default settings"
-    message = error["msg"].removeprefix("Value error, ")
     shown = repr(error["input"])
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     message = f"{shown} {message}" if error["type"] == "value_error" else f"{message}, not {shown}"

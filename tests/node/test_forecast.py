@@ -261,6 +261,7 @@ def standing(name: str, doing: State = State.READY, host: int = 10, since: float
     fields = {"weight_bytes": 5, "process_bytes": 2, "needs_host": 10} | more
     return Standing(
         name,
+        name,
         "null",
         f"c of {name}",
         gpu=None,
@@ -304,7 +305,7 @@ def test_what_leaves_anyway_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_busy_and_pinned_ones_stay(tmp_path: Path) -> None:
-    others = [standing("busy", running=1), standing("waited-for", waiting=1), standing("pinned", pinned=True)]
+    others = [standing("busy", running=(0.0,)), standing("waited-for", waiting=1), standing("pinned", pinned=True)]
     assert way(tmp_path, others, 10, 30) == Way(fits=False)
 
 
@@ -327,7 +328,7 @@ standings = st.lists(
         st.sampled_from([State.READY, State.DOZING, State.STARTING, State.STOPPING, State.CAPTURING]),
         st.integers(0, 100),
         st.floats(0, 100),
-        running=st.integers(0, 1),
+        running=st.sampled_from(((), (0.0,))),
         pinned=st.booleans(),
         weight_bytes=st.integers(0, 100),
         process_bytes=st.integers(0, 100),

@@ -309,6 +309,7 @@ class Forecast:
             phases=_GUESSES,
             token_seconds=one.usual,
             max_replicas=one.most,
+            only_on=one.gpus,
         )
 
     def _artifact(self, key: str | None) -> Artifact | None:

@@ -117,7 +117,10 @@ class Node:
                 Hooks(self.view, self._start_ahead, self._let_go, self._replan),
             )
             self._admission = Admission(self._config, host, self._crews, self._observers, self._shift, self)
-            self._placing = Placing(self._crews, Fairness(), self._config.max_queue, self._forecast.estimator, self)
+            caps = {name: tenant.cap for name, tenant in self._config.tenants.items() if tenant.cap is not None}
+            self._placing = Placing(
+                self._crews, Fairness(tenant_caps=caps), self._config.max_queue, self._forecast.estimator, self
+            )
             around = self._surroundings(host)
             for name, model in self.models.items():
                 self._crews[name] = await self._new_crew(model, around)
@@ -203,8 +206,8 @@ class Node:
 
     async def load_adapter(self, name: str, source: str) -> Served:
         """Serve the imported adapter `source` as `name`. If its base is awake, a worker has it when this returns; else,
-        and in other workers, the first request of it loads it. Raises NotFoundError, RequestError, ConfigError when it is of another
-        model than those served, and what kept the worker from loading it."""
+        and in other workers, the first request of it loads it. Raises NotFoundError, RequestError, ConfigError when it
+        is of another model than those served, and what kept the worker from loading it."""
         served = await self._shelve(name, source)
         try:
             if self._crews[served.adapter.base].ready:

@@ -456,7 +456,8 @@ class _Search:
         """The GPUs for a start once a replica has ended; None where that alone makes no room."""
         device, host = self.view.takes(replica)
         free = self.view.free(replica.node)
-        roomy = [gpu for gpu in replica.gpus if free[gpu] + device >= self.model.device_bytes]
+        mine = self.model.only_on or replica.gpus
+        roomy = [gpu for gpu in replica.gpus if gpu in mine and free[gpu] + device >= self.model.device_bytes]
         enough = len(roomy) >= self.model.gpus and self.view.free_host(replica.node) + host >= self.model.host_bytes
         return tuple(roomy[: self.model.gpus]) if enough and self.model.gpus else None
 
