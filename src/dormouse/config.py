@@ -24,7 +24,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    StrictBool,
+    PlainValidator,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -147,6 +147,17 @@ def parse_allotment(value: object) -> object:
     return value
 
 
+def _provisioning(value: object) -> bool | int | tuple[str, ...]:
+    """For pydantic."""
+    if isinstance(value, bool) or (isinstance(value, int) and 1 <= value <= _MOST_REPLICAS):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(times, str) for times in value):
+        return tuple(_times(times) for times in value)
+    raise ValueError(
+        f"is neither true, false, a number of replicas (1..{_MOST_REPLICAS}) nor a list of times of the day"
+    )
+
+
 KeepAlive = Annotated[float, BeforeValidator(parse_duration), Field(ge=0), _KEEP_ALIVE_SCHEMA]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0), AfterValidator(_finite), _DURATION_SCHEMA]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), _SIZE_SCHEMA]
@@ -180,7 +191,20 @@ Allotment = Annotated[
 ]
 """A share of the memory budget (up to 1, or with %), or bytes."""
 UserPath = Annotated[Path, AfterValidator(_expanded)]
-TimesOfDay = Annotated[str, AfterValidator(_times), WithJsonSchema({"type": "string", "pattern": _TIMES.pattern})]
+_MOST_REPLICAS = 64
+Provisioning = Annotated[
+    bool | int | tuple[str, ...],
+    PlainValidator(_provisioning),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "boolean"},
+                {"type": "integer", "minimum": 1, "maximum": _MOST_REPLICAS},
+                {"type": "array", "items": {"type": "string", "pattern": _TIMES.pattern}},
+            ]
+        }
+    ),
+]
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _NAME_RULE = "Use up to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit"
 ModelName = Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
@@ -222,9 +246,9 @@ class ModelConfig(_Settings):
     """Where it runs: cpu, cuda or cuda:N."""
     keep_alive: KeepAlive = 300.0
     """How long an idle model stays ready before it sleeps: seconds, 90s, 5m, 1h, or forever (under every policy)."""
-    provisioned: StrictBool | Annotated[int, Field(ge=1, le=64)] | tuple[TimesOfDay, ...] = False
+    provisioned: Provisioning = False
     """true or a number: so many replicas are started ahead and stay. ["08:00-18:00"]: one, at these times, in UTC."""
-    max_replicas: Annotated[int, Field(ge=1, le=64)] = 1
+    max_replicas: Annotated[int, Field(ge=1, le=_MOST_REPLICAS)] = 1
     """Replicas there may be at once (1..64), all on its device, where they share the weights."""
     scaling: ScalingConfig = ScalingConfig()
     """When there are more and fewer of them."""

@@ -266,8 +266,9 @@ class Forecast:
         for one in standings:
             models.setdefault(one.model, []).append(one)
         for replicas in models.values():
-            view.add_model(self._cost(replicas))
-            self._lay(view, replicas, kept, limits)
+            one = next((one for one in replicas if one.doing is Doing.ASLEEP), replicas[0])
+            view.add_model(self._cost(one, replicas))
+            self._lay(view, one, replicas, kept, limits)
         for one in standings:
             if one.doing is not Doing.ASLEEP:
                 view.put(_replica(one, self._under_way.get(one.name)))
@@ -284,10 +285,9 @@ class Forecast:
                     queued.setdefault(link, []).append(move.size_on(link) if move else 0)
         return queued
 
-    def _cost(self, replicas: Sequence[Standing]) -> ModelCost:
-        """What the next start of a model takes. One that has no process is asked, if there is one: replicas that there
-        are have what they have."""
-        one = next((one for one in replicas if one.doing is Doing.ASLEEP), replicas[0])
+    def _cost(self, one: Standing, replicas: Sequence[Standing]) -> ModelCost:
+        """What the next start of a model takes, of `one` that has no process if there is one: replicas that there are
+        have what they have."""
         device, host = one.needs_gpu, one.needs_host
         shared = one.checkpoint is not None and any(other.awake for other in replicas if other is not one)
         weights = 0 if shared else min(one.weight_bytes, device if one.gpu else host)
@@ -318,9 +318,8 @@ class Forecast:
         found = self._found.get(key, OnDisk(0, 0, ()))
         return Artifact(key, found.plain_bytes, found.stored_bytes)
 
-    def _lay(self, view: Cluster, replicas: Sequence[Standing], kept: set[str], limits: Limits) -> None:
+    def _lay(self, view: Cluster, one: Standing, replicas: Sequence[Standing], kept: set[str], limits: Limits) -> None:
         """What lies where, of one model. Weights that are in memory, decoded, are where a CPU needs them."""
-        one = replicas[0]
         for key in (_weights(one), one.snapshot_id, one.template_id, _programs(one.engine)):
             if key is not None:
                 view.hold(key, HERE, Tier.DISK)

@@ -154,6 +154,7 @@ class Node:
             foresee=self._foresee,
             came_true=self._came_true,
             missed=self._missed,
+            failed=self._placing.failed,
             dozed=lambda: asyncio.get_running_loop().call_soon(self._admission.displace),
             changed=self.changed,
             captured=self._captured,

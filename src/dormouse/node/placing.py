@@ -117,7 +117,8 @@ class Placing:
                 seat.lease.result()
             except BaseException as error:
                 self.leave(seat)
-                if not isinstance(error, DormouseError) or not self._goes_on_without(seat, crew, error):
+                others = any(runner is not seat.runner for runner in crew.awake)
+                if not isinstance(error, DormouseError) or isinstance(error, StoppingError) or not others:
                     raise
             else:
                 return seat
@@ -129,6 +130,17 @@ class Placing:
             self._note_usual(seat)
         seat.runner.release(seat.waiter)
         self.look()
+
+    def failed(self, runner: Runner, error: DormouseError) -> None:
+        """No start path has led a replica anywhere. Called before anything else is decided."""
+        crew = self._crews[runner.model.name]
+        if isinstance(error, StoppingError):
+            return
+        if any(other is not runner for other in crew.awake):
+            log.warning("model %s goes on without its replica %s: %s", crew.name, runner.name, error)
+            crew.held_off_until = self._loop.time() + HOLD_OFF
+        else:
+            self._fail_all(crew, error)
 
     def look(self) -> None:
         """Something has changed: see, soon, whether somebody who waits can go on."""
@@ -186,18 +198,6 @@ class Placing:
             remedy="Try again later, or raise max_queue",
         )
 
-    def _goes_on_without(self, seat: Seat, crew: Crew, error: DormouseError) -> bool:
-        """Whether a request whose start has failed waits for the other replicas. If there is none, all who wait for the
-        model fail with it."""
-        if isinstance(error, StoppingError) or self._closing:
-            return False
-        if any(runner is not seat.runner for runner in crew.awake):
-            log.warning("model %s goes on without its replica %s: %s", crew.name, seat.runner.name, error)
-            crew.held_off_until = self._loop.time() + HOLD_OFF
-            return True
-        self._fail_all(crew, error)
-        return False
-
     def _fail_all(self, crew: Crew, error: DormouseError) -> None:
         for one in [one for one in self._waiting.values() if one.crew is crew]:
             self._fail(one, error)
@@ -226,8 +226,11 @@ class Placing:
 
     def _dispatch(self) -> None:
         self._soon = None
+        if self._later is not None:
+            self._later.cancel()
         if not self._waiting or self._closing:
             return
+        self._later = self._loop.call_later(_LOOK_AGAIN, self.look)
         view = self._around.view()
         for claim in self._claims:
             if claim.request in self._waiting and view.claimable(claim.node, claim.gpus, whole=claim.whole):
@@ -245,9 +248,6 @@ class Placing:
         for crew in {one.crew for one in self._waiting.values()}:
             if not crew.awake and (error := self._around.blocked(crew)) is not None:
                 self._fail_all(crew, error)
-        if self._later is not None:
-            self._later.cancel()
-        self._later = self._loop.call_later(_LOOK_AGAIN, self.look) if self._waiting else None
 
     def _commit(self, decision: Decision, view: Cluster) -> None:
         """Carry out a decision to queue or to start; on one host nobody migrates."""
@@ -268,8 +268,8 @@ class Placing:
             self.leave(seat)  # it went away in this very moment
 
     def _bring_up_to_date(self, view: Cluster, option: Option, runner: Runner, request: Request) -> None:
-        """The view has the decision carried out. Who goes keeps its memory until it has gone, and who starts has it
-        from then on."""
+        """The view has the decision carried out. Who goes keeps its memory until it has gone; who starts takes what is
+        left."""
         if option.action == "queue":
             replica = view.replica(runner.name)
             running = Running(request.name, self._around.now(), expected_tokens=1, movable=False)
@@ -280,16 +280,14 @@ class Placing:
             return
         for eviction in option.evict:
             view.put(replace(view.replica(eviction.replica), state=State.LEAVING))
-        now = self._around.now()
-        ready = now + option.estimate.mean
-        measured = (0, 0) if option.evict else None
         if runner.name in view:
-            there = view.replica(runner.name)
-            measured = view.takes(there) if option.evict else None
             view.drop(runner.name)
+        now, model, free = self._around.now(), view.model(request.model), view.free(HERE)
+        device = min([model.device_bytes, *(free[gpu] for gpu in option.gpus)])
+        ready = now + option.estimate.mean
         view.put(
             Replica(
-                runner.name, request.model, HERE, option.gpus, State.STARTING, now, (), 1, ready,
-                expected=ready, measured=measured,
+                *(runner.name, request.model, HERE, option.gpus, State.STARTING, now, (), 1, ready, ready),
+                measured=(device, min(model.host_bytes, view.free_host(HERE))),
             )
-        )  # fmt: skip
+        )

@@ -64,6 +64,7 @@ class Surroundings:
     foresee: Callable[[Runner, StartPath], Awaitable[Expected | None]]
     came_true: Callable[[Runner, Expected | None, Phases], None]
     missed: Callable[[Runner, BaseException], None]
+    failed: Callable[[Runner, DormouseError], None]
     dozed: Callable[[], object]
     changed: Callable[[], None]
     captured: Callable[[str, str, str], None]
@@ -334,6 +335,7 @@ class Runner:
             case machine.Serve():
                 self._serve(effect)
             case machine.Fail():
+                self._around.failed(self, effect.error)
                 if not (future := self._futures[effect.waiter]).done():
                     future.set_exception(effect.error)
             case machine.Ready() | machine.Fallback() | machine.Retry() | machine.CaptureFailed() | machine.GiveUp():

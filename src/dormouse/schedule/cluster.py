@@ -680,6 +680,11 @@ class Cluster:
             self.changes += 1
             del self._sites[claim.node].claims[request]
 
+    @property
+    def claims(self) -> Iterable[Claim]:
+        """All places that are kept."""
+        return self._claims.values()
+
     def claim_of(self, request: str) -> Claim | None:
         return self._claims.get(request)
 

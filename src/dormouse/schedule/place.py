@@ -392,6 +392,8 @@ class _Search:
             if moved is not None:
                 process, after = self._phase_seconds(model, path, view.node(node).kind)
                 ways.append((path, moved + process, after))
+        if not ways:
+            return None
         return _Candidate(min(max(weights, process) + after for _path, process, after in ways), node, ways)
 
     def _image_seconds(self, model: ModelCost, node: str, path: StartPath) -> float | None:

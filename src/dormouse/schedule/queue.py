@@ -157,6 +157,7 @@ class Queue:
         to start or to queue, and those to wait that need a migration: that must be begun. For all else that waits
         nothing is to be done."""
         state = _Pass(view, estimator, now, commit, worth)
+        self._pass_claims_on(view)
         lines = [only] if only else list(self._lines)
         heads = [(*entry, model) for model in lines if (entry := self._head(model))]
         heapq.heapify(heads)
@@ -186,6 +187,17 @@ class Queue:
         behind = self._behind.get(model)
         grown = len(self._lines[model]) - 1 > (behind.ahead if behind else 0)
         return not grown and (behind is None or behind.holds(model, state.view, state.now))
+
+    def _pass_claims_on(self, view: Cluster) -> None:
+        """A place that is kept is the head's, whoever of its line has claimed it: else one of higher priority, or one
+        whose tenant may run, would wait for a place that is kept for one behind it."""
+        for claim in list(view.claims):
+            request = self._requests.get(claim.request)
+            head = self._head(request.model) if request else None
+            if head is None or head[1] != claim.request:
+                view.release(claim.request)
+                if head is not None and view.claim_of(head[1]) is None:
+                    view.claim(replace(claim, request=head[1]))
 
     # --- order
 

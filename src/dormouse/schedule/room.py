@@ -71,7 +71,7 @@ def find_room(
 ) -> Room | None:
     """Room for a new replica of `model` (or to `wake` one, on its own GPUs); None when there can't be any soon: too
     small, kept for others, or held by replicas that do not go."""
-    host = model.host_bytes - (model.process_bytes if wake else 0)
+    host = max(model.host_bytes - (view.takes(wake)[1] if wake else 0), 0)
     gpus = wake.gpus if wake else model.only_on or range(len(view.node(node).gpus))
     if model.gpus == 0 and view.is_kept(node, (), request):
         return None
