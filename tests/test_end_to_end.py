@@ -70,7 +70,7 @@ class Server:
     def state(self, model: str = "null") -> str:
         """What the replica does now (`node.json` may be half a second old)."""
         text = httpx.get(f"{self.address}/metrics").text
-        found = re.findall(rf'^dormouse_replica_state{{model="{model}",state="(\w+)"}} 1.0$', text, re.MULTILINE)
+        found = re.findall(rf'^dormouse_replicas{{model="{model}",state="(\w+)"}} 1.0$', text, re.MULTILINE)
         assert len(found) == 1, found
         return str(found[0])
 

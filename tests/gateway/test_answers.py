@@ -249,6 +249,6 @@ async def test_idle_model_sleeps_and_the_metrics_tell_the_same_figures(tmp_path:
         assert await gateway.metric('dormouse_prewarms_total{model="mouse"}') == 2
         assert await gateway.metric('dormouse_captures_total{model="mouse",outcome="committed"}') == 1
         assert await gateway.metric('dormouse_captured_bytes_total{kind="stored",model="mouse"}') == 300
-        assert await gateway.metric('dormouse_replica_state{model="mouse",state="asleep"}') == 1
+        assert await gateway.metric('dormouse_replicas{model="mouse",state="asleep"}') == 1
         assert await gateway.metric('dormouse_time_to_first_token_seconds_count{model="mouse",path="cold"}') == 1
         assert await gateway.metric('dormouse_inter_token_seconds_count{model="mouse"}') >= 0

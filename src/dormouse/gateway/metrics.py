@@ -191,13 +191,13 @@ class _NodeGauges:
         waiting = GaugeMetricFamily("dormouse_waiting", "Requests that wait for the model.", labels=["model"])
         in_flight = GaugeMetricFamily("dormouse_in_flight", "Requests that use the model.", labels=["model"])
         memory = GaugeMetricFamily("dormouse_worker_rss_bytes", "Memory the worker has now.", labels=["model"])
-        state = GaugeMetricFamily("dormouse_replica_state", "1 for the current state.", labels=["model", "state"])
+        state = GaugeMetricFamily("dormouse_replicas", "Replicas in each state.", labels=["model", "state"])
         for status in self._node.statuses():
             waiting.add_metric([status.name], status.waiting)
             in_flight.add_metric([status.name], status.in_flight)
             memory.add_metric([status.name], status.rss_bytes)
             for name in State:
-                state.add_metric([status.name, name.value], float(status.state == name.value))
+                state.add_metric([status.name, name.value], list(status.replicas.values()).count(name.value))
         kept = GaugeMetricFamily(
             "dormouse_kept_weights_bytes",
             "Weights in memory that no worker uses.",

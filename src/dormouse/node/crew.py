@@ -76,6 +76,10 @@ class Crew:
         """Those that are ready or will be."""
         return [runner for runner in self.runners if runner.replica.state in _AWAKE]
 
+    def is_captured_beside(self, runner: Runner) -> bool:
+        """Whether another one is being captured."""
+        return any(other.replica.state is State.CAPTURING for other in self.runners if other is not runner)
+
     @property
     def bound(self) -> int:
         """Requests that wait at one of them."""

@@ -151,6 +151,7 @@ class Node:
             stay=lambda runner: self._keeping.stay(runner.name, runner.model.name, pinned=runner.pinned),
             going=lambda runner: self._keeping.gone(runner.name),
             is_pinned=self._is_pinned,
+            captured_elsewhere=lambda runner: self._crews[runner.model.name].is_captured_beside(runner),
             foresee=self._foresee,
             came_true=self._came_true,
             missed=self._missed,

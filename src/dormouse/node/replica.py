@@ -394,7 +394,8 @@ class _Waiter:
 
 class Replica:
     """One model's replica. Not thread-safe: one event loop owns it. `stay` is asked whenever it has nothing to do any
-    more, with the time and when the replica already says that it is idle."""
+    more, with the time and when the replica already says that it is idle; `captured_elsewhere`: another replica of the
+    model is about to have the snapshot that this one lacks."""
 
     def __init__(
         self,
@@ -406,6 +407,7 @@ class Replica:
         snapshot_id: str | None,
         now: float,
         dozes: bool = False,
+        captured_elsewhere: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model
         self.state = State.ASLEEP
@@ -420,6 +422,7 @@ class Replica:
         self._max_concurrent = max_concurrent
         self._snapshots = snapshots
         self._dozes = dozes
+        self._captured_elsewhere = captured_elsewhere
         self._waiters: dict[int, _Waiter] = {}
         self._running: dict[int, float] = {}
         self._attempt: Starting = StartCold()
@@ -773,7 +776,8 @@ class Replica:
     def wants_capture(self) -> bool:
         """Whether falling asleep makes a snapshot."""
         hopeful = self._capture_failures < MAX_CAPTURE_FAILURES and self._quarantines < MAX_QUARANTINES
-        return self._snapshots and hopeful and (self.snapshot_id is None or self._recapture)
+        missing = self._snapshots and hopeful and (self.snapshot_id is None or self._recapture)
+        return missing and not self._captured_elsewhere()
 
     def _may_keep(self, now: float) -> bool:
         """Whether nobody wants the process gone."""

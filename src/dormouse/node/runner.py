@@ -61,6 +61,7 @@ class Surroundings:
     stay: Callable[[Runner], Stay]
     going: Callable[[Runner], None]
     is_pinned: Callable[[Runner], bool]
+    captured_elsewhere: Callable[[Runner], bool]
     foresee: Callable[[Runner, StartPath], Awaitable[Expected | None]]
     came_true: Callable[[Runner, Expected | None, Phases], None]
     missed: Callable[[Runner, BaseException], None]
@@ -142,6 +143,7 @@ class Runner:
             snapshot_id=snapshot_id,
             now=self._loop.time(),
             dozes=settings.sleep and around.processes_stay,
+            captured_elsewhere=lambda: around.captured_elsewhere(self),
         )
         self.slots = settings.max_concurrent
         self._wants_snapshot = settings.snapshot
