@@ -30,7 +30,7 @@ from dormouse.errors import (
 )
 from dormouse.node.adapters import OpenAdapter, Served, Shelf
 from dormouse.node.explain import PATHS, explanation, outlook
-from dormouse.node.forecast import Expected, Forecast, Limits, Standing, with_needs
+from dormouse.node.forecast import HERE, Expected, Forecast, Limits, Standing, with_needs
 from dormouse.node.history import History
 from dormouse.node.keeping import Hooks, Keeping
 from dormouse.node.memory import allotted, budget, context_bytes, dram_tier, engine_bytes, gpu_budget
@@ -291,6 +291,10 @@ class Node:
         """How far estimates were off lately, by start path."""
         found = {path: self._forecast.estimator.errors(path) for path in PATHS}
         return {path: errors for path, errors in found.items() if errors.count}
+
+    def start_pace(self) -> float:
+        """How many times as long as usual starts take at present, as estimates have it."""
+        return self._forecast.estimator.pace(HERE)
 
     async def snapshots(self) -> list[dict[str, Any]]:
         """All snapshots and templates on disk."""

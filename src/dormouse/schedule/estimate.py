@@ -83,7 +83,7 @@ class Transferred:
 @dataclass(frozen=True, slots=True)
 class Observed:
     """A start that happened. `predicted` is the mean that was estimated when it was decided, for the statistics, and
-    `pace` the node's in it; without one, nothing is learned of the node's pace. `sources` are the tiers that its bytes
+    `pace` the node's in it; without one, nothing is learned of that. `sources` are the tiers that its bytes
     came from (`sources(plan)`)."""
 
     model: str
@@ -294,12 +294,13 @@ class Estimator:
 
     def observe(self, started: Observed, view: Cluster) -> None:
         """Learn from a start. `view` knows the declared rates of the links that its bytes came over."""
+        first = (started.model, started.path, "rest", started.kind, started.sources) not in self._phases
         self._learn(_at_usual_pace(started), view)
         if started.predicted is None:
             return
         for key in ("", started.path):
             self._errors.setdefault(key, _Errors()).add(started.predicted, started.seconds)
-        if started.pace is not None:
+        if started.pace is not None and not first:
             self._paces.setdefault(started.node, Pace()).add(started.predicted / started.pace, started.seconds)
 
     def _learn(self, started: Observed, view: Cluster) -> None:
