@@ -245,6 +245,7 @@ async def test_idle_model_sleeps_and_the_metrics_tell_the_same_figures(tmp_path:
         assert await gateway.metric('dormouse_start_estimate_seconds_count{model="mouse",path="cold"}') == 1
         assert await gateway.metric('dormouse_start_estimate_error_ratio_count{model="mouse",path="cold"}') == 1
         assert await gateway.metric('dormouse_start_estimate_error{path="cold",quantile="0.99"}') > 0
+        assert await gateway.metric("dormouse_start_pace") == 1.0, "of a first start nothing was known"
         gateway.node.prewarms["mouse"] = 2
         assert await gateway.metric('dormouse_prewarms_total{model="mouse"}') == 2
         assert await gateway.metric('dormouse_captures_total{model="mouse",outcome="committed"}') == 1

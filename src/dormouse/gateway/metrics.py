@@ -219,4 +219,9 @@ class _NodeGauges:
         )
         for model, count in self._node.prewarms.items():
             prewarms.add_metric([model], count)
-        yield from (error, prewarms)
+        pace = GaugeMetricFamily(
+            "dormouse_start_pace",
+            "How many times as long as usual starts take at present; estimates are multiplied by it.",
+            value=self._node.start_pace(),
+        )
+        yield from (error, prewarms, pace)

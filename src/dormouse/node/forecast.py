@@ -358,9 +358,9 @@ class Forecast:
         took = seconds_of(phases)
         self._settle(one, "ready", took)
         if expected is not None:
-            predicted = expected.estimate.mean
+            estimate, links = expected.estimate, expected.links
             self.estimator.observe(
-                observed(expected.model, HERE, expected.plan, phases, predicted=predicted, links=expected.links), view
+                observed(expected.model, HERE, expected.plan, phases, expected=estimate, links=links), view
             )
         if one.checkpoint is not None and one.gpu:
             self._loaded(one.checkpoint)

@@ -31,7 +31,7 @@ from dormouse.node.adapters import OpenAdapter, Served, Shelf
 from dormouse.node.admission import Admission
 from dormouse.node.crew import Crew
 from dormouse.node.explain import PATHS, explanation, outlook
-from dormouse.node.forecast import Expected, Forecast, Standing, with_needs
+from dormouse.node.forecast import HERE, Expected, Forecast, Standing, with_needs
 from dormouse.node.history import History
 from dormouse.node.keeping import Hooks, Keeping
 from dormouse.node.memory import engine_bytes
@@ -312,6 +312,10 @@ class Node:
         """How far estimates were off lately, by start path."""
         found = {path: self._forecast.estimator.errors(path) for path in PATHS}
         return {path: errors for path, errors in found.items() if errors.count}
+
+    def start_pace(self) -> float:
+        """How many times as long as usual starts take at present, as estimates have it."""
+        return self._forecast.estimator.pace(HERE)
 
     async def snapshots(self) -> list[dict[str, Any]]:
         """All snapshots and templates on disk."""

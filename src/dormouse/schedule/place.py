@@ -394,7 +394,8 @@ class _Search:
                 ways.append((path, moved + process, after))
         if not ways:
             return None
-        return _Candidate(min(max(weights, process) + after for _path, process, after in ways), node, ways)
+        least = min(max(weights, process) + after for _path, process, after in ways)
+        return _Candidate(least * estimator.pace(node), node, ways)
 
     def _image_seconds(self, model: ModelCost, node: str, path: StartPath) -> float | None:
         """What the image of a path takes to a node; None when that path is not open there."""
