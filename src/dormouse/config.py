@@ -242,14 +242,14 @@ class ModelConfig(_Settings):
 
     engine: Literal["transformers", "null"] | None = None
     """What runs the model: transformers or null. Left out: as the model was imported."""
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    """Where it runs: cpu, cuda or cuda:N."""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+(,\d+)*)?)$")] = "cpu"
+    """Where it runs: cpu, cuda or cuda:N; with cuda:0,1 each replica on the GPU that is best when it starts."""
     keep_alive: KeepAlive = 300.0
     """How long an idle model stays ready before it sleeps: seconds, 90s, 5m, 1h, or forever (under every policy)."""
     provisioned: Provisioning = False
     """true or a number: so many replicas are started ahead and stay. ["08:00-18:00"]: one, at these times, in UTC."""
     max_replicas: Annotated[int, Field(ge=1, le=_MOST_REPLICAS)] = 1
-    """Replicas there may be at once (1..64), all on its device, where they share the weights."""
+    """Replicas there may be at once (1..64). Those on one device share the weights."""
     scaling: ScalingConfig = ScalingConfig()
     """When there are more and fewer of them."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -336,10 +336,20 @@ class ServeConfig(_Settings):
     """Who has keys: caps and priorities, by the names that follow the keys in `api_keys_file`."""
 
 
+def devices_of(device: str) -> tuple[str, ...]:
+    """Where a model may run by its `device`: "cpu", or GPUs as "cuda:N", each once."""
+    kind, _colon, numbers = device.partition(":")
+    return (
+        tuple(dict.fromkeys(f"{kind}:{int(number)}" for number in (numbers or "0").split(",")))
+        if kind == "cuda"
+        else (kind,)
+    )
+
+
 def gpus_of(config: ServeConfig) -> list[str]:
     """The GPUs that models are configured for, as "cuda:N", each once."""
-    devices = {model.device for model in config.models.values()} - {"cpu"}
-    return sorted({device if ":" in device else f"{device}:0" for device in devices})
+    devices = {device for model in config.models.values() for device in devices_of(model.device)}
+    return sorted(devices - {"cpu"})
 
 
 def config_schema() -> dict[str, Any]:

@@ -118,28 +118,42 @@ class Admission:
         finally:
             del self._in_need[runner]
 
+    async def know_gpus(self, crew: Crew) -> None:
+        """Find out what may be taken of each GPU that a model may start on, before one is chosen. Raises HostError."""
+        devices = crew.runners[0].devices
+        for device in devices if len(devices) > 1 else ():
+            await self._know_gpu(device)
+
+    async def _know_gpu(self, device: str) -> None:
+        if device not in self._gpu_budgets:
+            self._gpu_budgets[device] = gpu_budget(self._config, await self._host.gpu_memory(device))
+
     async def check_gpu(self, runner: Runner) -> None:
         """Whether its GPU is there and large enough at all. Raises HostError."""
         if runner.gpu is None:
             return
-        if runner.gpu not in self._gpu_budgets:
-            self._gpu_budgets[runner.gpu] = gpu_budget(self._config, await self._host.gpu_memory(runner.gpu))
-        if (error := self._too_large_for_gpu(runner)) is not None:
+        await self._know_gpu(runner.gpu)
+        if (error := self._too_large_for_gpu(runner, runner.gpu)) is not None:
             raise error
 
     def blocked(self, crew: Crew) -> DormouseError | None:
-        """Why a model can't start whatever goes, as far as that is known already."""
+        """Why a model can't start whatever goes, on any of its devices, as far as that is known already."""
         runner = crew.to_start()
         needed = crew.needed(runner)
-        too_large = self._too_large(runner, needed) or self._too_large_for_gpu(runner)
-        return too_large or self._beside_kept(runner, needed) or self._gpu_beside_kept(runner)
+        if (error := self._too_large(runner, needed) or self._beside_kept(runner, needed)) is not None:
+            return error
+        found = [self._blocked_on(runner, device) for device in runner.devices]
+        return None if None in found else found[0]
+
+    def _blocked_on(self, runner: Runner, gpu: str) -> HostError | None:
+        return self._too_large_for_gpu(runner, gpu) or self._gpu_beside_kept(runner, gpu)
 
     async def _until_room(self, runner: Runner) -> None:
         self._evicted_for.pop(runner, None)
         while runner.replica.waiting > 0:
             crew = self._crew(runner)
             needed = crew.needed(runner)
-            if (error := self._beside_kept(runner, needed) or self._gpu_beside_kept(runner)) is not None:
+            if (error := self._beside_kept(runner, needed) or self._gpu_beside_kept(runner, runner.gpu)) is not None:
                 raise error
             extra = runner.peak - runner.expected
             room = self._in_need[runner] = min(needed + extra, self._budget - self._kept())
@@ -167,12 +181,12 @@ class Admission:
             remedy="Raise `memory`, or serve a smaller model",
         )
 
-    def _too_large_for_gpu(self, runner: Runner) -> HostError | None:
-        most = self._gpu_budgets.get(runner.gpu) if runner.gpu is not None else None
+    def _too_large_for_gpu(self, runner: Runner, gpu: str) -> HostError | None:
+        most = self._gpu_budgets.get(gpu)
         if most is None or runner.gpu_bytes <= most:
             return None
         return HostError(
-            f"model {runner.model.name} needs about {runner.gpu_bytes >> 20} MiB of {runner.gpu}, its budget is"
+            f"model {runner.model.name} needs about {runner.gpu_bytes >> 20} MiB of {gpu}, its budget is"
             f" {most >> 20} MiB",
             remedy="Raise `gpu_memory`, give it a smaller cache (kv_tokens), or serve a smaller model",
         )
@@ -191,20 +205,18 @@ class Admission:
             remedy="Raise `memory`, or give one of them a keep_alive",
         )
 
-    def _gpu_beside_kept(self, runner: Runner) -> HostError | None:
-        most = self._gpu_budgets.get(runner.gpu) if runner.gpu is not None else None
+    def _gpu_beside_kept(self, runner: Runner, gpu: str | None) -> HostError | None:
+        most = self._gpu_budgets.get(gpu) if gpu is not None else None
         if most is None:
             return None
         needed = self._crew(runner).needed_on_gpu(runner)
         kept = sum(
-            one.gpu_bytes
-            for other, one in self._held()
-            if other is not runner and other.gpu == runner.gpu and _is_kept(other)
+            one.gpu_bytes for other, one in self._held() if other is not runner and other.gpu == gpu and _is_kept(other)
         )
         if needed + kept <= most:
             return None
         return HostError(
-            f"model {runner.model.name} needs about {needed >> 20} MiB of {runner.gpu}; models that are kept forever"
+            f"model {runner.model.name} needs about {needed >> 20} MiB of {gpu}; models that are kept forever"
             f" take {kept >> 20} MiB of its budget of {most >> 20} MiB",
             remedy="Raise `gpu_memory`, or give one of them a keep_alive or another GPU",
         )

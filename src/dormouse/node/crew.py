@@ -2,8 +2,8 @@
 
     Runners (one for each replica that there may be) -> Standings for schedule/, one status for people
 
-All of a model's replicas run on its one device, and map the same weights there: these are counted once, with the
-replica that *bears* them, and whoever starts beside it needs none. The others bear them in turn when it goes.
+A model's replicas on one device map the same weights there: these are counted once, with the replica that *bears* them,
+and whoever starts beside it needs none. The others bear them in turn when it goes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dormouse.node.presence import ModelStatus
 from dormouse.node.replica import State
 from dormouse.node.runner import Runner
 from dormouse.node.templates import TemplateSpec
+from dormouse.schedule.place import Option
 
 _RANK = (
     State.READY,
@@ -102,28 +103,33 @@ class Crew:
         """The one of that name."""
         return next(runner for runner in self.runners if runner.name == name)
 
-    def to_start(self, but: Set[Runner] = frozenset()) -> Runner:
-        """The one that starts next: one whose process dozes, else one that has none, or will have none soon. `but`:
-        rather none of these."""
-        order = (State.DOZING, State.ASLEEP, State.STOPPING, State.CAPTURING)
+    def to_start(self, option: Option | None = None, but: Set[Runner] = frozenset()) -> Runner:
+        """The one that starts next, there where placement says: the one that is to wake, else one that has no process,
+        or whose process dozes, or that will have none soon. `but`: rather none of these."""
+        if option is not None and option.replica is not None:
+            return self.named(option.replica)
+        order = (State.ASLEEP, State.DOZING, State.STOPPING, State.CAPTURING)
         idle = [
             runner
             for runner in self.runners
             if runner.replica.state in order and not runner.replica.waiting and runner not in but
         ]
-        return min(idle, key=lambda runner: order.index(runner.replica.state), default=self.leader)
+        chosen = min(idle, key=lambda runner: order.index(runner.replica.state), default=self.leader)
+        if option is not None and option.gpus and chosen.replica.state is State.ASLEEP:
+            chosen.move_to(f"cuda:{option.gpus[0]}")
+        return chosen
 
     # Memory
 
-    @property
-    def bearer(self) -> Runner | None:
-        """The one with which the weights are counted: of those that have them, the one that will probably go last."""
-        having = [runner for runner in self.runners if runner.admitted]
+    def bearer(self, gpu: str | None) -> Runner | None:
+        """The one with which the weights on a device are counted: of those that have them, the one that will probably
+        go last."""
+        having = [runner for runner in self.runners if runner.admitted and runner.gpu == gpu]
         return max(having, key=lambda runner: runner.replica.idle_since or float("inf"), default=None)
 
     def held(self, runner: Runner) -> int:
         """Bytes of the host's memory to count for one of them now."""
-        return runner.held - (0 if runner is self.bearer else runner.shared_bytes)
+        return runner.held - (0 if runner is self.bearer(runner.gpu) else runner.shared_bytes)
 
     def needed(self, runner: Runner) -> int:
         """Bytes of the host's memory that it is expected to take from a start on."""
@@ -134,8 +140,10 @@ class Crew:
         return runner.gpu_bytes - self._mapped(runner) if runner.gpu else 0
 
     def _mapped(self, runner: Runner) -> int:
-        """Bytes of weights that another one has mapped already."""
-        bearer = self.bearer
+        """Bytes of weights that another one has mapped already, on the device that it will be on."""
+        if runner.replica.state is State.ASLEEP and len(runner.devices) > 1:
+            return 0
+        bearer = self.bearer(runner.gpu)
         return 0 if bearer is None or bearer is runner else runner.shared_bytes
 
     def standing(self, runner: Runner, shift: float) -> Standing:
@@ -148,7 +156,7 @@ class Crew:
             usual=self._usual(),
             most=self._most(),
         )
-        if not runner.admitted or runner is self.bearer:
+        if not runner.admitted or runner is self.bearer(runner.gpu):
             return one
         gpu = one.gpu_bytes - runner.shared_bytes if one.gpu else 0
         return replace(one, host_bytes=one.host_bytes - runner.shared_bytes, gpu_bytes=gpu)

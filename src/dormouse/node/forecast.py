@@ -72,8 +72,8 @@ class Standing:
     """One replica of a model as it is now. Bytes: `host_bytes` and `gpu_bytes` are what counts for it at present (all
     of a ready replica, the process of one that dozes), `needs_host` and `needs_gpu` what a start takes,
     `process_bytes` and `context_bytes` what of it stays while it dozes, of the host and of its GPU. `running` says
-    since when it has each of its requests, `usual` how many seconds a request of the model takes (0: nobody knows
-    yet), `most` how many replicas there may be."""
+    since when it has each of its requests, `devices` on which GPUs its model may start, `usual` how many seconds a
+    request of the model takes (0: nobody knows yet), `most` how many replicas there may be."""
 
     name: str
     model: str
@@ -86,6 +86,7 @@ class Standing:
     since: float
     running: tuple[float, ...] = ()
     waiting: int = 0
+    devices: tuple[str, ...] = ()
     usual: float = 0.0
     most: int = 1
     pinned: bool = False
@@ -109,12 +110,18 @@ class Standing:
         return self.doing in (Doing.QUIESCING, Doing.CAPTURING, Doing.STOPPING)
 
     @property
-    def gpu_number(self) -> int | None:
-        return int(self.gpu.partition(":")[2]) if self.gpu else None
+    def gpus(self) -> tuple[int, ...]:
+        return () if self.gpu is None else (number_of(self.gpu),)
 
     @property
-    def gpus(self) -> tuple[int, ...]:
-        return () if self.gpu_number is None else (self.gpu_number,)
+    def may_be_on(self) -> tuple[int, ...]:
+        """The GPUs that its model may start on."""
+        return tuple(number_of(device) for device in self.devices) if self.gpu is not None else ()
+
+
+def number_of(gpu: str) -> int:
+    """Of "cuda:N"."""
+    return int(gpu.partition(":")[2])
 
 
 @dataclass(frozen=True)
@@ -290,6 +297,7 @@ class Forecast:
         have what they have."""
         device, host = one.needs_gpu, one.needs_host
         shared = one.checkpoint is not None and any(other.awake for other in replicas if other is not one)
+        shared = shared and len(one.may_be_on) <= 1  # else on some GPUs only
         weights = 0 if shared else min(one.weight_bytes, device if one.gpu else host)
         process = host if one.gpu else min(one.process_bytes, host - weights)
         coded = self._found[one.checkpoint].stored_bytes if one.checkpoint in self._found else one.weight_bytes
@@ -309,7 +317,7 @@ class Forecast:
             phases=_GUESSES,
             token_seconds=one.usual,
             max_replicas=one.most,
-            only_on=one.gpus,
+            only_on=one.may_be_on,
         )
 
     def _artifact(self, key: str | None) -> Artifact | None:
@@ -325,7 +333,8 @@ class Forecast:
                 view.hold(key, HERE, Tier.DISK)
                 if key in self._near:
                     view.hold(key, HERE, Tier.DRAM)
-        if one.checkpoint is None or one.checkpoint in kept or any(other.awake for other in replicas):
+        everywhere = len(one.may_be_on) <= 1 and any(other.awake for other in replicas)
+        if one.checkpoint is None or one.checkpoint in kept or everywhere:
             view.hold(_weights(one), HERE, Tier.GPU)
         elif one.gpu and one.checkpoint in self._in_tier and limits.dram_tier:
             view.hold(_weights(one), HERE, Tier.DRAM)
@@ -429,11 +438,11 @@ def libraries(engine: str) -> OnDisk:
 
 def _node(standings: Sequence[Standing], limits: Limits) -> Node:
     """This host; where more is taken than may be, nothing is free."""
-    numbers = {one.gpu_number: one.gpu for one in standings if one.gpu_number is not None and one.gpu}
+    numbers = {number for one in standings for number in (*one.gpus, *one.may_be_on)}
     gpus = []
     for number in range(max(numbers, default=-1) + 1):
-        most = limits.gpus.get(numbers.get(number, ""), _UNKNOWN_GPU)
-        gpus.append(max(most, sum(one.gpu_bytes for one in standings if one.gpu_number == number)))
+        most = limits.gpus.get(f"cuda:{number}", _UNKNOWN_GPU)
+        gpus.append(max(most, sum(one.gpu_bytes for one in standings if number in one.gpus)))
     host = max(limits.host, sum(one.host_bytes for one in standings))
     return Node(HERE, tuple(gpus), host, dict(_LINKS), dram_tier=limits.dram_tier)
 

@@ -46,7 +46,7 @@ from dormouse.node.templates import Templates, TemplateSpec, spec_of
 from dormouse.phases import Phases
 from dormouse.schedule.cluster import Cluster, Request, StartPath
 from dormouse.schedule.estimate import Errors
-from dormouse.schedule.place import place_start
+from dormouse.schedule.place import Option, place_start
 from dormouse.schedule.queue import Fairness
 from dormouse.schedule.room import Worth
 from dormouse.snapshot.capture import SNAPSHOT_KIND, TEMPLATE_KIND
@@ -186,6 +186,7 @@ class Node:
         with served.in_use() if served is not None else contextlib.nullcontext():
             crew = self._crew(served.adapter.base if served is not None else name)
             self._keeping.requested(crew.name)
+            await self._admission.know_gpus(crew)
             seat = await self._placing.ask(crew, tenant, priority)
             lease = seat.lease.result()
             try:
@@ -568,31 +569,35 @@ class Node:
     def _start_ahead(self, name: str, may_evict: bool) -> None:
         """One more for the policy: what is provisioned has the right to others' room, what is made ready ahead not."""
         crew = self._crews[name]
-        if crew.awake and not may_evict:
-            return
-        runner = crew.to_start(but=self._ahead)
+        if may_evict or not crew.awake:
+            self._in_background(self._make_one_ready(crew, may_evict), f"model {name} was not made ready ahead: %s")
+
+    async def _make_one_ready(self, crew: Crew, may_evict: bool) -> None:
+        await self._admission.know_gpus(crew)
+        runner = crew.to_start(self._place_for(crew, may_evict), self._ahead)
         if runner.replica.state in (State.ASLEEP, State.DOZING) and not runner.replica.waiting:
-            self._ahead.add(runner)
-            self._in_background(self._make_ready(runner, may_evict), f"model {name} was not made ready ahead: %s")
+            await self._make_ready(runner, may_evict)
 
     def _start_beside(self, crew: Crew, may_evict: bool) -> bool:
         """One more for the autoscaler, where placement has a place for it at once."""
-        runner = crew.to_start(but=self._ahead)
-        if runner.replica.state not in (State.ASLEEP, State.DOZING) or runner.replica.waiting:
-            return False
-        view = self.view()
-        request = Request(f"replica {runner.name}", crew.name, self.now())
-        found = place_start(
-            request, view, self._forecast.estimator, self.now(), evict=may_evict, worth=self.worth_of(view)
-        )
-        if found.chosen is None:
+        option = self._place_for(crew, may_evict)
+        runner = crew.to_start(option, self._ahead)
+        if option is None or runner.replica.state not in (State.ASLEEP, State.DOZING) or runner.replica.waiting:
             return False
         self._ahead.add(runner)
         self._in_background(self._make_ready(runner, may_evict=True), f"replica {runner.name} was not started: %s")
         return True
 
+    def _place_for(self, crew: Crew, may_evict: bool) -> Option | None:
+        """Where one more replica would start now."""
+        view, now = self.view(), self.now()
+        request = Request(f"one more of {crew.name}", crew.name, now)
+        worth = self.worth_of(view)
+        return place_start(request, view, self._forecast.estimator, now, evict=may_evict, worth=worth).chosen
+
     async def _make_ready(self, runner: Runner, may_evict: bool) -> None:
         """Before anybody asks; `may_evict`: others go for it, if they must."""
+        self._ahead.add(runner)
         try:
             await self._admission.check_gpu(runner)
             if not may_evict and not self._admission.fits(runner):

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from dormouse.errors import BusyError, DormouseError, StoppingError
 from dormouse.node.crew import Crew
-from dormouse.node.forecast import HERE
+from dormouse.node.forecast import HERE, number_of
 from dormouse.node.replica import shutting_down
 from dormouse.node.runner import Lease, Runner
 from dormouse.schedule.cluster import Claim, Cluster, Replica, Request, Running, State
@@ -179,7 +179,7 @@ class Placing:
 
     def _is_claimed(self, runner: Runner) -> bool:
         """Whether somebody else waits for its place, so that it must drain."""
-        gpus = frozenset({int(runner.gpu.partition(":")[2])}) if runner.gpu else frozenset()
+        gpus = frozenset({number_of(runner.gpu)}) if runner.gpu is not None else frozenset()
         return any(claim.whole or claim.gpus & gpus for claim in self._claims)
 
     def _sit_down(self, request: Request, runner: Runner, since: float) -> Seat:
@@ -258,7 +258,7 @@ class Placing:
             assert option.replica is not None
             runner = one.crew.named(option.replica)
         else:
-            runner = one.crew.named(option.replica) if option.replica is not None else one.crew.to_start()
+            runner = one.crew.to_start(option)
             log.debug("%s", decision.why())
         seat = self._sit_down(one.request, runner, one.since)
         self._bring_up_to_date(view, option, runner, one.request)

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dormouse.config import ModelConfig
+import msgspec
+
+from dormouse.config import ModelConfig, devices_of
 from dormouse.engine.messages import Delta, Finished, Load, Loaded, Prompt, Resumed, Sampling
 from dormouse.errors import DeadlineError, DormouseError, EngineError, HostError, StoreError
 from dormouse.node import canary
@@ -129,7 +131,7 @@ class Runner:
         self._load = Load(
             engine=settings.engine or model.engine,
             path=str(model.path),
-            device=settings.device,
+            device=devices_of(settings.device)[0],
             threads=settings.threads,
             context=settings.context,
             kv_tokens=settings.kv_tokens,
@@ -159,11 +161,21 @@ class Runner:
         self._restored = self._judged = False
         self._oom_kills = 0
         self.expected = self._peak = estimate(model, self._load.engine)
-        self.gpu = _gpu(self._load.device)
+        self.devices = devices_of(settings.device)
         self.gpu_bytes = gpu_estimate(model, self._load.engine) if self.gpu else 0
         self._parked_bytes = engine_bytes(self._load.engine)
 
     # For the node
+
+    @property
+    def gpu(self) -> str | None:
+        """The GPU that it is on, or was last; None on the CPU."""
+        return self._load.device if self._load.device != "cpu" else None
+
+    def move_to(self, device: str) -> None:
+        """Start there next. Only for one that has no process and is not about to have one."""
+        assert device in self.devices
+        self._load = msgspec.structs.replace(self._load, device=device)
 
     @property
     def load(self) -> int:
@@ -225,6 +237,7 @@ class Runner:
             checkpoint=self.model.checkpoint,
             weight_bytes=self.model.weight_bytes,
             gpu=self.gpu,
+            devices=self.devices,
             slots=self.slots,
             doing=replica.state,
             since=(replica.since if replica.idle_since is None else replica.idle_since) + shift,
@@ -711,8 +724,3 @@ class Runner:
                 await self._around.host.stop_worker(self._handle)
             self._handle = None
         self.admitted = False
-
-
-def _gpu(device: str) -> str | None:
-    """The GPU of a device as all name it, None for the CPU."""
-    return None if not device.startswith("cuda") else device if ":" in device else f"{device}:0"
