@@ -305,7 +305,39 @@ async def test_the_end_of_the_node_fails_those_who_wait_for_a_slot(tmp_path: Pat
 Act = Callable[[Node], Awaitable[Any]]
 
 
-@pytest.mark.parametrize("seed", range(6))
+def on_gpus(sizes: Mapping[str, int], **devices: str) -> tuple[dict[str, FakeModel], dict[str, ModelConfig]]:
+    """Models of so many MiB of weights, with 64 MiB beside them."""
+    models = {name: FakeModel(name, weight_bytes=size * MIB, checkpoint=f"c {name}") for name, size in sizes.items()}
+    return models, {name: several(3, 1, device=devices[name]) for name in sizes}
+
+
+@on_loop
+async def test_replicas_spread_over_the_gpus_that_have_room(tmp_path: Path) -> None:
+    """Of 972 MiB each: the second GPU has a model of its own."""
+    models, settings = on_gpus({"mouse": 400, "vole": 700}, mouse="cuda:0,1", vole="cuda:1")
+    host = StandInHost(gpu_bytes=1 << 30)
+    async with run_node(configure(tmp_path, settings, memory="20GiB"), host, models) as node:
+        vole, _paths = await held(node, 1, "vole")
+        async with vole:
+            stack, _paths = await held(node, 2)
+            async with stack:
+                assert [one.gpu for one in node._standings() if one.awake and one.model == "mouse"] == ["cuda:0"] * 2
+        stack, _paths = await held(node, 3)
+        async with stack:
+            places = [one.gpu for one in node._standings() if one.awake and one.model == "mouse"]
+            assert sorted(places) == ["cuda:0", "cuda:0", "cuda:1"]
+            assert [one.name for one in node._standings() if one.awake and one.model == "vole"] == []
+
+
+@on_loop
+async def test_who_fits_on_none_of_its_gpus_is_told_at_once(tmp_path: Path) -> None:
+    models, settings = on_gpus({"mouse": 1000}, mouse="cuda:0,1")
+    async with run_node(configure(tmp_path, settings, memory="20GiB"), StandInHost(gpu_bytes=1 << 30), models) as node:
+        with pytest.raises(HostError, match="1064 MiB of cuda:0, its budget is 972 MiB"):
+            await ask(node)
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_whatever_comes_every_request_ends_and_memory_is_never_passed(tmp_path: Path, seed: int) -> None:
     """Requests of three models and two tenants, given up at times, over a host that fails at times."""
     import random
