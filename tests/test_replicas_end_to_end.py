@@ -12,7 +12,7 @@ import pytest
 from dormouse.checkpoint.importer import import_model
 from dormouse.data_dir import DataDir
 from dormouse.store.store import Store
-from tests.test_end_to_end import PATIENCE, Server, data_dir, serve, until
+from tests.serving import PATIENCE, Server, data_dir, serve, until
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
 

@@ -10,9 +10,9 @@ import pytest
 
 from dormouse.data_dir import DataDir
 from dormouse.store.store import Store
+from tests.serving import PATIENCE, Server, data_dir, serve, until
 from tests.snapshot.test_capture_gpu import tiny_model
 from tests.snapshot.test_cuda_gpu import used_by_uuid
-from tests.test_end_to_end import PATIENCE, Server, data_dir, serve, until
 
 pytestmark = [pytest.mark.gpu(alone=True), pytest.mark.root, pytest.mark.timeout(240)]
 
