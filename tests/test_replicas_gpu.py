@@ -69,4 +69,6 @@ def test_replicas_on_two_gpus_out_of_one_snapshot(data_dir: DataDir, tmp_path: P
         assert {text} == {answer for _path, answer in threads.map(lambda _number: ask(server), range(6))}
         log = (data_dir.root / "serve.log").read_text()
         print(log)
-        assert log.count("tiny is ready: snapshot") == 1 and log.count("tiny#2 is ready: snapshot") == 1
+        assert [
+            log.count(f"{name} is ready: {path}") for name in ("tiny", "tiny#2") for path in ("cold", "snapshot")
+        ] == [1] * 4, "nobody goes for a replica of its own model"

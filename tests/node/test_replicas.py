@@ -378,9 +378,7 @@ def test_whatever_comes_every_request_ends_and_memory_is_never_passed(tmp_path: 
 
             async def watch() -> None:
                 while True:
-                    held = sum(
-                        one.host_bytes for crew in node._crews.values() for one in crew.standings(0.0) if one.awake
-                    )
+                    held = sum(one.host_bytes for _runner, one in node._admission._held() if one.awake)
                     assert held <= 500 * MIB
                     await asyncio.sleep(0.002)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from dormouse.config import ServeConfig
@@ -81,8 +82,8 @@ class Admission:
         return self._sleep_limit > 0
 
     def standings(self) -> list[Standing]:
-        """All replicas, those that wait for memory as if they had it."""
-        return [one for crew in self._crews.values() for one in crew.standings(self._shift, self._in_need)]
+        """All replicas, those that start and wait for memory as if they had it."""
+        return [one for crew in self._crews.values() for one in crew.standings(self._shift)]
 
     def free(self, but: Runner | None = None) -> int:
         """What of the budget nobody takes."""
@@ -99,10 +100,10 @@ class Admission:
 
     # Starts
 
-    async def make_room(self, runner: Runner, *, for_request: bool = True) -> None:
+    async def make_room(self, runner: Runner, *, for_request: bool = True, patient: bool = True) -> None:
         """Wait until the runner's worker fits the budget, freeing weights, ending processes that doze and putting idle
         replicas to sleep for it. What such a model is expected to take must fit; that it once took more only makes more
-        room for it, as far as there is any.
+        room for it, as far as there is any. One that is not `patient` waits for nobody who is busy.
 
         Raises HostError when it never can, and when a process that dozes would wait for others (it goes, so that no two
         of them wait for each other); AbandonedError when nobody waits for it any more."""
@@ -114,7 +115,7 @@ class Admission:
         try:
             if for_request:
                 self._around.starting(runner, self._way_for(runner, needed).evict)
-            await self._until_room(runner)
+            await self._until_room(runner, patient=patient)
         finally:
             del self._in_need[runner]
 
@@ -148,7 +149,7 @@ class Admission:
     def _blocked_on(self, runner: Runner, gpu: str) -> HostError | None:
         return self._too_large_for_gpu(runner, gpu) or self._gpu_beside_kept(runner, gpu)
 
-    async def _until_room(self, runner: Runner) -> None:
+    async def _until_room(self, runner: Runner, *, patient: bool) -> None:
         self._evicted_for.pop(runner, None)
         while runner.replica.waiting > 0:
             crew = self._crew(runner)
@@ -162,11 +163,17 @@ class Admission:
                 runner.admitted = True
                 return
             leaving = any(other.replica.leaving for other in self._others(runner))
-            if runner.replica.state is State.WAKING and not (way.weights or way.evict or leaving):
-                raise HostError(
-                    f"there is no room for {runner.model.name} to wake beside what others take",
-                    remedy="Raise `memory`; it waits for room without its process",
-                )
+            if not (way.weights or way.evict or leaving):
+                if runner.replica.state is State.WAKING:
+                    raise HostError(
+                        f"there is no room for {runner.model.name} to wake beside what others take",
+                        remedy="Raise `memory`; it waits for room without its process",
+                    )
+                if not patient:
+                    raise HostError(
+                        f"there is no room for one more replica of {runner.model.name} beside what others take",
+                        remedy="Raise `memory`, or lower max_replicas; it is tried again later",
+                    )
             change = self._around.change
             await self._make_way(way, runner)
             if not way.weights:
@@ -225,13 +232,18 @@ class Admission:
         """What must go so that the runner has `needed` bytes of the host's memory, and its GPU's."""
         return find_way(
             self._crew(runner).standing(runner, self._shift),
-            [one for other, one in self._held() if other is not runner],
+            [self._as_other(one, runner) for other, one in self._held() if other is not runner],
             needed,
             self._host.kept_weights,
             self.limits,
             lambda standings: self._around.view_of(list(standings)),
             self._around.victims(),
         )
+
+    @staticmethod
+    def _as_other(one: Standing, runner: Runner) -> Standing:
+        """How it looks to one that starts: of its own model none that is awake goes for it."""
+        return replace(one, pinned=True) if one.model == runner.model.name and one.awake else one
 
     async def _make_way(self, way: Way, runner: Runner) -> None:
         owners = {crew.model.checkpoint: name for name, crew in self._crews.items()}

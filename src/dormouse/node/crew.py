@@ -9,7 +9,7 @@ and whoever starts beside it needs none. The others bear them in turn when it go
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 
 from dormouse.config import ModelConfig
@@ -33,8 +33,8 @@ _RANK = (
     State.STOPPING,
     State.ASLEEP,
 )
-_COMING = (State.RESUMING, State.WAKING, State.RESTORING, State.STARTING)
-_AWAKE = (State.READY, *_COMING)
+_STARTING = (State.WAKING, State.RESTORING, State.STARTING)
+_AWAKE = (State.READY, State.RESUMING, *_STARTING)
 
 
 class Crew:
@@ -166,15 +166,14 @@ class Crew:
         held_off = asyncio.get_running_loop().time() < self.held_off_until
         return max(len(self.awake), 1) if held_off else len(self.runners)
 
-    def standings(self, shift: float, starting: Mapping[Runner, int] | None = None) -> list[Standing]:
-        """All of them; those that wait for memory have so much of the host's already."""
-        found = []
-        for runner in self.runners:
-            one = self.standing(runner, shift)
-            if starting and runner in starting and not runner.admitted:
-                one = replace(one, host_bytes=max(starting[runner], one.host_bytes), gpu_bytes=one.needs_gpu)
-            found.append(one)
-        return found
+    def standings(self, shift: float) -> list[Standing]:
+        """All of them; those that start and wait for memory as if they had it."""
+        return [self._as_if_admitted(runner, self.standing(runner, shift)) for runner in self.runners]
+
+    def _as_if_admitted(self, runner: Runner, one: Standing) -> Standing:
+        if runner.admitted or runner.replica.state not in _STARTING:
+            return one
+        return replace(one, host_bytes=max(one.needs_host, one.host_bytes), gpu_bytes=one.needs_gpu)
 
     # For people
 

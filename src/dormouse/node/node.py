@@ -89,7 +89,7 @@ class Node:
         self._wall_clock = wall_clock
         self.started = wall_clock()
         self.prewarms: dict[str, int] = {}
-        self._ahead: set[Runner] = set()  # replicas that are made ready though nobody has asked
+        self._ahead: dict[Runner, bool] = {}  # made ready though nobody has asked, and whether they wait for the busy
         self._host: Host | None = None
         self._history = History(wall_clock)
         self._observers: list[Observer] = [self._history]
@@ -521,7 +521,8 @@ class Node:
         return self._admission.standings()
 
     async def _make_room(self, runner: Runner) -> None:
-        await self._admission.make_room(runner, for_request=runner not in self._ahead)
+        ahead, patient = runner in self._ahead, self._ahead.get(runner, True)
+        await self._admission.make_room(runner, for_request=not ahead, patient=patient)
 
     async def _foresee(self, runner: Runner, path: StartPath) -> Expected | None:
         """There is room, and the start begins: what it should take."""
@@ -574,19 +575,23 @@ class Node:
 
     async def _make_one_ready(self, crew: Crew, may_evict: bool) -> None:
         await self._admission.know_gpus(crew)
-        runner = crew.to_start(self._place_for(crew, may_evict), self._ahead)
-        if runner.replica.state in (State.ASLEEP, State.DOZING) and not runner.replica.waiting:
+        runner = crew.to_start(self._place_for(crew, may_evict), self._ahead.keys())
+        if self._may_go_ahead(runner):
             await self._make_ready(runner, may_evict)
 
     def _start_beside(self, crew: Crew, may_evict: bool) -> bool:
         """One more for the autoscaler, where placement has a place for it at once."""
         option = self._place_for(crew, may_evict)
-        runner = crew.to_start(option, self._ahead)
-        if option is None or runner.replica.state not in (State.ASLEEP, State.DOZING) or runner.replica.waiting:
+        runner = crew.to_start(option, self._ahead.keys())
+        if option is None or not self._may_go_ahead(runner):
             return False
-        self._ahead.add(runner)
+        self._ahead[runner] = False
         self._in_background(self._make_ready(runner, may_evict=True), f"replica {runner.name} was not started: %s")
         return True
+
+    def _may_go_ahead(self, runner: Runner) -> bool:
+        there = runner.replica.state in (State.ASLEEP, State.DOZING) and not runner.replica.waiting
+        return there and runner not in self._ahead
 
     def _place_for(self, crew: Crew, may_evict: bool) -> Option | None:
         """Where one more replica would start now."""
@@ -597,7 +602,7 @@ class Node:
 
     async def _make_ready(self, runner: Runner, may_evict: bool) -> None:
         """Before anybody asks; `may_evict`: others go for it, if they must."""
-        self._ahead.add(runner)
+        self._ahead.setdefault(runner, True)
         try:
             await self._admission.check_gpu(runner)
             if not may_evict and not self._admission.fits(runner):
@@ -609,7 +614,7 @@ class Node:
                 await lease.end()
                 runner.release(waiter)
         finally:
-            self._ahead.discard(runner)
+            del self._ahead[runner]
 
     def _replan(self, name: str) -> None:
         for runner in self._crews[name]:
