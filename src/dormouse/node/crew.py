@@ -91,6 +91,11 @@ class Crew:
         """Requests that they have, those that wait there included."""
         return sum(runner.load for runner in self.runners)
 
+    @property
+    def may_start(self) -> bool:
+        """Whether there may be more of them than there are."""
+        return len(self.awake) < len(self.runners)
+
     def open(self) -> Runner | None:
         """The one that takes a request at once: the least loaded that is ready, or one that is just being parked."""
         free = [runner for runner in self.ready if runner.load < runner.slots]

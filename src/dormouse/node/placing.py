@@ -1,8 +1,8 @@
 """Which request runs where on this host: the queue and the placement of schedule/, over the replicas that there are.
 
-    ask -> a slot is free and nobody of the model waits -----------------------------------------> Seat at a replica
-        -> Queue.push -> dispatch (a view of now, place) -> commit: a slot, a start, or the place stays claimed -^
-                             ^-- soon after any change, and once a second while somebody waits
+    ask -> Queue.push -> a slot is free and it is the head of its model's line ------------------> Seat at a replica
+                      -> dispatch (a view of now, place) -> commit: a slot, a start, or the place stays claimed -^
+                             ^-- soon after any change, and once a second while somebody waits who could start
 
 A request is bound to a replica only when that has room for it at once, or starts for it; the others wait here, so that
 they get the slot that is free first. When a start fails and no other replica of the model is there, all that wait for
@@ -61,7 +61,6 @@ class Seat:
     runner: Runner
     waiter: int
     lease: asyncio.Future[Lease]
-    since: float
 
 
 @dataclass(eq=False)
@@ -160,14 +159,12 @@ class Placing:
 
     async def _seat(self, crew: Crew, request: Request, since: float) -> Seat:
         """Wait until a replica has room for it, or starts for it."""
-        open_one = crew.open()
-        if open_one is not None and not self._is_claimed(open_one) and self._queue.straight(request):
-            return self._sit_down(request, open_one, since)
         self._check_length(crew)
         one = self._waiting[request.name] = _Waiting(crew, request, since)
         self._queue.push(request)
-        self._around.changed()
-        self.look()
+        self._take_slots(crew)
+        if request.name in self._waiting:
+            self._around.changed()
         try:
             return await one.seat
         except BaseException:
@@ -177,14 +174,29 @@ class Placing:
                 self._forget(request)
             raise
 
-    def _is_claimed(self, runner: Runner) -> bool:
-        """Whether somebody else waits for its place, so that it must drain."""
-        gpus = frozenset({number_of(runner.gpu)}) if runner.gpu is not None else frozenset()
-        return any(claim.whole or claim.gpus & gpus for claim in self._claims)
+    def _take_slots(self, crew: Crew) -> None:
+        """Slots that are free are for those who wait longest for the model."""
+        while (runner := crew.open()) is not None:
+            request = self._queue.head(crew.name)
+            if request is None or self._is_claimed(runner, request):
+                return
+            self._queue.take(request)
+            self._claims = [claim for claim in self._claims if claim.request != request.name]
+            self._seat_at(self._waiting.pop(request.name), runner)
 
-    def _sit_down(self, request: Request, runner: Runner, since: float) -> Seat:
-        waiter, lease = runner.enter(since)
-        return Seat(request, runner, waiter, lease, since)
+    def _is_claimed(self, runner: Runner, request: Request) -> bool:
+        """Whether somebody else waits for its place, so that it must drain."""
+        others = [claim for claim in self._claims if claim.request != request.name]
+        gpus = frozenset({number_of(runner.gpu)}) if runner.gpu is not None else frozenset()
+        return any(claim.whole or claim.gpus & gpus for claim in others)
+
+    def _seat_at(self, one: _Waiting, runner: Runner) -> None:
+        waiter, lease = runner.enter(one.since)
+        seat = Seat(one.request, runner, waiter, lease)
+        if one.seat.done():
+            self.leave(seat)  # it went away in this very moment
+        else:
+            one.seat.set_result(seat)
 
     def _check_length(self, crew: Crew) -> None:
         if self._closing:
@@ -228,8 +240,12 @@ class Placing:
         self._soon = None
         if self._later is not None:
             self._later.cancel()
-        if not self._waiting or self._closing:
+        if self._closing:
             return
+        for crew in {one.crew for one in self._waiting.values()}:
+            self._take_slots(crew)
+        if not any(one.crew.may_start for one in self._waiting.values()):
+            return  # as many replicas as there may be, and all are busy
         self._later = self._loop.call_later(_LOOK_AGAIN, self.look)
         view = self._around.view()
         for claim in self._claims:
@@ -260,12 +276,8 @@ class Placing:
         else:
             runner = one.crew.to_start(option)
             log.debug("%s", decision.why())
-        seat = self._sit_down(one.request, runner, one.since)
         self._bring_up_to_date(view, option, runner, one.request)
-        if not one.seat.done():
-            one.seat.set_result(seat)
-        else:
-            self.leave(seat)  # it went away in this very moment
+        self._seat_at(one, runner)
 
     def _bring_up_to_date(self, view: Cluster, option: Option, runner: Runner, request: Request) -> None:
         """The view has the decision carried out. Who goes keeps its memory until it has gone; who starts takes what is

@@ -114,13 +114,15 @@ class Queue:
         self._requests[request.name] = request
         self._line_up(request)
 
-    def straight(self, request: Request) -> bool:
-        """Whether a request may take a free slot at once, past this queue: nobody of its model waits, and its tenant is
-        not at its cap. Then it counts as placed."""
-        if request.model in self._lines or self._capped(request.tenant):
-            return False
+    def head(self, model: str) -> Request | None:
+        """The first of a model's line that may run."""
+        entry = self._head(model)
+        return self._requests[entry[1]] if entry else None
+
+    def take(self, request: Request) -> None:
+        """A free slot is a head's, without a look at the cluster: it is placed."""
+        self._leave(request)
         self._running[request.tenant] = self._running.get(request.tenant, 0) + 1
-        return True
 
     def remove(self, name: str, view: Cluster | None = None) -> bool:
         """It has been given up, or has timed out; False when it did not wait. `view`: where it may have a claim."""
@@ -288,8 +290,7 @@ class Queue:
 
     def _place(self, decision: Decision, state: _Pass) -> None:
         request = decision.request
-        self._leave(request)
-        self._running[request.tenant] = self._running.get(request.tenant, 0) + 1
+        self.take(request)
         state.view.release(request.name)
         state.commit(decision)
         state.placed += 1
