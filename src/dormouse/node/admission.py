@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from dormouse.config import ServeConfig
@@ -210,10 +211,13 @@ class Admission:
         )
 
     def _way_for(self, runner: Runner, needed: int) -> Way:
-        """What must go so that the runner has `needed` bytes of the host's memory, and its GPU's."""
+        """What must go so that the runner has `needed` bytes of the host's memory, and its GPU's. Not a replica of its
+        own model that is ready: that serves as well."""
+        mates = {mate.name for mate in self._crew(runner).ready}
+        others = [one for other, one in self._held() if other is not runner]
         return find_way(
             self._crew(runner).standing(runner, self._shift),
-            [one for other, one in self._held() if other is not runner],
+            [replace(one, pinned=True) if one.name in mates else one for one in others],
             needed,
             self._host.kept_weights,
             self.limits,

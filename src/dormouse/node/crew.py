@@ -32,8 +32,7 @@ _RANK = (
     State.STOPPING,
     State.ASLEEP,
 )
-_COMING = (State.RESUMING, State.WAKING, State.RESTORING, State.STARTING)
-_AWAKE = (State.READY, *_COMING)
+_AWAKE = (State.READY, State.RESUMING, State.WAKING, State.RESTORING, State.STARTING)
 
 
 class Crew:
@@ -99,9 +98,9 @@ class Crew:
         return next(runner for runner in self.runners if runner.name == name)
 
     def to_start(self, but: Set[Runner] = frozenset()) -> Runner:
-        """The one that starts next: one whose process dozes, else one that has none, or will have none soon. `but`:
-        rather none of these."""
-        order = (State.DOZING, State.ASLEEP, State.STOPPING, State.CAPTURING)
+        """The one that starts next: one whose process dozes, else one that has none, is being parked, or will have none
+        soon. `but`: rather none of these."""
+        order = (State.DOZING, State.ASLEEP, State.QUIESCING, State.STOPPING, State.CAPTURING)
         idle = [
             runner
             for runner in self.runners
@@ -109,13 +108,21 @@ class Crew:
         ]
         return min(idle, key=lambda runner: order.index(runner.replica.state), default=self.leader)
 
+    def captured_beside(self, runner: Runner) -> bool:
+        """Whether another one is being captured."""
+        return any(other.replica.capturing for other in self.runners if other is not runner)
+
     # Memory
 
     @property
     def bearer(self) -> Runner | None:
-        """The one with which the weights are counted: of those that have them, the one that will probably go last."""
-        having = [runner for runner in self.runners if runner.admitted]
-        return max(having, key=lambda runner: runner.replica.idle_since or float("inf"), default=None)
+        """The one with which the weights are counted: of those that have them, the one that will probably go last.
+        While one stays whatever comes, so do they; with one that is going they would seem to be free soon."""
+
+        def lasts(runner: Runner) -> tuple[bool, bool, float]:
+            return runner.pinned, not runner.replica.leaving, runner.replica.idle_since or float("inf")
+
+        return max((runner for runner in self.runners if runner.admitted), key=lasts, default=None)
 
     def held(self, runner: Runner) -> int:
         """Bytes of the host's memory to count for one of them now."""
@@ -154,13 +161,14 @@ class Crew:
         held_off = asyncio.get_running_loop().time() < self.held_off_until
         return max(len(self.awake), 1) if held_off else len(self.runners)
 
-    def standings(self, shift: float, starting: Mapping[Runner, int] | None = None) -> list[Standing]:
-        """All of them; those that wait for memory have so much of the host's already."""
+    def standings(self, shift: float, starting: Mapping[Runner, int]) -> list[Standing]:
+        """All of them; those that are to start have already what they need, or, if they wait for memory, so much."""
         found = []
         for runner in self.runners:
             one = self.standing(runner, shift)
-            if starting and runner in starting and not runner.admitted:
-                one = replace(one, host_bytes=max(starting[runner], one.host_bytes), gpu_bytes=one.needs_gpu)
+            if runner.waits_for_room:
+                room = max(starting.get(runner, one.needs_host), one.host_bytes)
+                one = replace(one, host_bytes=room, gpu_bytes=one.needs_gpu)
             found.append(one)
         return found
 

@@ -22,6 +22,7 @@ from typing import Protocol
 from dormouse.errors import BusyError, DormouseError, StoppingError
 from dormouse.node.crew import Crew
 from dormouse.node.forecast import HERE
+from dormouse.node.replica import State as Doing
 from dormouse.node.replica import shutting_down
 from dormouse.node.runner import Lease, Runner
 from dormouse.schedule.cluster import Claim, Cluster, Replica, Request, Running, State
@@ -34,13 +35,15 @@ log = logging.getLogger(__name__)
 
 HOLD_OFF = 30.0
 """Seconds after a start beside other replicas has failed in which none is tried again."""
+_IDLE = (Doing.ASLEEP, Doing.DOZING)
 _LOOK_AGAIN = 1.0
 _FIRST_GUESS = 5.0
 _NEWEST = 0.2  # share of the newest request in what requests of a model usually take
 
 
 class Around(Protocol):
-    """What placing asks of the node. `blocked`: why a model can't start at all, as the memory is."""
+    """What placing asks of the node. `blocked`: why a model can't start at all, as the memory is; `fits`: whether a
+    replica could start without anybody's going."""
 
     def view(self) -> Cluster: ...
 
@@ -49,6 +52,8 @@ class Around(Protocol):
     def now(self) -> float: ...
 
     def blocked(self, crew: Crew) -> DormouseError | None: ...
+
+    def fits(self, runner: Runner) -> bool: ...
 
     def changed(self) -> None: ...
 
@@ -91,6 +96,7 @@ class Placing:
         self._queue = Queue(fairness)
         self._numbers = itertools.count(1)
         self._waiting: dict[str, _Waiting] = {}
+        self._coming: list[Seat] = []
         self._claims: list[Claim] = []
         self._usual: dict[str, float] = {}
         self._soon: asyncio.Handle | None = None
@@ -110,16 +116,17 @@ class Placing:
         raised or kept the model from starting."""
         request = Request(f"request {next(self._numbers)}", crew.name, self._around.now(), priority, tenant)
         since = self._loop.time()
+        again = False
         while True:
-            seat = await self._seat(crew, request, since)
+            seat = await self._seat(crew, request, since, again=again)
             try:
-                await asyncio.wait([seat.lease])
-                seat.lease.result()
+                await self._ready(seat)
             except BaseException as error:
                 self.leave(seat)
                 others = any(runner is not seat.runner for runner in crew.awake)
                 if not isinstance(error, DormouseError) or isinstance(error, StoppingError) or not others:
                     raise
+                again = True
             else:
                 return seat
 
@@ -144,7 +151,7 @@ class Placing:
 
     def look(self) -> None:
         """Something has changed: see, soon, whether somebody who waits can go on."""
-        if self._waiting and self._soon is None and not self._closing:
+        if (self._waiting or self._coming) and self._soon is None and not self._closing:
             self._soon = self._loop.call_soon(self._dispatch)
 
     def close(self) -> None:
@@ -158,12 +165,23 @@ class Placing:
 
     # One request
 
-    async def _seat(self, crew: Crew, request: Request, since: float) -> Seat:
-        """Wait until a replica has room for it, or starts for it."""
-        open_one = crew.open()
+    async def _ready(self, seat: Seat) -> None:
+        """Wait for its replica, or for the one that it is given to meanwhile. Raises what the start raised."""
+        self._coming.append(seat)
+        try:
+            while not seat.lease.done():
+                await asyncio.wait([seat.lease])
+            seat.lease.result()
+        finally:
+            self._coming.remove(seat)
+
+    async def _seat(self, crew: Crew, request: Request, since: float, *, again: bool) -> Seat:
+        """Wait until a replica has room for it, or starts for it; `again`: its first one did not start, and it has its
+        place in the queue already."""
+        open_one = crew.open() or self._back_soon(crew)
         if open_one is not None and not self._is_claimed(open_one) and self._queue.straight(request):
             return self._sit_down(request, open_one, since)
-        self._check_length(crew)
+        self._check_length(crew, 0 if again else 1)
         one = self._waiting[request.name] = _Waiting(crew, request, since)
         self._queue.push(request)
         self._around.changed()
@@ -177,6 +195,14 @@ class Placing:
                 self._forget(request)
             raise
 
+    def _back_soon(self, crew: Crew) -> Runner | None:
+        """One that is being captured, or ends, when there is none that could start beside it: it starts again in its
+        own room. To claim that as a place would hold up all other models meanwhile."""
+        if crew.awake or any(self._around.fits(runner) for runner in crew if runner.replica.state in _IDLE):
+            return None
+        going = (runner for runner in crew if runner.replica.leaving and runner.load < runner.slots)
+        return next(going, None)
+
     def _is_claimed(self, runner: Runner) -> bool:
         """Whether somebody else waits for its place, so that it must drain."""
         gpus = frozenset({int(runner.gpu.partition(":")[2])}) if runner.gpu else frozenset()
@@ -186,10 +212,10 @@ class Placing:
         waiter, lease = runner.enter(since)
         return Seat(request, runner, waiter, lease, since)
 
-    def _check_length(self, crew: Crew) -> None:
+    def _check_length(self, crew: Crew, more: int) -> None:
         if self._closing:
             raise shutting_down(crew.name)
-        if self.waiting(crew.name) + crew.bound < self._max_queue:
+        if not more or self.waiting(crew.name) + crew.bound + more <= self._max_queue:
             return
         last = crew.leader.replica.last_start
         raise BusyError(
@@ -224,10 +250,23 @@ class Placing:
 
     # All who wait
 
+    def _take_slots(self) -> None:
+        """Who has a seat at a replica that waits for memory takes a slot of another one that has become free: nobody
+        knows how long that memory is in use."""
+        for seat in sorted(self._coming, key=lambda seat: seat.since):
+            crew = self._crews[seat.request.model]
+            free = crew.open() if seat.runner.waits_for_room else None
+            if free is not None and free is not seat.runner and not self._is_claimed(free):
+                seat.runner.release(seat.waiter)
+                left, seat.runner = seat.lease, free
+                seat.waiter, seat.lease = free.enter(seat.since)
+                left.cancel()
+
     def _dispatch(self) -> None:
         self._soon = None
         if self._later is not None:
             self._later.cancel()
+        self._take_slots()
         if not self._waiting or self._closing:
             return
         self._later = self._loop.call_later(_LOOK_AGAIN, self.look)
