@@ -91,7 +91,9 @@ class Admission:
         return self._budget - held - sum(self._host.kept_weights.values())
 
     def fits(self, runner: Runner) -> bool:
-        """Whether it could start without anybody's going."""
+        """Whether it could start without anybody's going, for all that is known."""
+        if runner.gpu is not None and runner.gpu not in self._gpu_budgets:
+            return True
         return self._way_for(runner, self._crew(runner).needed(runner)).fits
 
     def evicted_for(self, runner: Runner) -> list[str]:

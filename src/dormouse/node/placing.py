@@ -198,10 +198,11 @@ class Placing:
     def _back_soon(self, crew: Crew) -> Runner | None:
         """One that is being captured, or ends, when there is none that could start beside it: it starts again in its
         own room. To claim that as a place would hold up all other models meanwhile."""
-        if crew.awake or any(self._around.fits(runner) for runner in crew if runner.replica.state in _IDLE):
+        going = [runner for runner in crew if runner.replica.leaving and runner.load < runner.slots]
+        if not going or crew.awake:
             return None
-        going = (runner for runner in crew if runner.replica.leaving and runner.load < runner.slots)
-        return next(going, None)
+        beside = any(self._around.fits(runner) for runner in crew if runner.replica.state in _IDLE)
+        return None if beside else going[0]
 
     def _is_claimed(self, runner: Runner) -> bool:
         """Whether somebody else waits for its place, so that it must drain."""
