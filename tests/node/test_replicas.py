@@ -485,8 +485,8 @@ async def test_an_adapter_leaves_all_workers_whatever_one_says(tmp_path: Path) -
 Act = Callable[[Node], Awaitable[Any]]
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_whatever_comes_every_request_ends_and_memory_is_never_passed(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "device"), [(0, "cpu"), (1, "cpu"), (2, "cuda"), (3, "cuda")])
+def test_whatever_comes_every_request_ends_and_memory_is_never_passed(tmp_path: Path, seed: int, device: str) -> None:
     """Requests of three models and two tenants, given up at times, over a host that fails at times."""
     import random
 
@@ -500,9 +500,16 @@ def test_whatever_comes_every_request_ends_and_memory_is_never_passed(tmp_path: 
             name: FakeModel(name, weight_bytes=size * MIB, checkpoint=f"c {name}") for name, size in sizes.items()
         }
         scaling = {"stable_window": 0.2, "panic_window": 0.1}
-        settings = {name: several(3, 2, scaling=scaling, keep_alive=rng.choice([0, 0.05, 9])) for name in sizes}
+        settings = {
+            name: several(3, 2, scaling=scaling, keep_alive=rng.choice([0, 0.05, 9]), device=device) for name in sizes
+        }
+        host_bytes, gpu_bytes = (500 * MIB, 0) if device == "cpu" else (2000 * MIB, 600 * MIB)
         config = configure(
-            tmp_path, settings, memory="500MiB", sleep_memory=rng.choice([0, 0.5]), tenants={"t": {"cap": 2}}
+            *(tmp_path, settings),
+            memory=host_bytes,
+            gpu_memory=gpu_bytes or None,
+            sleep_memory=rng.choice([0, 0.5]),
+            tenants={"t": {"cap": 2}},
         )
         async with run_node(config, host, models) as node:
 
@@ -526,10 +533,9 @@ def test_whatever_comes_every_request_ends_and_memory_is_never_passed(tmp_path: 
 
             async def watch() -> None:
                 while True:
-                    held = sum(
-                        one.host_bytes for crew in node._crews.values() for one in crew.standings(0.0) if one.awake
-                    )
-                    assert held <= 500 * MIB
+                    held = [one for _runner, one in node._admission._held()]
+                    assert sum(one.host_bytes for one in held) <= host_bytes
+                    assert sum(one.gpu_bytes for one in held) <= gpu_bytes
                     await asyncio.sleep(0.002)
 
             watching = asyncio.create_task(watch())
