@@ -302,6 +302,186 @@ async def test_the_end_of_the_node_fails_those_who_wait_for_a_slot(tmp_path: Pat
         await ending
 
 
+@on_loop
+async def test_of_those_that_fall_asleep_at_once_one_is_captured(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(configure(tmp_path, {"mouse": several(3, 1)}), host) as node:
+        stack, _paths = await held(node, 3)
+        async with stack:
+            pass
+        await node.sleep("mouse")
+        assert host.calls.count("capture") == 1 and list(host.snapshots) == ["snap1"]
+        stack, paths = await held(node, 3)
+        async with stack:
+            assert "cold" not in paths and host.calls.count("start_worker") == 3
+
+
+@on_loop
+async def test_a_snapshot_that_goes_while_it_is_restored_gives_way_to_the_newer_one(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(configure(tmp_path, {"mouse": several(2, 1, scaling={"target": 9})}), host) as node:
+        await node.wake("mouse")
+        await node.sleep("mouse")
+        gate = host.gates["restore"] = asyncio.Event()
+        host.gates["restore"].set()
+        async with node.replica("mouse"):
+            gate.clear()
+            second = asyncio.create_task(ask(node))
+            await until(lambda: host.calls.count("restore") == 2)
+            host.snapshots["snap2"] = host.snapshots.pop("snap1")  # as when another one has been captured
+            host.models["snap2"], host.kinds["snap2"] = "mouse", host.kinds["snap1"]
+            node._captured(host.kinds["snap2"], "mouse", "snap2")
+            gate.set()
+            assert (await second)[1] == "snapshot" and host.calls.count("start_worker") == 1
+
+
+@on_loop
+async def test_a_slot_is_given_back_even_when_a_stream_can_not_be_ended(tmp_path: Path) -> None:
+    async with run_node(configure(tmp_path, tenants={"t": {"cap": 1}}), StandInHost(delay=0.05)) as node:
+        with pytest.raises(RuntimeError, match="already running"):
+            async with node.replica("mouse", tenant="t") as lease:
+                reading = asyncio.ensure_future(anext(lease.generate(TextPrompt("a"), Sampling(max_tokens=3))))
+                await asyncio.sleep(0)
+        await reading
+        assert node.statuses()[0].in_flight == 0
+        assert await asyncio.wait_for(ask(node, tenant="t"), 5)
+
+
+@on_loop
+async def test_who_waits_behind_one_of_its_tenant_that_is_given_up_has_its_turn(tmp_path: Path) -> None:
+    """The first one's turn has come, but all slots are taken; it goes, and so the turn is the second one's."""
+    config = configure(tmp_path, {"mouse": several(1, 2)}, tenants={"t": {"cap": 1}})
+    async with run_node(config, StandInHost()) as node:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(node.replica("mouse"))
+            async with node.replica("mouse", tenant="t"):
+                third = asyncio.create_task(held(node, 1))
+                await asyncio.sleep(0.01)
+                first = asyncio.create_task(ask(node, tenant="t"))
+                await asyncio.sleep(0)
+                second = asyncio.create_task(ask(node, tenant="t"))
+                await until(lambda: node.statuses()[0].waiting == 3)
+            await stack.enter_async_context((await third)[0])
+            await until(lambda: node.statuses()[0].waiting == 2)
+            await asyncio.sleep(0.01)
+            first.cancel()
+            await asyncio.sleep(0.01)
+        assert (await asyncio.wait_for(second, 5))[0] == "a b a"
+
+
+@on_loop
+async def test_weights_that_stay_with_a_pinned_replica_are_not_waited_for(tmp_path: Path) -> None:
+    models = {
+        "mouse": FakeModel("mouse", weight_bytes=400 * MIB, checkpoint="c"),
+        "vole": FakeModel("vole", weight_bytes=436 * MIB),
+    }
+    settings = {"mouse": several(2, 1, provisioned=1), "vole": ModelConfig()}
+    async with run_node(configure(tmp_path, settings, memory="900MiB"), StandInHost(), models) as node:
+        stack, _paths = await held(node, 2)
+        async with stack:
+            pass
+        with pytest.raises(HostError, match="kept forever"):
+            await asyncio.wait_for(ask(node, "vole"), 5)
+        assert ready(node) == 2  # nobody went in vain
+
+
+@on_loop
+async def test_a_process_that_dozes_beside_a_replica_needs_no_weights_to_wake(tmp_path: Path) -> None:
+    models = {"mouse": FakeModel("mouse", weight_bytes=400 * MIB, checkpoint="c")}
+    config = configure(tmp_path, {"mouse": several(2, 1)}, memory="600MiB", sleep_memory="100MiB")
+    async with run_node(config, StandInHost(), models) as node:
+        stack, _paths = await held(node, 2)
+        async with stack:
+            pass
+        node._crews["mouse"].named("mouse#2").press(keep=True)
+        await until(lambda: replicas(node) == {"mouse": "ready", "mouse#2": "dozing"})
+        async with node.replica("mouse"):
+            assert (await asyncio.wait_for(ask(node), 5))[1] == "sleep"
+
+
+@on_loop
+async def test_the_autoscaler_starts_no_more_than_there_is_room_for(tmp_path: Path) -> None:
+    models = {"mouse": FakeModel("mouse", weight_bytes=200 * MIB)}
+    config = configure(tmp_path, {"mouse": several(4, 4, scaling={"target": 1})}, memory="600MiB")
+    async with run_node(config, StandInHost(), models) as node:
+        stack, _paths = await held(node, 4)
+        async with stack:
+            await until(lambda: ready(node) == 2)
+            assert len(replicas(node)) == 2
+            await asyncio.sleep(0.02)
+            assert replicas(node) == {"mouse": "ready", "mouse#2": "ready"}
+
+
+@on_loop
+async def test_who_waits_for_the_end_of_a_capture_holds_nobody_up(tmp_path: Path) -> None:
+    models = {name: FakeModel(name, weight_bytes=200 * MIB) for name in ("mouse", "vole")}
+    host = StandInHost()
+    config = configure(tmp_path, {"mouse": several(2, 1), "vole": ModelConfig()}, memory="550MiB")
+    async with run_node(config, host, models) as node:
+        await node.wake("mouse")
+        await node.wake("vole")
+        gate = host.gates["capture"] = asyncio.Event()
+        sleeping = asyncio.create_task(node.sleep("mouse"))
+        await until(lambda: "capture" in host.calls)
+        asking = [asyncio.create_task(ask(node)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        for _ in range(3):
+            assert (await asyncio.wait_for(ask(node, "vole"), 5))[1] == "hot"
+        gate.set()
+        await asyncio.gather(sleeping, *asking)
+
+
+@on_loop
+async def test_who_waits_for_memory_takes_a_slot_that_is_free_before(tmp_path: Path) -> None:
+    """The room that a second replica was to have is taken by a request just then."""
+    models = {name: FakeModel(name, weight_bytes=200 * MIB) for name in ("mouse", "vole")}
+    settings = {"mouse": several(2, 1, scaling={"target": 9}), "vole": ModelConfig()}
+    config = configure(tmp_path, settings, memory="550MiB")
+    async with run_node(config, StandInHost(), models) as node:
+        await node.wake("vole")
+        async with AsyncExitStack() as vole:
+            async with node.replica("mouse"):
+                second = asyncio.create_task(ask(node))
+                while "mouse#2" not in replicas(node):  # noqa: ASYNC110 - not a moment later
+                    await asyncio.sleep(0)
+                await vole.enter_async_context(node.replica("vole"))
+                await asyncio.sleep(0.05)
+                assert not second.done()
+            assert (await asyncio.wait_for(second, 5))[1] == "hot"
+            await until(lambda: list(replicas(node)) == ["mouse"])
+
+
+@on_loop
+async def test_a_process_that_dozes_beside_what_is_provisioned_goes_for_others(tmp_path: Path) -> None:
+    models = {name: FakeModel(name, weight_bytes=200 * MIB) for name in ("mouse", "vole")}
+    scaling = {"stable_window": 0.2, "panic_window": 0.1}
+    settings = {"mouse": several(2, 1, provisioned=1, scaling=scaling), "vole": ModelConfig()}
+    config = configure(tmp_path, settings, memory="530MiB", sleep_memory=0.5)
+    async with run_node(config, StandInHost(), models) as node:
+        stack, _paths = await held(node, 2)
+        async with stack:
+            pass
+        node._crews["mouse"].named("mouse#2").press(keep=True)
+        await until(lambda: node._crews["mouse"].named("mouse#2").replica.state in ("dozing", "asleep"))
+        assert (await asyncio.wait_for(ask(node, "vole"), 5))[1] == "cold"
+        assert replicas(node) == {"mouse": "ready"}
+
+
+@on_loop
+async def test_an_adapter_leaves_all_workers_whatever_one_says(tmp_path: Path) -> None:
+    host = StandInHost()
+    async with run_node(configure(tmp_path, {"mouse": several(2, 1)}), host) as node:
+        await node.load_adapter("tail", "mouse-tail")
+        async with AsyncExitStack() as stack:
+            for _ in range(2):
+                await stack.enter_async_context(node.replica("tail"))
+        drop = "drop_segment checkpoint of mouse-tail"
+        host.faults[drop] = HostError("no")
+        with pytest.raises(HostError, match="no"):
+            await node.unload_adapter("tail")
+        assert host.calls.count(drop) == 2
+
+
 Act = Callable[[Node], Awaitable[Any]]
 
 
@@ -337,8 +517,8 @@ async def test_who_fits_on_none_of_its_gpus_is_told_at_once(tmp_path: Path) -> N
             await ask(node)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_whatever_comes_every_request_ends_and_memory_is_never_passed(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "device"), [(0, "cpu"), (1, "cpu"), (2, "cuda"), (3, "cuda")])
+def test_whatever_comes_every_request_ends_and_memory_is_never_passed(tmp_path: Path, seed: int, device: str) -> None:
     """Requests of three models and two tenants, given up at times, over a host that fails at times."""
     import random
 
@@ -352,9 +532,16 @@ def test_whatever_comes_every_request_ends_and_memory_is_never_passed(tmp_path: 
             name: FakeModel(name, weight_bytes=size * MIB, checkpoint=f"c {name}") for name, size in sizes.items()
         }
         scaling = {"stable_window": 0.2, "panic_window": 0.1}
-        settings = {name: several(3, 2, scaling=scaling, keep_alive=rng.choice([0, 0.05, 9])) for name in sizes}
+        settings = {
+            name: several(3, 2, scaling=scaling, keep_alive=rng.choice([0, 0.05, 9]), device=device) for name in sizes
+        }
+        host_bytes, gpu_bytes = (500 * MIB, 0) if device == "cpu" else (2000 * MIB, 600 * MIB)
         config = configure(
-            tmp_path, settings, memory="500MiB", sleep_memory=rng.choice([0, 0.5]), tenants={"t": {"cap": 2}}
+            *(tmp_path, settings),
+            memory=host_bytes,
+            gpu_memory=gpu_bytes or None,
+            sleep_memory=rng.choice([0, 0.5]),
+            tenants={"t": {"cap": 2}},
         )
         async with run_node(config, host, models) as node:
 
@@ -378,8 +565,9 @@ def test_whatever_comes_every_request_ends_and_memory_is_never_passed(tmp_path: 
 
             async def watch() -> None:
                 while True:
-                    held = sum(one.host_bytes for _runner, one in node._admission._held() if one.awake)
-                    assert held <= 500 * MIB
+                    held = [one for _runner, one in node._admission._held()]
+                    assert sum(one.host_bytes for one in held) <= host_bytes
+                    assert sum(one.gpu_bytes for one in held) <= gpu_bytes
                     await asyncio.sleep(0.002)
 
             watching = asyncio.create_task(watch())

@@ -70,6 +70,7 @@ class Admission:
         self._dram_tier = dram_tier(config)
         self._in_need: dict[Runner, int] = {}
         self._evicted_for: dict[Runner, list[str]] = {}
+        self._waits_for_busy: set[Runner] = set()
 
     @property
     def limits(self) -> Limits:
@@ -83,7 +84,7 @@ class Admission:
 
     def standings(self) -> list[Standing]:
         """All replicas, those that start and wait for memory as if they had it."""
-        return [one for crew in self._crews.values() for one in crew.standings(self._shift)]
+        return [one for crew in self._crews.values() for one in crew.standings(self._shift, self._in_need)]
 
     def free(self, but: Runner | None = None) -> int:
         """What of the budget nobody takes."""
@@ -91,12 +92,23 @@ class Admission:
         return self._budget - held - sum(self._host.kept_weights.values())
 
     def fits(self, runner: Runner) -> bool:
-        """Whether it could start without anybody's going."""
+        """Whether it could start without anybody's going, for all that is known."""
+        if runner.gpu is not None and runner.gpu not in self._gpu_budgets:
+            return True
         return self._way_for(runner, self._crew(runner).needed(runner)).fits
 
     def evicted_for(self, runner: Runner) -> list[str]:
         """What has gone for its start under way, in words; told once."""
         return self._evicted_for.pop(runner, [])
+
+    def held_up(self, runner: Runner) -> bool:
+        """Whether a replica has to drain, since another model's waits for memory that only busy ones have: on its GPU,
+        or anywhere on the host."""
+        others = (other for other in self._waits_for_busy if other.model is not runner.model)
+        return any(other.gpu is None or other.gpu == runner.gpu or self._lacks_host(other) for other in others)
+
+    def _lacks_host(self, runner: Runner) -> bool:
+        return self._in_need[runner] > self.free(but=runner)
 
     # Starts
 
@@ -118,6 +130,7 @@ class Admission:
             await self._until_room(runner, patient=patient)
         finally:
             del self._in_need[runner]
+            self._waits_for_busy.discard(runner)
 
     async def know_gpus(self, crew: Crew) -> None:
         """Find out what may be taken of each GPU that a model may start on, before one is chosen. Raises HostError."""
@@ -164,6 +177,7 @@ class Admission:
                 return
             leaving = any(other.replica.leaving for other in self._others(runner))
             if not (way.weights or way.evict or leaving):
+                self._waits_for_busy.add(runner)
                 if runner.replica.state is State.WAKING:
                     raise HostError(
                         f"there is no room for {runner.model.name} to wake beside what others take",
@@ -229,21 +243,19 @@ class Admission:
         )
 
     def _way_for(self, runner: Runner, needed: int) -> Way:
-        """What must go so that the runner has `needed` bytes of the host's memory, and its GPU's."""
+        """What must go so that the runner has `needed` bytes of the host's memory, and its GPU's. Not a replica of its
+        own model that is ready: that serves as well."""
+        mates = {mate.name for mate in self._crew(runner).ready}
+        others = [one for other, one in self._held() if other is not runner]
         return find_way(
             self._crew(runner).standing(runner, self._shift),
-            [self._as_other(one, runner) for other, one in self._held() if other is not runner],
+            [replace(one, pinned=True) if one.name in mates else one for one in others],
             needed,
             self._host.kept_weights,
             self.limits,
             lambda standings: self._around.view_of(list(standings)),
             self._around.victims(),
         )
-
-    @staticmethod
-    def _as_other(one: Standing, runner: Runner) -> Standing:
-        """How it looks to one that starts: of its own model none that is awake goes for it."""
-        return replace(one, pinned=True) if one.model == runner.model.name and one.awake else one
 
     async def _make_way(self, way: Way, runner: Runner) -> None:
         owners = {crew.model.checkpoint: name for name, crew in self._crews.items()}

@@ -9,7 +9,7 @@ and whoever starts beside it needs none. The others bear them in turn when it go
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 from dormouse.config import ModelConfig
@@ -33,8 +33,7 @@ _RANK = (
     State.STOPPING,
     State.ASLEEP,
 )
-_STARTING = (State.WAKING, State.RESTORING, State.STARTING)
-_AWAKE = (State.READY, State.RESUMING, *_STARTING)
+_AWAKE = (State.READY, State.RESUMING, State.WAKING, State.RESTORING, State.STARTING)
 
 
 class Crew:
@@ -77,10 +76,6 @@ class Crew:
         """Those that are ready or will be."""
         return [runner for runner in self.runners if runner.replica.state in _AWAKE]
 
-    def is_captured_beside(self, runner: Runner) -> bool:
-        """Whether another one is being captured."""
-        return any(other.replica.state is State.CAPTURING for other in self.runners if other is not runner)
-
     @property
     def bound(self) -> int:
         """Requests that wait at one of them."""
@@ -113,7 +108,7 @@ class Crew:
         or whose process dozes, or that will have none soon. `but`: rather none of these."""
         if option is not None and option.replica is not None:
             return self.named(option.replica)
-        order = (State.ASLEEP, State.DOZING, State.STOPPING, State.CAPTURING)
+        order = (State.ASLEEP, State.DOZING, State.QUIESCING, State.STOPPING, State.CAPTURING)
         idle = [
             runner
             for runner in self.runners
@@ -124,13 +119,21 @@ class Crew:
             chosen.move_to(f"cuda:{option.gpus[0]}")
         return chosen
 
+    def captured_beside(self, runner: Runner) -> bool:
+        """Whether another one is being captured."""
+        return any(other.replica.capturing for other in self.runners if other is not runner)
+
     # Memory
 
     def bearer(self, gpu: str | None) -> Runner | None:
         """The one with which the weights on a device are counted: of those that have them, the one that will probably
-        go last."""
-        having = [runner for runner in self.runners if runner.admitted and runner.gpu == gpu]
-        return max(having, key=lambda runner: runner.replica.idle_since or float("inf"), default=None)
+        go last. While one stays whatever comes, so do they; with one that is going they would seem to be free soon."""
+
+        def lasts(runner: Runner) -> tuple[bool, bool, float]:
+            return runner.pinned, not runner.replica.leaving, runner.replica.idle_since or float("inf")
+
+        having = (runner for runner in self.runners if runner.admitted and runner.gpu == gpu)
+        return max(having, key=lasts, default=None)
 
     def held(self, runner: Runner) -> int:
         """Bytes of the host's memory to count for one of them now."""
@@ -171,14 +174,16 @@ class Crew:
         held_off = asyncio.get_running_loop().time() < self.held_off_until
         return max(len(self.awake), 1) if held_off else len(self.runners)
 
-    def standings(self, shift: float) -> list[Standing]:
-        """All of them; those that start and wait for memory as if they had it."""
-        return [self._as_if_admitted(runner, self.standing(runner, shift)) for runner in self.runners]
-
-    def _as_if_admitted(self, runner: Runner, one: Standing) -> Standing:
-        if runner.admitted or runner.replica.state not in _STARTING:
-            return one
-        return replace(one, host_bytes=max(one.needs_host, one.host_bytes), gpu_bytes=one.needs_gpu)
+    def standings(self, shift: float, starting: Mapping[Runner, int]) -> list[Standing]:
+        """All of them; those that are to start have already what they need, or, if they wait for memory, so much."""
+        found = []
+        for runner in self.runners:
+            one = self.standing(runner, shift)
+            if runner.waits_for_room:
+                room = max(starting.get(runner, one.needs_host), one.host_bytes)
+                one = replace(one, host_bytes=room, gpu_bytes=one.needs_gpu)
+            found.append(one)
+        return found
 
     # For people
 

@@ -273,7 +273,7 @@ class Forecast:
         for one in standings:
             models.setdefault(one.model, []).append(one)
         for replicas in models.values():
-            one = next((one for one in replicas if one.doing is Doing.ASLEEP), replicas[0])
+            one = min(replicas, key=_nearness)
             view.add_model(self._cost(one, replicas))
             self._lay(view, one, replicas, kept, limits)
         for one in standings:
@@ -411,6 +411,11 @@ class Forecast:
             del self._in_tier[next(iter(self._in_tier))]
 
 
+def _nearness(one: Standing) -> int:
+    """Of a model's replicas, the one without a process is what the next start is like, or the one that is parked."""
+    return 0 if one.doing is Doing.ASLEEP else 1 if one.doing is Doing.DOZING else 2
+
+
 def _first_path(one: Standing) -> StartPath:
     """The only one that a node takes without a process, unless it fails."""
     return "snapshot" if one.snapshot_id else "template" if one.template_id else "cold"
@@ -453,7 +458,8 @@ def _replica(one: Standing, expected: Expected | None) -> Replica:
         Running(f"{one.name} {number}", began, expected_tokens=tokens, movable=False)
         for number, began in enumerate(one.running)
     )
-    state = _STATES.get(one.doing, State.STARTING)
+    coming = one.leaving and one.waiting  # as soon as it has gone it starts, or goes on where it was
+    state = State.STARTING if coming else _STATES.get(one.doing, State.STARTING)
     if state is State.HOT and len(busy) >= one.slots:
         state = State.BUSY
     ready_at = expected.began + expected.estimate.mean if expected is not None else 0.0

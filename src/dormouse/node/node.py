@@ -151,7 +151,7 @@ class Node:
             stay=lambda runner: self._keeping.stay(runner.name, runner.model.name, pinned=runner.pinned),
             going=lambda runner: self._keeping.gone(runner.name),
             is_pinned=self._is_pinned,
-            captured_elsewhere=lambda runner: self._crews[runner.model.name].is_captured_beside(runner),
+            captured_beside=lambda runner: self._crews[runner.model.name].captured_beside(runner),
             foresee=self._foresee,
             came_true=self._came_true,
             missed=self._missed,
@@ -195,8 +195,10 @@ class Node:
                     lease.adapter = served.key
                 yield lease
             finally:
-                await lease.end()
-                self._placing.leave(seat)
+                try:
+                    await lease.end()
+                finally:  # also when it is cancelled just then: else the slot would be taken for ever
+                    self._placing.leave(seat)
 
     def adapters(self) -> list[Served]:
         """The adapters that requests may name, by name."""
@@ -374,11 +376,21 @@ class Node:
     async def _retire(self, served: Served) -> None:
         await served.unused.wait()
         try:
-            for runner in self._crews[served.adapter.base]:
-                await runner.drop_adapter(served, shared=self._shelf.is_shared(served))
+            await self._drop_adapter(served)
         finally:
             self._shelf.remove(served)
             self.changed()
+
+    async def _drop_adapter(self, served: Served) -> None:
+        """Out of all workers of its base, whatever one of them says."""
+        errors = []
+        for runner in self._crews[served.adapter.base]:
+            try:
+                await runner.drop_adapter(served, shared=self._shelf.is_shared(served))
+            except DormouseError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     async def _new_crew(self, model: Model, around: Surroundings) -> Crew:
         settings = self._config.models.get(model.name, ModelConfig())
@@ -513,6 +525,14 @@ class Node:
         """Why a model can't start whatever goes."""
         return self._admission.blocked(crew)
 
+    def fits(self, runner: Runner) -> bool:
+        """Whether it could start without anybody's going."""
+        return self._admission.fits(runner)
+
+    def held_up(self, runner: Runner) -> bool:
+        """Whether it has to drain, for others wait for its memory."""
+        return self._admission.held_up(runner)
+
     def starting(self, runner: Runner, evicted: tuple[str, ...]) -> None:
         """It starts for a request, and those go for it."""
         self._keeping.starting(runner.model.name, evicted)
@@ -586,7 +606,8 @@ class Node:
         if option is None or not self._may_go_ahead(runner):
             return False
         self._ahead[runner] = False
-        self._in_background(self._make_ready(runner, may_evict=True), f"replica {runner.name} was not started: %s")
+        entered = runner.enter()  # now: the next one is looked for beside it
+        self._in_background(self._wait_ready(runner, *entered), f"replica {runner.name} was not started: %s")
         return True
 
     def _may_go_ahead(self, runner: Runner) -> bool:
@@ -608,13 +629,18 @@ class Node:
             if not may_evict and not self._admission.fits(runner):
                 log.info("model %s is not made ready ahead: that would take others' room", runner.name)
                 return
-            with contextlib.suppress(StoppingError):
-                waiter, lease = await runner.acquire()
-                self.prewarms[runner.model.name] = self.prewarms.get(runner.model.name, 0) + 1
-                await lease.end()
-                runner.release(waiter)
+            await self._wait_ready(runner, *runner.enter())
         finally:
-            del self._ahead[runner]
+            self._ahead.pop(runner, None)
+
+    async def _wait_ready(self, runner: Runner, waiter: int, lease: asyncio.Future[Lease]) -> None:
+        try:
+            with contextlib.suppress(StoppingError):
+                await lease
+                self.prewarms[runner.model.name] = self.prewarms.get(runner.model.name, 0) + 1
+        finally:
+            runner.release(waiter)
+            self._ahead.pop(runner, None)
 
     def _replan(self, name: str) -> None:
         for runner in self._crews[name]:
@@ -641,8 +667,7 @@ class Node:
         """There is a new snapshot, or template: all replicas of the model start from it."""
         if kind == SNAPSHOT_KIND:
             for runner in self._crews[name]:
-                if runner.replica.state is not State.CAPTURING:  # it is told with the end of its capture
-                    runner.note(Renew(snapshot_id))
+                runner.note(Renew(snapshot_id))
         self._retire_older(kind, name, snapshot_id)
 
     def _retire_older(self, kind: str, name: str, snapshot_id: str) -> None:

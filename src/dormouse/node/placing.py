@@ -22,6 +22,7 @@ from typing import Protocol
 from dormouse.errors import BusyError, DormouseError, StoppingError
 from dormouse.node.crew import Crew
 from dormouse.node.forecast import HERE, number_of
+from dormouse.node.replica import State as Doing
 from dormouse.node.replica import shutting_down
 from dormouse.node.runner import Lease, Runner
 from dormouse.schedule.cluster import Claim, Cluster, Replica, Request, Running, State
@@ -34,13 +35,15 @@ log = logging.getLogger(__name__)
 
 HOLD_OFF = 30.0
 """Seconds after a start beside other replicas has failed in which none is tried again."""
+_IDLE = (Doing.ASLEEP, Doing.DOZING)
 _LOOK_AGAIN = 1.0
 _FIRST_GUESS = 5.0
 _NEWEST = 0.2  # share of the newest request in what requests of a model usually take
 
 
 class Around(Protocol):
-    """What placing asks of the node. `blocked`: why a model can't start at all, as the memory is."""
+    """What placing asks of the node. `blocked`: why a model can't start at all, as the memory is; `fits`: whether a
+    replica could start without anybody's going."""
 
     def view(self) -> Cluster: ...
 
@@ -49,6 +52,10 @@ class Around(Protocol):
     def now(self) -> float: ...
 
     def blocked(self, crew: Crew) -> DormouseError | None: ...
+
+    def fits(self, runner: Runner) -> bool: ...
+
+    def held_up(self, runner: Runner) -> bool: ...
 
     def changed(self) -> None: ...
 
@@ -61,6 +68,7 @@ class Seat:
     runner: Runner
     waiter: int
     lease: asyncio.Future[Lease]
+    since: float
 
 
 @dataclass(eq=False)
@@ -90,6 +98,7 @@ class Placing:
         self._queue = Queue(fairness)
         self._numbers = itertools.count(1)
         self._waiting: dict[str, _Waiting] = {}
+        self._coming: list[Seat] = []
         self._claims: list[Claim] = []
         self._usual: dict[str, float] = {}
         self._soon: asyncio.Handle | None = None
@@ -109,16 +118,17 @@ class Placing:
         raised or kept the model from starting."""
         request = Request(f"request {next(self._numbers)}", crew.name, self._around.now(), priority, tenant)
         since = self._loop.time()
+        again = False
         while True:
-            seat = await self._seat(crew, request, since)
+            seat = await self._seat(crew, request, since, again=again)
             try:
-                await asyncio.wait([seat.lease])
-                seat.lease.result()
+                await self._ready(seat)
             except BaseException as error:
                 self.leave(seat)
                 others = any(runner is not seat.runner for runner in crew.awake)
                 if not isinstance(error, DormouseError) or isinstance(error, StoppingError) or not others:
                     raise
+                again = True
             else:
                 return seat
 
@@ -143,7 +153,7 @@ class Placing:
 
     def look(self) -> None:
         """Something has changed: see, soon, whether somebody who waits can go on."""
-        if self._waiting and self._soon is None and not self._closing:
+        if (self._waiting or self._coming) and self._soon is None and not self._closing:
             self._soon = self._loop.call_soon(self._dispatch)
 
     def close(self) -> None:
@@ -157,9 +167,20 @@ class Placing:
 
     # One request
 
-    async def _seat(self, crew: Crew, request: Request, since: float) -> Seat:
-        """Wait until a replica has room for it, or starts for it."""
-        self._check_length(crew)
+    async def _ready(self, seat: Seat) -> None:
+        """Wait for its replica, or for the one that it is given to meanwhile. Raises what the start raised."""
+        self._coming.append(seat)
+        try:
+            while not seat.lease.done():
+                await asyncio.wait([seat.lease])
+            seat.lease.result()
+        finally:
+            self._coming.remove(seat)
+
+    async def _seat(self, crew: Crew, request: Request, since: float, *, again: bool) -> Seat:
+        """Wait until a replica has room for it, or starts for it; `again`: its first one did not start, and it has its
+        place in the queue already."""
+        self._check_length(crew, 0 if again else 1)
         one = self._waiting[request.name] = _Waiting(crew, request, since)
         self._queue.push(request)
         self._take_slots(crew)
@@ -176,7 +197,7 @@ class Placing:
 
     def _take_slots(self, crew: Crew) -> None:
         """Slots that are free are for those who wait longest for the model."""
-        while (runner := crew.open()) is not None:
+        while (runner := crew.open() or self._back_soon(crew)) is not None:
             request = self._queue.head(crew.name)
             if request is None or self._is_claimed(runner, request):
                 return
@@ -184,24 +205,33 @@ class Placing:
             self._claims = [claim for claim in self._claims if claim.request != request.name]
             self._seat_at(self._waiting.pop(request.name), runner)
 
+    def _back_soon(self, crew: Crew) -> Runner | None:
+        """One that is being captured, or ends, when there is none that could start beside it: it starts again in its
+        own room. To claim that as a place would hold up all other models meanwhile."""
+        going = [runner for runner in crew if runner.replica.leaving and runner.load < runner.slots]
+        if not going or crew.awake:
+            return None
+        beside = any(self._around.fits(runner) for runner in crew if runner.replica.state in _IDLE)
+        return None if beside else going[0]
+
     def _is_claimed(self, runner: Runner, request: Request) -> bool:
         """Whether somebody else waits for its place, so that it must drain."""
         others = [claim for claim in self._claims if claim.request != request.name]
         gpus = frozenset({number_of(runner.gpu)}) if runner.gpu is not None else frozenset()
-        return any(claim.whole or claim.gpus & gpus for claim in others)
+        return any(claim.whole or claim.gpus & gpus for claim in others) or self._around.held_up(runner)
 
     def _seat_at(self, one: _Waiting, runner: Runner) -> None:
         waiter, lease = runner.enter(one.since)
-        seat = Seat(one.request, runner, waiter, lease)
+        seat = Seat(one.request, runner, waiter, lease, one.since)
         if one.seat.done():
             self.leave(seat)  # it went away in this very moment
         else:
             one.seat.set_result(seat)
 
-    def _check_length(self, crew: Crew) -> None:
+    def _check_length(self, crew: Crew, more: int) -> None:
         if self._closing:
             raise shutting_down(crew.name)
-        if self.waiting(crew.name) + crew.bound < self._max_queue:
+        if not more or self.waiting(crew.name) + crew.bound + more <= self._max_queue:
             return
         last = crew.leader.replica.last_start
         raise BusyError(
@@ -236,10 +266,23 @@ class Placing:
 
     # All who wait
 
+    def _move_seats(self) -> None:
+        """Who has a seat at a replica that waits for memory takes a slot of another one that has become free: nobody
+        knows how long that memory is in use."""
+        for seat in sorted(self._coming, key=lambda seat: seat.since):
+            crew = self._crews[seat.request.model]
+            free = crew.open() if seat.runner.waits_for_room else None
+            if free is not None and free is not seat.runner and not self._is_claimed(free, seat.request):
+                seat.runner.release(seat.waiter)
+                left, seat.runner = seat.lease, free
+                seat.waiter, seat.lease = free.enter(seat.since)
+                left.cancel()
+
     def _dispatch(self) -> None:
         self._soon = None
         if self._later is not None:
             self._later.cancel()
+        self._move_seats()
         if self._closing:
             return
         for crew in {one.crew for one in self._waiting.values()}:

@@ -33,6 +33,9 @@ Choices worth knowing:
   quarantined: it is never used again, and the next idle time makes a new one. What is not the snapshot's fault (this
   host is out of something, the snapshot belongs to another host) never counts against it; damage does so at once.
   A worker whose canary was judged well proves its snapshot: that it dies later is not the snapshot's fault.
+- Of several replicas that fall asleep and want a snapshot one is captured; the others go without, and use its one.
+- A snapshot that can't be restored and has been replaced meanwhile (its space may be free by then) is followed by the
+  newer one.
 - Three snapshots quarantined in a row, none of them proven, are no accident: no more are made until somebody asks for
   one. Else a model whose captures are never good would be restored in vain, and captured, for ever.
 """
@@ -394,8 +397,8 @@ class _Waiter:
 
 class Replica:
     """One model's replica. Not thread-safe: one event loop owns it. `stay` is asked whenever it has nothing to do any
-    more, with the time and when the replica already says that it is idle; `captured_elsewhere`: another replica of the
-    model is about to have the snapshot that this one lacks."""
+    more, with the time and when the replica already says that it is idle; `captured_beside`: whether another replica of
+    the model is being captured, whose snapshot will do."""
 
     def __init__(
         self,
@@ -407,7 +410,7 @@ class Replica:
         snapshot_id: str | None,
         now: float,
         dozes: bool = False,
-        captured_elsewhere: Callable[[], bool] = lambda: False,
+        captured_beside: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model
         self.state = State.ASLEEP
@@ -418,11 +421,13 @@ class Replica:
         self.last_error: DormouseError | None = None
         self.idle_since: float | None = None
         self.stays = Stay()
+        self.capturing = False
+        """A snapshot of it is being made, or it is parked for that."""
         self._stay = stay
+        self._captured_beside = captured_beside
         self._max_concurrent = max_concurrent
         self._snapshots = snapshots
         self._dozes = dozes
-        self._captured_elsewhere = captured_elsewhere
         self._waiters: dict[int, _Waiter] = {}
         self._running: dict[int, float] = {}
         self._attempt: Starting = StartCold()
@@ -658,7 +663,7 @@ class Replica:
                 self._effects.append(Fallback("sleep", "", event.error))
             case Restore():
                 again = self._snapshot_failed(attempt.snapshot_id, event)
-                following = RestoreTemplate(self.template_id) if self.template_id else StartCold()
+                following = self._after(attempt.snapshot_id, event)
             case RestoreTemplate():
                 self._template_failed(attempt.template_id, event)
                 following = StartCold()
@@ -666,6 +671,14 @@ class Replica:
             self._enter(State.ASLEEP, now)
         else:
             self._start(attempt if again else following, now)
+
+    def _after(self, snapshot_id: str, event: Failed) -> Starting:
+        """What follows a snapshot that is not tried again. One that took its place meanwhile does (it may have been
+        removed for that one), unless the snapshot is not what was wrong."""
+        innocent = event.restored or judge(event.error) is Verdict.INNOCENT
+        if self.snapshot_id not in (None, snapshot_id) and not innocent:
+            return self._first_path()
+        return RestoreTemplate(self.template_id) if self.template_id else StartCold()
 
     def _snapshot_failed(self, snapshot_id: str, event: Failed) -> bool:
         """Whether to try it again at once."""
@@ -776,8 +789,8 @@ class Replica:
     def wants_capture(self) -> bool:
         """Whether falling asleep makes a snapshot."""
         hopeful = self._capture_failures < MAX_CAPTURE_FAILURES and self._quarantines < MAX_QUARANTINES
-        missing = self._snapshots and hopeful and (self.snapshot_id is None or self._recapture)
-        return missing and not self._captured_elsewhere()
+        missing = self.snapshot_id is None and not self._captured_beside()
+        return self._snapshots and hopeful and (missing or self._recapture)
 
     def _may_keep(self, now: float) -> bool:
         """Whether nobody wants the process gone."""
@@ -808,6 +821,7 @@ class Replica:
         self.state, self.since = state, now
         self.idle_since = None
         self._retry_stop_at = None
+        self.capturing = state is State.CAPTURING or (state is State.QUIESCING and self.wants_capture)
         if state is State.ASLEEP:
             self._pressed = self._kept_when_pressed = self._recapture = False
         if state in (State.ASLEEP, State.DOZING):

@@ -63,7 +63,7 @@ class Surroundings:
     stay: Callable[[Runner], Stay]
     going: Callable[[Runner], None]
     is_pinned: Callable[[Runner], bool]
-    captured_elsewhere: Callable[[Runner], bool]
+    captured_beside: Callable[[Runner], bool]
     foresee: Callable[[Runner, StartPath], Awaitable[Expected | None]]
     came_true: Callable[[Runner, Expected | None, Phases], None]
     missed: Callable[[Runner, BaseException], None]
@@ -145,7 +145,7 @@ class Runner:
             snapshot_id=snapshot_id,
             now=self._loop.time(),
             dozes=settings.sleep and around.processes_stay,
-            captured_elsewhere=lambda: around.captured_elsewhere(self),
+            captured_beside=lambda: around.captured_beside(self),
         )
         self.slots = settings.max_concurrent
         self._wants_snapshot = settings.snapshot
@@ -225,6 +225,11 @@ class Runner:
         """Whether it is ready and only an explicit `Sleep` puts it to sleep."""
         return self.replica.state is State.READY and self._around.is_pinned(self)
 
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether it is to start, and has no memory yet."""
+        return not self.admitted and self.replica.state in (State.WAKING, State.RESTORING, State.STARTING)
+
     def standing(self, shift: float) -> Standing:
         """For the view of schedule/, whose clock is `shift` ahead of the event loop's."""
         replica = self.replica
@@ -269,15 +274,6 @@ class Runner:
         lease = self._futures[waiter] = self._loop.create_future()
         self._dispatch(machine.Request(waiter, since))
         return waiter, lease
-
-    async def acquire(self) -> tuple[int, Lease]:
-        """Wait for readiness; the number is for `release`. Raises StoppingError or what a start raised."""
-        waiter, lease = self.enter()
-        try:
-            return waiter, await lease
-        except BaseException:
-            self.release(waiter)
-            raise
 
     def release(self, waiter: int) -> None:
         """The request is over."""
@@ -421,7 +417,10 @@ class Runner:
         self._operation = None
         if operation.cancelled():
             return
-        self._dispatch(self._outcome(operation))
+        outcome = self._outcome(operation)
+        self._dispatch(outcome)
+        if isinstance(outcome, machine.Done) and outcome.snapshot_id is not None:  # now that this one uses it
+            self._around.captured(SNAPSHOT_KIND, self.model.name, outcome.snapshot_id)
         link = self._link
         if self.replica.state is State.DOZING and link is None:
             self._dispatch(machine.WorkerDied(self.replica.last_error or self._given_up()))
@@ -692,7 +691,6 @@ class Runner:
         )
         for observer in self._around.observers:
             observer.captured(name, result, phases)
-        self._around.captured(SNAPSHOT_KIND, name, result.snapshot_id)
 
     async def _resume(self) -> machine.Done:
         if self._link is None:

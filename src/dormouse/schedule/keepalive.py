@@ -650,4 +650,6 @@ class Provisioned(Minima, Basic):
         return math.inf if self._needed(replica, view, now) else self._policy.worth(replica, view, now)
 
     def _needed(self, replica: Replica, view: Cluster, now: float) -> bool:
-        return view.ready_count(replica.model) <= self.least(replica.model, now) > 0
+        """Whether without it there would be too few. One that sleeps is none of them, as long as enough are ready."""
+        least, ready = self.least(replica.model, now), view.ready_count(replica.model)
+        return ready < least if replica.state is State.SLEEPING else ready <= least > 0

@@ -132,14 +132,13 @@ class Queue:
         if request is None:
             return False
         self._leave(request)
+        self._unpark(request.tenant)  # it may have had the turn that has come
         return True
 
     def finished(self, request: Request) -> None:
         """A request that was placed has ended: its tenant may have another one."""
         self._running[request.tenant] = self._running.get(request.tenant, 0) - 1
-        parked = self._parked.get(request.tenant)
-        if parked:
-            self._line_up(self._requests[parked.pop(0)[1]])
+        self._unpark(request.tenant)
 
     def look_anew(self) -> None:
         """The next dispatch gets another view: what was found in the last one holds no more."""
@@ -200,6 +199,12 @@ class Queue:
                 view.release(claim.request)
                 if head is not None and view.claim_of(head[1]) is None:
                     view.claim(replace(claim, request=head[1]))
+
+    def _unpark(self, tenant: str) -> None:
+        """One more of a tenant's may run, if any of them was at the cap."""
+        parked = self._parked.get(tenant)
+        if parked and not self._capped(tenant):
+            self._line_up(self._requests[parked.pop(0)[1]])
 
     # --- order
 
