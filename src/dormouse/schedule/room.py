@@ -72,7 +72,7 @@ def find_room(
     """Room for a new replica of `model` (or to `wake` one, on its own GPUs); None when there can't be any soon: too
     small, kept for others, or held by replicas that do not go."""
     host = max(model.host_bytes - (view.takes(wake)[1] if wake else 0), 0)
-    gpus = wake.gpus if wake else model.only_on or range(len(view.node(node).gpus))
+    gpus = wake.gpus if wake else _allowed(model, len(view.node(node).gpus))
     if model.gpus == 0 and view.is_kept(node, (), request):
         return None
     quick = _free_now(model, node, view, gpus, host, request)
@@ -86,6 +86,11 @@ def find_room(
     if missing <= 0:
         return _on_devices(chosen)
     return _with_host(chosen, missing, node, view, worth, now, wake)
+
+
+def _allowed(model: ModelCost, count: int) -> Iterable[int]:
+    """Those of a node's GPUs that a model may have."""
+    return [gpu for gpu in model.only_on if gpu < count] if model.only_on else range(count)
 
 
 def _free_now(
@@ -182,7 +187,8 @@ def _cheapest(idle: list[tuple[float, int, str]], missing: int) -> tuple[tuple[s
     vain. With the bytes that they free, and what they are worth."""
     gone: list[tuple[float, int, str]] = []
     freed = 0
-    for _share, name, value, size in sorted([(value / size, name, value, size) for value, size, name in idle if size]):
+    ranked = sorted([(value / size, name, value, size) for value, size, name in idle if size > 0])
+    for _share, name, value, size in ranked:
         if freed >= missing:
             break
         gone.append((value, size, name))
