@@ -416,7 +416,9 @@ async def test_the_autoscaler_starts_no_more_than_there_is_room_for(tmp_path: Pa
 async def test_who_waits_for_the_end_of_a_capture_holds_nobody_up(tmp_path: Path) -> None:
     models = {name: FakeModel(name, weight_bytes=200 * MIB) for name in ("mouse", "vole")}
     host = StandInHost()
-    config = configure(tmp_path, {"mouse": several(2, 1), "vole": ModelConfig()}, memory="550MiB")
+    config = configure(
+        tmp_path, {"mouse": several(2, 1, scaling={"target": 9}), "vole": ModelConfig()}, memory="550MiB"
+    )
     async with run_node(config, host, models) as node:
         await node.wake("mouse")
         await node.wake("vole")

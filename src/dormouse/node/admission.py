@@ -102,9 +102,13 @@ class Admission:
         return self._evicted_for.pop(runner, [])
 
     def held_up(self, runner: Runner) -> bool:
-        """Whether a replica has to drain, since another model's waits for memory that only busy ones have: on its GPU,
-        or anywhere on the host."""
-        others = (other for other in self._waits_for_busy if other.model is not runner.model)
+        """Whether a replica has to drain, since the only one of another model waits for memory that only busy ones
+        have: on its GPU, or anywhere on the host."""
+        others = (
+            other
+            for other in self._waits_for_busy
+            if other.model is not runner.model and not any(mate.admitted for mate in self._crew(other))
+        )
         return any(other.gpu is None or other.gpu == runner.gpu or self._lacks_host(other) for other in others)
 
     def _lacks_host(self, runner: Runner) -> bool:
