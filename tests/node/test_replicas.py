@@ -452,6 +452,25 @@ async def test_who_waits_for_memory_takes_a_slot_that_is_free_before(tmp_path: P
 
 
 @on_loop
+async def test_a_replica_without_room_that_nobody_wants_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The room that the autoscaler has seen is taken by a request just then, and who was to have it goes."""
+    monkeypatch.setattr("dormouse.node.scaling._TICK", 0.05)
+    models = {name: FakeModel(name, weight_bytes=200 * MIB) for name in ("mouse", "vole")}
+    rules = {"stable_window": 0.1, "panic_window": 0.05, "target": 9}
+    settings = {"mouse": several(2, 2, scaling=rules), "vole": ModelConfig()}
+    async with run_node(configure(tmp_path, settings, memory="550MiB"), StandInHost(), models) as node:
+        await node.wake("vole")
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(node.replica("mouse"))
+            assert node._start_beside(node._crews["mouse"], True)
+            await stack.enter_async_context(node.replica("vole"))
+            assert replicas(node) == {"mouse": "ready", "mouse#2": "starting"}
+            await until(lambda: replicas(node) == {"mouse": "ready"})
+
+
+@on_loop
 async def test_a_process_that_dozes_beside_what_is_provisioned_goes_for_others(tmp_path: Path) -> None:
     models = {name: FakeModel(name, weight_bytes=200 * MIB) for name in ("mouse", "vole")}
     scaling = {"stable_window": 0.2, "panic_window": 0.1}

@@ -90,6 +90,7 @@ class Node:
         self.started = wall_clock()
         self.prewarms: dict[str, int] = {}
         self._ahead: set[Runner] = set()  # replicas that are made ready though nobody has asked
+        self._beside: dict[Runner, asyncio.Task[None]] = {}  # those of them that the autoscaler wants
         self._host: Host | None = None
         self._history = History(wall_clock)
         self._observers: list[Observer] = [self._history]
@@ -133,6 +134,7 @@ class Node:
                 self._crews,
                 asked=lambda name: self._crews[name].load + self._placing.waiting(name),
                 start=self._start_beside,
+                give_up=self._give_up,
                 standing=self._keeping.standing,
             )
             self._keeping.begin()
@@ -601,8 +603,15 @@ class Node:
             return False
         self._ahead.add(runner)
         entered = runner.enter()  # now: the next one is looked for beside it
-        self._in_background(self._wait_ready(runner, *entered), f"replica {runner.name} was not started: %s")
+        complaint = f"replica {runner.name} was not started: %s"
+        self._beside[runner] = self._in_background(self._wait_ready(runner, *entered), complaint)
         return True
+
+    def _give_up(self, crew: Crew, count: int) -> None:
+        """So many of those that the autoscaler wanted are too many now: those that have no memory yet."""
+        waiting = [runner for runner in crew if runner in self._beside and runner.waits_for_room]
+        for runner in waiting[:count]:
+            self._beside[runner].cancel()
 
     async def _make_ready(self, runner: Runner, may_evict: bool) -> None:
         """Before anybody asks; `may_evict`: others go for it, if they must."""
@@ -623,6 +632,7 @@ class Node:
         finally:
             runner.release(waiter)
             self._ahead.discard(runner)
+            self._beside.pop(runner, None)
 
     def _replan(self, name: str) -> None:
         for runner in self._crews[name]:
@@ -678,7 +688,7 @@ class Node:
         if self._templates is not None:
             self._templates.withdraw(snapshot_id)
 
-    def _in_background(self, work: Coroutine[Any, Any, None], complaint: str) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None], complaint: str) -> asyncio.Task[None]:
         """Work that nobody waits for but the end of the node; `complaint` goes to the log when it fails."""
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -689,6 +699,7 @@ class Node:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(ended)
+        return task
 
     async def _publish(self) -> None:
         """Write the state after changes, not more often than the interval, until the node ends."""
