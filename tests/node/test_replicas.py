@@ -423,12 +423,12 @@ async def test_who_waits_for_the_end_of_a_capture_holds_nobody_up(tmp_path: Path
         gate = host.gates["capture"] = asyncio.Event()
         sleeping = asyncio.create_task(node.sleep("mouse"))
         await until(lambda: "capture" in host.calls)
-        asking = [asyncio.create_task(ask(node)) for _ in range(2)]
+        asking = asyncio.create_task(ask(node))
         await asyncio.sleep(0.01)
         for _ in range(3):
             assert (await asyncio.wait_for(ask(node, "vole"), 5))[1] == "hot"
         gate.set()
-        await asyncio.gather(sleeping, *asking)
+        await asyncio.gather(sleeping, asking)
 
 
 @on_loop
