@@ -86,7 +86,10 @@ class ReplicaScaling:
     def _look(self, one: _Scaled) -> None:
         one.tick = None
         crew, now = one.crew, self._loop.time()
-        awake = len(crew.awake)
+        back = sum(
+            runner.replica.leaving and runner.replica.waiting > 0 for runner in crew
+        )  # as soon as they have gone
+        awake = len(crew.awake) + back
         wanted = one.scaler.wanted(now, awake).replicas
         if now >= crew.held_off_until:
             for ahead in range(awake, wanted):
