@@ -86,9 +86,7 @@ class ReplicaScaling:
     def _look(self, one: _Scaled) -> None:
         one.tick = None
         crew, now = one.crew, self._loop.time()
-        back = sum(
-            runner.replica.leaving and runner.replica.waiting > 0 for runner in crew
-        )  # as soon as they have gone
+        back = sum(runner.replica.leaving and runner.replica.waiting > 0 for runner in crew)  # soon
         awake = len(crew.awake) + back
         wanted = one.scaler.wanted(now, awake).replicas
         if now >= crew.held_off_until:
