@@ -425,12 +425,12 @@ async def test_who_waits_for_the_end_of_a_capture_holds_nobody_up(tmp_path: Path
         gate = host.gates["capture"] = asyncio.Event()
         sleeping = asyncio.create_task(node.sleep("mouse"))
         await until(lambda: "capture" in host.calls)
-        asking = [asyncio.create_task(ask(node)) for _ in range(2)]
+        asking = asyncio.create_task(ask(node))
         await asyncio.sleep(0.01)
         for _ in range(3):
             assert (await asyncio.wait_for(ask(node, "vole"), 5))[1] == "hot"
         gate.set()
-        await asyncio.gather(sleeping, *asking)
+        await asyncio.gather(sleeping, asking)
 
 
 @on_loop
@@ -451,6 +451,25 @@ async def test_who_waits_for_memory_takes_a_slot_that_is_free_before(tmp_path: P
                 assert not second.done()
             assert (await asyncio.wait_for(second, 5))[1] == "hot"
             await until(lambda: list(replicas(node)) == ["mouse"])
+
+
+@on_loop
+async def test_a_replica_without_room_that_nobody_wants_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The room that the autoscaler has seen is taken by a request just then, and who was to have it goes."""
+    monkeypatch.setattr("dormouse.node.scaling._TICK", 0.05)
+    models = {name: FakeModel(name, weight_bytes=200 * MIB) for name in ("mouse", "vole")}
+    rules = {"stable_window": 0.1, "panic_window": 0.05, "target": 9}
+    settings = {"mouse": several(2, 2, scaling=rules), "vole": ModelConfig()}
+    async with run_node(configure(tmp_path, settings, memory="550MiB"), StandInHost(), models) as node:
+        await node.wake("vole")
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(node.replica("mouse"))
+            assert node._start_beside(node._crews["mouse"], True)
+            await stack.enter_async_context(node.replica("vole"))
+            assert replicas(node) == {"mouse": "ready", "mouse#2": "starting"}
+            await until(lambda: replicas(node) == {"mouse": "ready"})
 
 
 @on_loop

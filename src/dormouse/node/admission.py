@@ -116,10 +116,10 @@ class Admission:
 
     # Starts
 
-    async def make_room(self, runner: Runner, *, for_request: bool = True, patient: bool = True) -> None:
+    async def make_room(self, runner: Runner, *, for_request: bool = True) -> None:
         """Wait until the runner's worker fits the budget, freeing weights, ending processes that doze and putting idle
         replicas to sleep for it. What such a model is expected to take must fit; that it once took more only makes more
-        room for it, as far as there is any. One that is not `patient` waits for nobody who is busy.
+        room for it, as far as there is any.
 
         Raises HostError when it never can, and when a process that dozes would wait for others (it goes, so that no two
         of them wait for each other); AbandonedError when nobody waits for it any more."""
@@ -131,7 +131,7 @@ class Admission:
         try:
             if for_request:
                 self._around.starting(runner, self._way_for(runner, needed).evict)
-            await self._until_room(runner, patient=patient)
+            await self._until_room(runner)
         finally:
             del self._in_need[runner]
             self._waits_for_busy.discard(runner)
@@ -166,7 +166,7 @@ class Admission:
     def _blocked_on(self, runner: Runner, gpu: str) -> HostError | None:
         return self._too_large_for_gpu(runner, gpu) or self._gpu_beside_kept(runner, gpu)
 
-    async def _until_room(self, runner: Runner, *, patient: bool) -> None:
+    async def _until_room(self, runner: Runner) -> None:
         self._evicted_for.pop(runner, None)
         while runner.replica.waiting > 0:
             crew = self._crew(runner)
@@ -186,11 +186,6 @@ class Admission:
                     raise HostError(
                         f"there is no room for {runner.model.name} to wake beside what others take",
                         remedy="Raise `memory`; it waits for room without its process",
-                    )
-                if not patient:
-                    raise HostError(
-                        f"there is no room for one more replica of {runner.model.name} beside what others take",
-                        remedy="Raise `memory`, or lower max_replicas; it is tried again later",
                     )
             change = self._around.change
             await self._make_way(way, runner)

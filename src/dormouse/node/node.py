@@ -89,7 +89,8 @@ class Node:
         self._wall_clock = wall_clock
         self.started = wall_clock()
         self.prewarms: dict[str, int] = {}
-        self._ahead: dict[Runner, bool] = {}  # made ready though nobody has asked, and whether they wait for the busy
+        self._ahead: set[Runner] = set()  # replicas that are made ready though nobody has asked
+        self._beside: dict[Runner, asyncio.Task[None]] = {}  # those of them that the autoscaler wants
         self._host: Host | None = None
         self._history = History(wall_clock)
         self._observers: list[Observer] = [self._history]
@@ -133,6 +134,7 @@ class Node:
                 self._crews,
                 asked=lambda name: self._crews[name].load + self._placing.waiting(name),
                 start=self._start_beside,
+                give_up=self._give_up,
                 standing=self._keeping.standing,
             )
             self._keeping.begin()
@@ -541,8 +543,7 @@ class Node:
         return self._admission.standings()
 
     async def _make_room(self, runner: Runner) -> None:
-        ahead, patient = runner in self._ahead, self._ahead.get(runner, True)
-        await self._admission.make_room(runner, for_request=not ahead, patient=patient)
+        await self._admission.make_room(runner, for_request=runner not in self._ahead)
 
     async def _foresee(self, runner: Runner, path: StartPath) -> Expected | None:
         """There is room, and the start begins: what it should take."""
@@ -595,19 +596,20 @@ class Node:
 
     async def _make_one_ready(self, crew: Crew, may_evict: bool) -> None:
         await self._admission.know_gpus(crew)
-        runner = crew.to_start(self._place_for(crew, may_evict), self._ahead.keys())
+        runner = crew.to_start(self._place_for(crew, may_evict), self._ahead)
         if self._may_go_ahead(runner):
             await self._make_ready(runner, may_evict)
 
     def _start_beside(self, crew: Crew, may_evict: bool) -> bool:
         """One more for the autoscaler, where placement has a place for it at once."""
         option = self._place_for(crew, may_evict)
-        runner = crew.to_start(option, self._ahead.keys())
+        runner = crew.to_start(option, self._ahead)
         if option is None or not self._may_go_ahead(runner):
             return False
-        self._ahead[runner] = False
+        self._ahead.add(runner)
         entered = runner.enter()  # now: the next one is looked for beside it
-        self._in_background(self._wait_ready(runner, *entered), f"replica {runner.name} was not started: %s")
+        complaint = f"replica {runner.name} was not started: %s"
+        self._beside[runner] = self._in_background(self._wait_ready(runner, *entered), complaint)
         return True
 
     def _may_go_ahead(self, runner: Runner) -> bool:
@@ -621,9 +623,15 @@ class Node:
         worth = self.worth_of(view)
         return place_start(request, view, self._forecast.estimator, now, evict=may_evict, worth=worth).chosen
 
+    def _give_up(self, crew: Crew, count: int) -> None:
+        """So many of those that the autoscaler wanted are too many now: those that have no memory yet."""
+        waiting = [runner for runner in crew if runner in self._beside and runner.waits_for_room]
+        for runner in waiting[:count]:
+            self._beside[runner].cancel()
+
     async def _make_ready(self, runner: Runner, may_evict: bool) -> None:
         """Before anybody asks; `may_evict`: others go for it, if they must."""
-        self._ahead.setdefault(runner, True)
+        self._ahead.add(runner)
         try:
             await self._admission.check_gpu(runner)
             if not may_evict and not self._admission.fits(runner):
@@ -631,7 +639,7 @@ class Node:
                 return
             await self._wait_ready(runner, *runner.enter())
         finally:
-            self._ahead.pop(runner, None)
+            self._ahead.discard(runner)
 
     async def _wait_ready(self, runner: Runner, waiter: int, lease: asyncio.Future[Lease]) -> None:
         try:
@@ -640,7 +648,8 @@ class Node:
                 self.prewarms[runner.model.name] = self.prewarms.get(runner.model.name, 0) + 1
         finally:
             runner.release(waiter)
-            self._ahead.pop(runner, None)
+            self._ahead.discard(runner)
+            self._beside.pop(runner, None)
 
     def _replan(self, name: str) -> None:
         for runner in self._crews[name]:
@@ -696,7 +705,7 @@ class Node:
         if self._templates is not None:
             self._templates.withdraw(snapshot_id)
 
-    def _in_background(self, work: Coroutine[Any, Any, None], complaint: str) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None], complaint: str) -> asyncio.Task[None]:
         """Work that nobody waits for but the end of the node; `complaint` goes to the log when it fails."""
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -707,6 +716,7 @@ class Node:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(ended)
+        return task
 
     async def _publish(self) -> None:
         """Write the state after changes, not more often than the interval, until the node ends."""

@@ -36,8 +36,8 @@ class _Scaled:
 
 class ReplicaScaling:
     """For one node, on its event loop. `asked` says how many requests of a model run or wait; `start` makes one more
-    replica ready, by the right of others' room or not, and says whether there is a place for it; `standing` is how many
-    stay whatever comes."""
+    replica ready, by the right of others' room or not, and says whether there is a place for it, `give_up` ends up to
+    so many such starts that have no room yet after all; `standing` is how many stay whatever comes."""
 
     def __init__(
         self,
@@ -45,11 +45,13 @@ class ReplicaScaling:
         *,
         asked: Callable[[str], int],
         start: Callable[[Crew, bool], bool],
+        give_up: Callable[[Crew, int], None],
         standing: Callable[[str], int],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._asked = asked
         self._start = start
+        self._give_up = give_up
         self._standing = standing
         several = (crew for crew in crews.values() if len(crew.runners) > 1)
         self._scaled = [_Scaled(crew, Autoscaler(rules_of(crew.settings))) for crew in several]
@@ -84,7 +86,8 @@ class ReplicaScaling:
     def _look(self, one: _Scaled) -> None:
         one.tick = None
         crew, now = one.crew, self._loop.time()
-        awake = len(crew.awake)
+        back = sum(runner.replica.leaving and runner.replica.waiting > 0 for runner in crew)  # soon
+        awake = len(crew.awake) + back
         wanted = one.scaler.wanted(now, awake).replicas
         if now >= crew.held_off_until:
             for ahead in range(awake, wanted):
@@ -95,7 +98,9 @@ class ReplicaScaling:
             self._look_soon(one, _TICK)
 
     def _let_go(self, crew: Crew, count: int) -> None:
-        """Those that are idle longest sleep; their processes may stay."""
+        """Those that have no room yet do not start; those that are idle longest sleep, and their processes may stay."""
+        if count > 0:
+            self._give_up(crew, count)
         idle = [runner for runner in crew.ready if runner.replica.idle_since is not None and not runner.pinned]
         idle.sort(key=lambda runner: runner.replica.idle_since or 0.0)
         for runner in idle[: max(count, 0)]:
