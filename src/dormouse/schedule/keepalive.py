@@ -34,14 +34,14 @@ _EARLY, _LATE = 0.98, 1.02
 _FIRST_START = 20.0  # seconds; what the oracle gives the first start of a model, whose length nobody knows yet
 _MEMORY = 14_400.0  # seconds after which what starts cost and replicas held counts a third in the price of memory
 _FIRST_COST = 50.0  # seconds of starts that the first price counts for
-_HOST = 0.1  # what a GB of the host's memory counts for, where one of a GPU counts 1
+_HOST = 0.6  # a GB of the host counts for so much of one of a GPU
 _SOON = 60.0  # seconds; whoever is evicted and asked for later than that would probably have gone anyway
 RELUCTANCE = 1e-3
 """Seconds for a GB: what an eviction counts in placement for policies that know only who goes first. So little that a
 start goes where it is quickest, whoever must go for it; with 10, only where nothing is free does anybody go."""
 
 
-BALANCE = 0.65
+BALANCE = 1.1
 """By how many per cent starts may cost more for one per cent less memory held by idle replicas, by default."""
 
 
@@ -412,7 +412,7 @@ class Prices:
     """What a GB is worth for a second, in seconds of somebody's start."""
 
     gpu: float = 3e-4
-    host: float = 3e-5
+    host: float = 1.8e-4
 
     def of(self, cost: LayerCost) -> float:
         return (self.gpu * cost.gpu_bytes + self.host * cost.host_bytes) / _GB
