@@ -41,7 +41,7 @@ RELUCTANCE = 1e-3
 start goes where it is quickest, whoever must go for it; with 10, only where nothing is free does anybody go."""
 
 
-BALANCE = 1.1
+BALANCE = 1.15
 """By how many per cent starts may cost more for one per cent less memory held by idle replicas, by default."""
 
 
