@@ -35,6 +35,7 @@ _FIRST_START = 20.0  # seconds; what the oracle gives the first start of a model
 _MEMORY = 14_400.0  # seconds after which what starts cost and replicas held counts a third in the price of memory
 _FIRST_COST = 50.0  # seconds of starts that the first price counts for
 _HOST = 0.6  # a GB of the host counts for so much of one of a GPU
+_SLACK = 64
 _SOON = 60.0  # seconds; whoever is evicted and asked for later than that would probably have gone anyway
 RELUCTANCE = 1e-3
 """Seconds for a GB: what an eviction counts in placement for policies that know only who goes first. So little that a
@@ -422,10 +423,11 @@ class Balance:
     """The price of memory at which starts and idle replicas weigh alike: `share` * (what starts cost so far) / (what
     idle replicas held so far). Who keeps by it has `share` per cent more cost for the last per cent of memory that it
     saves, whatever the load, the models and the machines. Only starts of what was there before count, for no price
-    could have spared the others. Of what is idle, models tell when they begin, and until when they mean to stay."""
+    could have spared the others. Of each model's replicas, the last that became idle is looked at, until it is asked for,
+    goes for another, or the time that it stays ends."""
 
     def __init__(self, first: float, share: float) -> None:
-        self._first, self._share = first, share
+        self._share = share
         self._cost = _FIRST_COST
         self._held = self._usual = share * _FIRST_COST / first
         self._now: float | None = None
@@ -446,6 +448,8 @@ class Balance:
         self._idle[model] = (size, until, saves)
         self._holding += size
         heapq.heappush(self._ends, (until, model))
+        if len(self._ends) > 2 * len(self._idle) + _SLACK:  # most are of those that were asked for in time
+            self._ends = sorted((end, name) for name, (_size, end, _saves) in self._idle.items())
 
     def asked(self, model: str, now: float) -> None:
         """Somebody asks for it: it is idle no more, or must start."""
