@@ -423,8 +423,8 @@ class Balance:
     """The price of memory at which starts and idle replicas weigh alike: `share` * (what starts cost so far) / (what
     idle replicas held so far). Who keeps by it has `share` per cent more cost for the last per cent of memory that it
     saves, whatever the load, the models and the machines. Only starts of what was there before count, for no price
-    could have spared the others. Of each model's replicas, the last that became idle is looked at, until it is asked for,
-    goes for another, or the time that it stays ends."""
+    could have spared the others. Of each model's replicas, the last that became idle is looked at, until it is asked
+    for, goes for another, or the time that it stays ends."""
 
     def __init__(self, first: float, share: float) -> None:
         self._share = share
