@@ -231,13 +231,13 @@ def test_with_caps_and_a_view_made_anew_nobody_starves(
                 gone.add(name)
         for at, request, patience in coming:
             if second - 2 < at <= second:
+                queue.push(request)
                 free = next((one for one in view.soonest(request.model) if view.takes_now(request.model)), None)
                 kept = free is not None and view.is_kept(free.node, free.gpus, "")
-                if free is not None and not kept and queue.straight(request):
+                if free is not None and not kept and queue.head(request.model) is request:
+                    queue.take(request)
                     keeper._queue(request, free.name)
                     running[request.name] = request
-                else:
-                    queue.push(request)
             if patience is not None and at + patience <= second and queue.remove(request.name, view):
                 gone.add(request.name)
         claims = list(view.claims)
@@ -273,7 +273,7 @@ def test_a_place_kept_for_one_at_its_tenants_cap_is_free_for_others() -> None:
     keeper, queue = Keeper(view), Queue(Fairness(tenant_caps={"t": 1}))
     queue.push(Request("capped", "m", 0.0, tenant="t"))
     assert served(queue, keeper) == [] and view.claim_of("capped")
-    assert queue.straight(Request("elsewhere", "other", 1.0, tenant="t"))
+    taken(queue, Request("elsewhere", "other", 1.0, tenant="t"))
     queue.push(Request("q", "n", 2.0))
     view.drop("r")
     assert served(queue, keeper) == ["q"]
@@ -283,7 +283,7 @@ def test_one_of_a_capped_tenant_gets_the_turn_of_one_that_goes() -> None:
     view = one_place()
     keeper, queue = Keeper(view), Queue(Fairness(tenant_caps={"t": 1}))
     running = Request("running", "other", 0.0, tenant="t")
-    assert queue.straight(running)
+    taken(queue, running)
     queue.push(Request("t1", "m", 1.0, tenant="t"))
     queue.push(Request("t2", "m", 2.0, tenant="t"))
     assert served(queue, keeper) == []
@@ -294,15 +294,26 @@ def test_one_of_a_capped_tenant_gets_the_turn_of_one_that_goes() -> None:
     assert served(queue, keeper) == ["t2"]
 
 
-def test_straight_is_past_nobody_of_the_model_and_no_cap() -> None:
-    view = one_place()
-    keeper, queue = Keeper(view), Queue(Fairness(tenant_caps={"t": 1}))
-    one = Request("one", "other", 0.0, tenant="t")
-    assert queue.straight(one) and not queue.straight(Request("two", "other", 0.0, tenant="t"))
+def test_the_head_of_a_line_is_none_of_a_tenant_at_its_cap() -> None:
+    queue = Queue(Fairness(tenant_caps={"t": 1}))
+    one = Request("one", "m", 0.0, tenant="t")
+    taken(queue, one)
+    queue.push(Request("two", "m", 0.0, tenant="t"))
+    assert queue.head("m") is None
+    queue.push(Request("three", "m", 1.0))
+    head = queue.head("m")
+    assert head is not None and head.name == "three"
     queue.finished(one)
-    queue.push(Request("waits", "m", 0.0))
-    assert served(queue, keeper) == []
-    assert not queue.straight(Request("later", "m", 1.0)) and queue.straight(Request("another", "other", 1.0))
+    head = queue.head("m")
+    assert head is not None and head.name == "two"
+
+
+def taken(queue: Queue, request: Request) -> None:
+    """It gets a slot that is free."""
+    queue.push(request)
+    head = queue.head(request.model)
+    assert head is request
+    queue.take(head)
 
 
 def possible(view: Cluster, name: str) -> bool:

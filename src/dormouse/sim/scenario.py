@@ -26,7 +26,7 @@ from pydantic import (
 from dormouse.config import Duration, KeepAlive, Marks, Size, SizeOrNone, mistake_place, parse_duration, read_yaml
 from dormouse.errors import ConfigError
 from dormouse.schedule.autoscale import Scaling
-from dormouse.schedule.keepalive import REGRET, RELUCTANCE, Minima, Minimum
+from dormouse.schedule.keepalive import BALANCE, RELUCTANCE, Minima, Minimum
 from dormouse.sim.packing import Nodes, Replicas, excess
 
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])?(B/s|bps)")
@@ -285,7 +285,7 @@ class KeepAliveRule(_Part):
     """load: as long as loading it took. The others are those of schedule/keepalive.py."""
     seconds: KeepAlive = 60.0
     """For fixed."""
-    regret: Annotated[float, Field(gt=0, lt=1)] = REGRET
+    balance: Annotated[float, Field(gt=0)] = BALANCE
     """For expected: the share of all starts that may be of its own doing. More frees more memory."""
     reluctance: Annotated[float, Field(ge=0, le=1e6)] = RELUCTANCE
     """For fixed, lru, greedy-dual and histogram, which know only who goes first: the seconds for each GB that an
