@@ -64,11 +64,11 @@ def test_replicas_on_two_gpus_out_of_one_snapshot(data_dir: DataDir, tmp_path: P
         with Store.open(data_dir.store) as store:
             assert len(list(store.manifests(kind="snapshot", name="tiny"))) == 1
         answers = list(threads.map(lambda _number: ask(server), range(6)))
+        print((data_dir.root / "serve.log").read_text())
         assert {text} == {answer for _path, answer in answers} and "snapshot" in {path for path, _answer in answers}
         until(both_ready)
         assert {text} == {answer for _path, answer in threads.map(lambda _number: ask(server), range(6))}
         log = (data_dir.root / "serve.log").read_text()
-        print(log)
         assert [
             log.count(f"{name} is ready: {path}") for name in ("tiny", "tiny#2") for path in ("cold", "snapshot")
         ] == [1] * 4, "nobody goes for a replica of its own model"

@@ -104,6 +104,17 @@ async def test_the_autoscaler_has_room_ready_before_it_is_needed(tmp_path: Path)
 
 
 @on_loop
+async def test_what_keep_alive_lets_go_is_not_started_again_while_nobody_asks(tmp_path: Path) -> None:
+    scaling = {"target": 0.4, "utilization": 1}
+    host = StandInHost()
+    async with run_node(configure(tmp_path, {"mouse": several(2, 1, keep_alive=0.05, scaling=scaling)}), host) as node:
+        await ask(node)
+        await until(lambda: host.calls.count("start_worker") == 2 and replicas(node) == {"mouse": "asleep"})
+        await asyncio.sleep(2.5)  # the autoscaler looks every two seconds, over a window of a minute
+        assert host.calls.count("start_worker") + host.calls.count("restore") == 2
+
+
+@on_loop
 async def test_a_replica_that_does_not_start_costs_nobody_a_request_where_others_are(tmp_path: Path) -> None:
     host = StandInHost(delay=0.01)
     async with run_node(configure(tmp_path, {"mouse": several(2, 1, scaling={"target": 2})}), host) as node:

@@ -89,7 +89,7 @@ class ReplicaScaling:
         back = sum(runner.replica.leaving and runner.replica.waiting > 0 for runner in crew)  # soon
         awake = len(crew.awake) + back
         wanted = one.scaler.wanted(now, awake).replicas
-        if now >= crew.held_off_until:
+        if one.asked and now >= crew.held_off_until:  # what keep-alive lets go while nobody asks stays away
             for ahead in range(awake, wanted):
                 if not self._start(crew, one.asked > ahead * one.crew.runners[0].slots):
                     break
