@@ -7,6 +7,7 @@ its snapshot, with the page cache dropped and kept weights let go of, and withou
 its weights in memory and without. Conditions take turns, so every estimate follows a start of another kind. The first
 starts of each condition, from which the estimator learns, are left out of the errors (`--learn`); all are in the file.
 Beside each error stands the spread: by how much the same starts are off their own median, which nobody can foretell.
+The last line is the machine's own spread: the same arithmetic on one thread, before each start.
 A start is measured as the node does, from when there is room for it until the replica is ready.
 """
 
@@ -17,6 +18,7 @@ import asyncio
 import json
 import os
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from dormouse.node.assemble import assemble_node
 from dormouse.node.node import Node
 from dormouse.schedule.cluster import StartPath
 
+_NUMBERS = 3_000_000
 PROMPT = ChatPrompt(messages=[{"role": "user", "content": "What is the capital of France?"}])
 
 
@@ -60,13 +63,14 @@ WITH_SNAPSHOT = (Condition("snapshot", "snapshot", True), Condition("snapshot, w
 
 @dataclass(frozen=True)
 class Row:
-    """One start. `load` is the machine's load average before it."""
+    """One start. `load` is the machine's load average before it, `arithmetic` what the same computation took then."""
 
     condition: str
     number: int
     expected: float
     took: float
     load: float
+    arithmetic: float
 
     @property
     def error(self) -> float:
@@ -113,13 +117,21 @@ async def _row(node: Node, name: str, condition: Condition, number: int, ear: Ea
     if condition.dropped:
         await node.free_weights()
         await asyncio.to_thread(drop_page_cache)
-    load = os.getloadavg()[0]
+    load, seconds = os.getloadavg()[0], arithmetic()
     await _start(node, name, keep=condition.keep)
     assert ear.heard is not None
     path, expected, took = ear.heard
     if path != condition.path:
         raise EngineError(f"{name} started by the path {path} instead of {condition.path}: {ear.error}")
-    return Row(condition.name, number, expected, took, load)
+    return Row(condition.name, number, expected, took, load, seconds)
+
+
+def arithmetic() -> float:
+    """The seconds of a computation that is always the same, some 0.3 s of one core."""
+    began, total = time.perf_counter(), 0
+    for number in range(_NUMBERS):
+        total += number * number
+    return time.perf_counter() - began
 
 
 async def _start(node: Node, name: str, *, keep: bool) -> None:
@@ -138,7 +150,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     errors = sorted(row.error for row in rows)
     apart = sorted(1000 * abs(row.expected - row.took) for row in rows)
     spread = sorted(_spread(rows))
-    last = min(int(0.99 * len(rows)), len(rows) - 1)
+    last = _last(errors)
     return {
         "starts": len(rows),
         "median_s": statistics.median(row.took for row in rows),
@@ -149,6 +161,18 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "median_error_ms": statistics.median(apart),
         "p99_error_ms": apart[last],
     }
+
+
+def machine(rows: Sequence[Row]) -> dict[str, float]:
+    """By how much the same arithmetic is off its own median."""
+    middle = statistics.median(row.arithmetic for row in rows)
+    spread = sorted(abs(row.arithmetic - middle) / row.arithmetic for row in rows)
+    return {"median_s": middle, "median_spread": statistics.median(spread), "p99_spread": spread[_last(spread)]}
+
+
+def _last(ordered: Sequence[float]) -> int:
+    """Which of them is the 99th percentile."""
+    return min(int(0.99 * len(ordered)), len(ordered) - 1)
 
 
 def _spread(rows: Sequence[Row]) -> list[float]:
@@ -170,6 +194,7 @@ def as_json(model: str, rows: Sequence[Row], learn: int) -> dict[str, Any]:
         "load_average": [min(row.load for row in rows), max(row.load for row in rows)],
         "all": summary(counted),
         "without_sleep": summary([row for row in counted if not row.condition.startswith("sleep")]),
+        "arithmetic": machine(counted),
         "conditions": {name: summary([row for row in counted if row.condition == name]) for name in names},
         "rows": [asdict(row) | {"error": row.error} for row in rows],
     }
@@ -194,6 +219,9 @@ def render(figures: dict[str, Any]) -> Table:
             f"{one['median_error_ms']:.1f}",
             f"{one['p99_error_ms']:.1f}",
         )
+    own = figures["arithmetic"]
+    spread = f"{own['median_spread']:.1%}", f"{own['p99_spread']:.1%}"
+    table.add_row("the same arithmetic", "", f"{own['median_s']:.3f}", "", "", *spread, "", "")
     return table
 
 

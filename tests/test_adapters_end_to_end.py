@@ -24,7 +24,7 @@ from dormouse.store.store import Store
 from dormouse.transfer.handles import SegmentHandle
 from tests.adapters import factors, save_peft
 from tests.models import home_of, lend, quiet
-from tests.test_end_to_end import PATIENCE, Server, data_dir, serve
+from tests.serving import PATIENCE, Server, data_dir, serve
 
 __all__ = ["data_dir"]
 

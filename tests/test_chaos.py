@@ -14,7 +14,7 @@ import pytest
 
 from dormouse.data_dir import DataDir
 from dormouse.store.store import Store
-from tests.test_end_to_end import QUESTION, Server, command_of, data_dir, serve
+from tests.serving import QUESTION, Server, command_of, data_dir, serve
 
 __all__ = ["data_dir"]
 pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from dormouse.config import (
     ModelConfig,
+    ScalingConfig,
     ServeConfig,
+    TenantConfig,
     config_schema,
     load_api_keys,
     load_config,
@@ -99,6 +101,17 @@ def test_any_text_is_a_duration_or_a_value_error(text: str) -> None:
         ("models:\n  m:\n\n    engine: vllm", "line 4: models.m.engine: Input should be 'transformers' or 'null'"),
         ("models:\n  A B: {}", "line 2: models.A B: not a model name. Use up to 64 of a-z"),
         ("models:\n  m:", "line 2: models.m: must be a mapping of settings. Write {} for"),
+        ("tenants:\n  A: {}", "line 2: tenants.A: not a tenant name. Use up to 64 of a-z"),
+        ("tenants:\n  acme:", "line 2: tenants.acme: must be a mapping of settings. Write {} for a tenant"),
+        (
+            "tenants:\n  acme:\n    cap: 0",
+            "line 3: tenants.acme.cap: Input should be greater than or equal to 1, not 0",
+        ),
+        (
+            "tenants:\n  acme:\n    priority: 11",
+            "line 3: tenants.acme.priority: Input should be less than or equal to 10",
+        ),
+        ("tenants:\n  acme:\n    prio: 1", "line 3: tenants.acme.prio: no such setting. Did you mean priority?"),
         ("models: [m]", "line 1: models: Input should be a valid dictionary"),
         ("max_body_bytes: 4 MiX", "line 1: max_body_bytes: '4 MiX' is not a size"),
         ("ping_interval: forever", "line 1: ping_interval: 'forever' must end some day"),
@@ -150,14 +163,89 @@ def test_keys_come_from_file_and_environment(tmp_path: Path) -> None:
     keys.write_text("# ours\none\n\n two \n")
     config = load(tmp_path, f"api_keys_file: {keys}")
     keys.write_bytes(b"\xef\xbb\xbf" + keys.read_bytes())  # what some editors put in front
-    assert load_api_keys(config, {"DORMOUSE_API_KEYS": "three, four,"}) == ["three", "four", "one", "two"]
-    assert load_api_keys(load(tmp_path, ""), {}) == []
+    given = {"DORMOUSE_API_KEYS": "three, four:4,"}
+    assert load_api_keys(config, given) == dict.fromkeys(("three", "four:4", "one", "two"), "")
+    assert load_api_keys(load(tmp_path, ""), {}) == {}
     keys.write_text("# none\n")
     with pytest.raises(ConfigError, match="holds no key"):
         load_api_keys(config, {})
     keys.unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
         load_api_keys(config, {})
+
+
+TENANTS = "tenants: {acme: {cap: 2, priority: 1}, zoo: {}}"
+
+
+def keys_of(tmp_path: Path, content: bytes, environ: dict[str, str] | None = None) -> dict[str, str]:
+    path = tmp_path / "keys"
+    path.write_bytes(content)
+    return load_api_keys(load(tmp_path, f"api_keys_file: {path}\n{TENANTS}"), environ or {})
+
+
+def test_tenants_have_no_cap_and_no_priority_unless_given(tmp_path: Path) -> None:
+    tenants = load(tmp_path, TENANTS, {"DORMOUSE_TENANTS": "none"}).tenants
+    assert tenants == {"acme": TenantConfig(cap=2, priority=1), "zoo": TenantConfig(cap=None, priority=0)}
+
+
+def test_a_tenant_stands_after_its_key(tmp_path: Path) -> None:
+    content = b"# ours\r\nk:1 acme\r\n\tk,2\t zoo \r\nk#3\n  # k4 acme\nk5 acme\rk5 acme\n"
+    assert keys_of(tmp_path, content) == {"k:1": "acme", "k,2": "zoo", "k#3": "", "k5": "acme"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"s3cret Acme!", "line 1: what follows the key is not a tenant's name"),
+        (b"s3cret acme # ours", "line 1: 3 words follow the key"),
+        (b"\n\ns3cret acmee", "line 3: the tenant that follows the key is not configured"),
+        (b"x acme\ns3cret " + b"a" * 65, "line 2: what follows the key is not a tenant's name"),
+        (b"s3cret acme\ns3cret zoo", "line 2: this key was given before, with another tenant"),
+        (b"s3cret\ns3cret acme", "line 2: this key was given before, with another tenant or without one"),
+        (b"s3cret\0 acme", "line 1: a key has characters that are not visible ASCII"),
+        ("s3cré".encode(), "line 1: a key has characters"),
+        (b"x acme\x0bs3cret", "line 1: 2 words follow the key"),
+        (b"x\xc2\x85s3cret", "line 1: the tenant that follows the key is not configured"),
+        (b"s3cret\xff", "cannot be read"),
+        (b"s3cret\n" * 200_000, "is over 1048576 bytes"),
+        (b"s3cret " * 100_000, "line 1: 99999 words follow the key"),
+        (b"\n \n#\n", "holds no key"),
+        (b"", "holds no key"),
+    ],
+    ids=range(15),
+)
+def test_a_key_file_that_is_wrong_lifts_no_cap_and_no_secret(tmp_path: Path, content: bytes, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        keys_of(tmp_path, content)
+    assert says in str(caught.value) and "s3c" not in str(caught.value)
+
+
+def test_a_tenant_that_is_not_configured_is_told_from_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="take one of those there: acme, zoo"):
+        keys_of(tmp_path, b"key zo")
+    (tmp_path / "keys").write_text("key zoo")
+    with pytest.raises(ConfigError, match=r"Add it under `tenants:` in the configuration$"):
+        load_api_keys(load(tmp_path, f"api_keys_file: {tmp_path / 'keys'}"), {})
+
+
+def test_the_environment_cannot_take_a_key_out_of_its_tenant(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="line 1: this key was given before"):
+        keys_of(tmp_path, b"one acme", {"DORMOUSE_API_KEYS": "two,one"})
+    with pytest.raises(ConfigError, match="environment variable DORMOUSE_API_KEYS: a key has characters"):
+        keys_of(tmp_path, b"one acme", {"DORMOUSE_API_KEYS": "two acme"})
+
+
+@given(st.binary(max_size=120) | st.text("ab #\t\r\n\0é", max_size=60).map(str.encode))
+def test_any_bytes_are_keys_or_a_config_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any-keys"
+    path.write_bytes(content)
+    config = ServeConfig(data_dir=Path("/d"), api_keys_file=path, tenants={"a": TenantConfig()})
+    try:
+        keys = load_api_keys(config, {})
+    except ConfigError as error:
+        assert str(error)
+    else:
+        assert keys and set(keys.values()) <= {"", "a"} and not any(set(key) & set(" \t\r\n") for key in keys)
 
 
 def test_folders_are_private(tmp_path: Path) -> None:
@@ -172,14 +260,20 @@ def test_example_file_is_valid_and_shows_every_setting() -> None:
     config = load_config(EXAMPLE, environ={"HOME": "/h"})
     assert config.models
     text = EXAMPLE.read_text()
-    for name in (*ServeConfig.model_fields, *ModelConfig.model_fields):
+    for name in (
+        *ServeConfig.model_fields,
+        *ModelConfig.model_fields,
+        *ScalingConfig.model_fields,
+        *TenantConfig.model_fields,
+    ):
         assert f"{name}:" in text, name
 
 
 def test_schema_describes_every_setting() -> None:
     schema = config_schema()
     assert "data_dir" not in schema.get("required", ()) and schema["additionalProperties"] is False
-    for properties in (schema["properties"], schema["$defs"]["ModelConfig"]["properties"]):
+    own = [schema["$defs"][name]["properties"] for name in ("ModelConfig", "ScalingConfig", "TenantConfig")]
+    for properties in (schema["properties"], *own):
         for name, entry in properties.items():
             assert entry.get("description"), name
     json.dumps(schema, allow_nan=False)
@@ -187,6 +281,6 @@ def test_schema_describes_every_setting() -> None:
 
 def test_reference_has_every_setting_in_its_own_words() -> None:
     text = REFERENCE.read_text()
-    for settings in (ServeConfig, ModelConfig):
+    for settings in (ServeConfig, ModelConfig, ScalingConfig, TenantConfig):
         for name, field in settings.model_fields.items():
             assert f"| `{name}` |" in text and (field.description or "?") in text, name

@@ -19,7 +19,7 @@ from dormouse.checkpoint.models import ImportedModel
 from dormouse.data_dir import DataDir
 from dormouse.store.store import Store
 from tests.models import lend, quiet
-from tests.test_end_to_end import PATIENCE, QUESTION, Server, data_dir, serve, until
+from tests.serving import PATIENCE, QUESTION, Server, data_dir, serve, until
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
 

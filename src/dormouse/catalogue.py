@@ -80,6 +80,7 @@ def listing(data_dir: DataDir) -> dict[str, Any]:
             model_json(model)
             | {
                 "state": state,
+                "replicas": status.replicas if status is not None else {},
                 "since": status.since if status is not None else None,
                 "in_flight": status.in_flight if status is not None else 0,
                 "waiting": status.waiting if status is not None else 0,
@@ -117,7 +118,7 @@ def render(listing: dict[str, Any]) -> Group:
             model["engine"] if model["base"] is None else f"adapter of {model['base']}",
             f"{model['parameters'] / 1e6:.{0 if model['base'] is None else 1}f} M",
             human(model["weight_bytes"]),
-            model["state"],
+            _state(model),
             human(model["rss_bytes"]) if model["rss_bytes"] else "",
             model["last_error"] or "",
         )
@@ -165,11 +166,19 @@ def render_explanation(details: dict[str, Any]) -> Group:
         estimate, took = row["estimate"], row["took"]
         off = f"{abs(estimate - took) / took:.0%}" if estimate is not None and took else ""
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["at"]))
-        latest.add_row(when, row["path"], _seconds(estimate), _seconds(took), off, row["outcome"], row["why"])
+        number = row["replica"].partition("#")[2]
+        path = f"{row['path']} #{number}" if number else row["path"]
+        latest.add_row(when, path, _seconds(estimate), _seconds(took), off, row["outcome"], row["why"])
     tables = ([paths] if details["paths"] else []) + ([latest] if details["latest"] else [])
     return Group(
         Text(f"{details['name']} is {details['state']}; {details['why']}"), Text(details["decision"]["why"]), *tables
     )
+
+
+def _state(model: dict[str, Any]) -> str:
+    """With the number of replicas that are in it, if there are several."""
+    count = list(model["replicas"].values()).count(model["state"])
+    return f"{model['state']} ({count})" if count > 1 else str(model["state"])
 
 
 def _estimated(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -68,7 +68,9 @@ def cli() -> None:
 @click.option("--host", help="Address to listen on.  [env: DORMOUSE_HOST]")
 @click.option("--port", type=int, help="Port to listen on; 0 takes a free one.  [env: DORMOUSE_PORT]")
 @click.option(
-    "--api-keys-file", type=click.Path(path_type=Path), help="One key per line.  [env: DORMOUSE_API_KEYS_FILE]"
+    "--api-keys-file",
+    type=click.Path(path_type=Path),
+    help="File of lines KEY or KEY TENANT.  [env: DORMOUSE_API_KEYS_FILE]",
 )
 @click.option("--keep-alive", help="For models named here: how long an idle one stays, such as 5m or forever.")
 @click.option("--log-level", help="debug, info, warning or error.  [env: DORMOUSE_LOG_LEVEL]")

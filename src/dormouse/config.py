@@ -13,12 +13,22 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from dormouse.data_dir import HOME_VARIABLE, default_data_dir
@@ -28,6 +38,7 @@ API_KEYS_VARIABLE = "DORMOUSE_API_KEYS"
 
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_DEPTH = 20
+_ONLY_IN_THE_FILE = ("models", "tenants")
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _DURATION_UNITS = {None: 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -136,6 +147,17 @@ def parse_allotment(value: object) -> object:
     return value
 
 
+def _provisioning(value: object) -> bool | int | tuple[str, ...]:
+    """For pydantic."""
+    if isinstance(value, bool) or (isinstance(value, int) and 1 <= value <= _MOST_REPLICAS):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(times, str) for times in value):
+        return tuple(_times(times) for times in value)
+    raise ValueError(
+        f"is neither true, false, a number of replicas (1..{_MOST_REPLICAS}) nor a list of times of the day"
+    )
+
+
 KeepAlive = Annotated[float, BeforeValidator(parse_duration), Field(ge=0), _KEEP_ALIVE_SCHEMA]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0), AfterValidator(_finite), _DURATION_SCHEMA]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), _SIZE_SCHEMA]
@@ -169,8 +191,24 @@ Allotment = Annotated[
 ]
 """A share of the memory budget (up to 1, or with %), or bytes."""
 UserPath = Annotated[Path, AfterValidator(_expanded)]
-TimesOfDay = Annotated[str, AfterValidator(_times), WithJsonSchema({"type": "string", "pattern": _TIMES.pattern})]
-ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+_MOST_REPLICAS = 64
+Provisioning = Annotated[
+    bool | int | tuple[str, ...],
+    PlainValidator(_provisioning),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "boolean"},
+                {"type": "integer", "minimum": 1, "maximum": _MOST_REPLICAS},
+                {"type": "array", "items": {"type": "string", "pattern": _TIMES.pattern}},
+            ]
+        }
+    ),
+]
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_NAME_RULE = "Use up to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit"
+ModelName = Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
+TenantName = Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
 
 
 KeepAlivePolicy = Literal["fixed", "lru", "greedy-dual", "histogram", "layered", "expected"]
@@ -180,17 +218,40 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class ScalingConfig(_Settings):
+    """How many replicas a model has while it is asked for, in Knative's words and with its defaults."""
+
+    target: Annotated[float, Field(gt=0)] | None = None
+    """Requests that a replica should have at once. Left out: max_concurrent."""
+    utilization: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Share of the target that is aimed at (0..1), so that there is room for the next request."""
+    stable_window: Duration = 60.0
+    """The mean of requests over so long decides."""
+    panic_window: Duration = 6.0
+    """When that over so long asks for panic_threshold times the replicas, it decides, and none goes for a while."""
+    panic_threshold: Annotated[float, Field(gt=1)] = 2.0
+    """From so many times the replicas on (more than 1)."""
+    max_up_rate: Annotated[float, Field(gt=1)] = 1000.0
+    """At once there may be so many times more (more than 1)."""
+    max_down_rate: Annotated[float, Field(gt=1)] = 2.0
+    """At once there may be so many times fewer (more than 1)."""
+
+
 class ModelConfig(_Settings):
     """How one model is served."""
 
     engine: Literal["transformers", "null"] | None = None
     """What runs the model: transformers or null. Left out: as the model was imported."""
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    """Where it runs: cpu, cuda or cuda:N."""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+(,\d+)*)?)$")] = "cpu"
+    """Where it runs: cpu, cuda or cuda:N; with cuda:0,1 each replica on the GPU that is best when it starts."""
     keep_alive: KeepAlive = 300.0
     """How long an idle model stays ready before it sleeps: seconds, 90s, 5m, 1h, or forever (under every policy)."""
-    provisioned: bool | tuple[TimesOfDay, ...] = False
-    """true: it is started ahead and stays ready. A list such as ["08:00-18:00"]: at these times of the day, in UTC."""
+    provisioned: Provisioning = False
+    """true or a number: so many replicas are started ahead and stay. ["08:00-18:00"]: one, at these times, in UTC."""
+    max_replicas: Annotated[int, Field(ge=1, le=_MOST_REPLICAS)] = 1
+    """Replicas there may be at once (1..64). Those on one device share the weights."""
+    scaling: ScalingConfig = ScalingConfig()
+    """When there are more and fewer of them."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the worker (1..1024). Left out: one per core."""
     context: Annotated[int, Field(ge=16)] | None = None
@@ -204,9 +265,26 @@ class ModelConfig(_Settings):
     sleep: bool = True
     """true: an idle model's process stays in memory, without weights, while there is room (`sleep_memory`)."""
     max_concurrent: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Requests the worker handles at once (1..1024); more of them wait in the queue."""
+    """Requests a replica handles at once (1..1024); more of them wait, or are another replica's."""
     adapters: tuple[ModelName, ...] = ()
     """Imported LoRA adapters of this model that are served from the start, each under its own name."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if isinstance(self.provisioned, int) and self.provisioned > self.max_replicas:
+            raise ValueError(f"provisioned ({self.provisioned}) is more than max_replicas ({self.max_replicas})")
+        if self.scaling.panic_window > self.scaling.stable_window:
+            raise ValueError("scaling.panic_window is longer than scaling.stable_window")
+        return self
+
+
+class TenantConfig(_Settings):
+    """What the requests of one tenant may do: all those that come with a key of that tenant."""
+
+    cap: Annotated[int, Field(ge=1)] | None = None
+    """Requests that run at once, over all models (1 or more); more of them wait in the queue. Left out: no limit."""
+    priority: Annotated[int, Field(ge=-10, le=10)] = 0
+    """Each step (-10..10) is worth a head start of 10 s in the queue; the higher goes first."""
 
 
 class ServeConfig(_Settings):
@@ -219,7 +297,7 @@ class ServeConfig(_Settings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8114
     """TCP port to listen on (0..65535); 0 takes any free one."""
     api_keys_file: UserPath | None = None
-    """File with one API key per line; # starts a comment. DORMOUSE_API_KEYS (comma-separated) adds more."""
+    """File of lines KEY or KEY TENANT; # starts a comment. DORMOUSE_API_KEYS (KEY,KEY) adds keys without a tenant."""
     metrics_open: bool = False
     """true: /metrics answers without a key even when keys are set."""
     max_queue: Annotated[int, Field(ge=1, le=65536)] = 256
@@ -254,12 +332,24 @@ class ServeConfig(_Settings):
     """Least important log messages shown: debug, info, warning or error."""
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
     """The models served, by the name they were imported under."""
+    tenants: dict[TenantName, TenantConfig] = Field(default_factory=dict)
+    """Who has keys: caps and priorities, by the names that follow the keys in `api_keys_file`."""
+
+
+def devices_of(device: str) -> tuple[str, ...]:
+    """Where a model may run by its `device`: "cpu", or GPUs as "cuda:N", each once."""
+    kind, _colon, numbers = device.partition(":")
+    return (
+        tuple(dict.fromkeys(f"{kind}:{int(number)}" for number in (numbers or "0").split(",")))
+        if kind == "cuda"
+        else (kind,)
+    )
 
 
 def gpus_of(config: ServeConfig) -> list[str]:
     """The GPUs that models are configured for, as "cuda:N", each once."""
-    devices = {model.device for model in config.models.values()} - {"cpu"}
-    return sorted({device if ":" in device else f"{device}:0" for device in devices})
+    devices = {device for model in config.models.values() for device in devices_of(model.device)}
+    return sorted(devices - {"cpu"})
 
 
 def config_schema() -> dict[str, Any]:
@@ -282,7 +372,7 @@ def load_config(
     origin: dict[str, str] = {}
     for name in ServeConfig.model_fields:
         variable = HOME_VARIABLE if name == "data_dir" else f"DORMOUSE_{name.upper()}"
-        if name != "models" and variable in environ:
+        if name not in _ONLY_IN_THE_FILE and variable in environ:
             values[name], origin[name] = environ[variable], f"environment variable {variable}"
     for name, value in (flags or {}).items():
         if value is not None:
@@ -296,22 +386,82 @@ def load_config(
         raise _explain(error, path, marks, origin) from error
 
 
-def load_api_keys(config: ServeConfig, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The API keys of the file and the environment. Raises ConfigError when the file can't be read or holds none."""
-    keys = [key.strip() for key in environ.get(API_KEYS_VARIABLE, "").split(",") if key.strip()]
-    if config.api_keys_file is None:
-        return keys
+# API keys. No message repeats what stands there: what was taken for a tenant may be a key.
+
+_KEY = re.compile(r"[!-~]+")
+_KEY_LINES = "Write lines KEY or KEY TENANT"
+
+
+def load_api_keys(config: ServeConfig, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The API keys of the environment and the file, each with its tenant ("" is who has none). Raises ConfigError when
+    the file can't be read or holds none, and for a key or a tenant that can't be: it must not lift a cap."""
+    keys: dict[str, str] = {}
+    for place, key, tenant in (*_keys_of_environment(environ), *_keys_of_file(config)):
+        if _KEY.fullmatch(key) is None:
+            raise ConfigError(
+                f"{place}: a key has characters that are not visible ASCII",
+                remedy="A key is one word; its tenant stands after it, in api_keys_file alone",
+            )
+        if keys.setdefault(key, tenant) != tenant:
+            raise ConfigError(
+                f"{place}: this key was given before, with another tenant or without one",
+                remedy="Give each key one tenant, in one place",
+            )
+    return keys
+
+
+def _keys_of_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    for key in environ.get(API_KEYS_VARIABLE, "").split(","):
+        if key.strip():
+            yield f"environment variable {API_KEYS_VARIABLE}", key.strip(), ""
+
+
+def _keys_of_file(config: ServeConfig) -> Iterator[tuple[str, str, str]]:
+    """(place, key, tenant) of each line with a key."""
+    path = config.api_keys_file
+    if path is None:
+        return
+    found = False
+    for number, line in enumerate(_key_lines(path), 1):
+        words = line.split()
+        if words and not words[0].startswith("#"):
+            found = True
+            place = f"{path}, line {number}"
+            yield place, words[0], _tenant(words[1:], place, config)
+    if not found:
+        raise ConfigError(f"the API key file {path} holds no key", remedy=_KEY_LINES)
+
+
+def _key_lines(path: Path) -> list[str]:
     try:
-        lines = config.api_keys_file.read_text(encoding="utf-8-sig").splitlines()
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
+            raise ConfigError(f"the API key file {path} is over {MAX_CONFIG_BYTES} bytes", remedy=_KEY_LINES)
+        # Only ends of lines that every editor counts: a form feed, say, must not make a key of what follows it.
+        return re.split(r"\r\n|\r|\n", content.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"the API key file {config.api_keys_file} cannot be read: {error}",
-            remedy="Write one key per line into it, or take api_keys_file out of the configuration",
+            f"the API key file {path} cannot be read: {error}",
+            remedy=f"{_KEY_LINES}, or take api_keys_file out of the configuration",
         ) from error
-    found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not found:
-        raise ConfigError(f"the API key file {config.api_keys_file} holds no key", remedy="Write one key per line")
-    return keys + found
+
+
+def _tenant(words: list[str], place: str, config: ServeConfig) -> str:
+    """The tenant that stands after a key; "" when nothing does."""
+    if not words:
+        return ""
+    if len(words) > 1:
+        raise ConfigError(f"{place}: {len(words)} words follow the key, where one may", remedy=_KEY_LINES)
+    if _NAME.fullmatch(words[0]) is None:
+        raise ConfigError(f"{place}: what follows the key is not a tenant's name", remedy=_NAME_RULE)
+    if words[0] not in config.tenants:
+        known = ", ".join(sorted(config.tenants))
+        remedy = "Add it under `tenants:` in the configuration" + (
+            f", or take one of those there: {known}" if known else ""
+        )
+        raise ConfigError(f"{place}: the tenant that follows the key is not configured", remedy=remedy)
+    return words[0]
 
 
 # YAML with the line of every value
@@ -403,17 +553,25 @@ def mistake_place(location: Location, path: Path | None, marks: Marks) -> str:
     return f"{path}, line {marks[location]}: " if path is not None and location in marks else ""
 
 
+_NAMED: dict[str, tuple[type[_Settings], str]] = {"models": (ModelConfig, "model"), "tenants": (TenantConfig, "tenant")}
+"""The settings that are mappings from names to settings."""
+
+
 def _finding(error: ErrorDetails, location: Location) -> tuple[str, str]:
-    in_model = len(location) > 1 and location[0] == "models"
-    settings: type[_Settings] = ModelConfig if in_model else ServeConfig
-    name = str(location[2] if len(location) > 2 and in_model else location[0] if location else "")
+    named = _NAMED.get(str(location[0])) if len(location) > 1 else None
+    settings, within = (named[0], location[2:]) if named else (ServeConfig, location)
+    if len(within) > 1 and within[0] == "scaling":
+        settings, within = ScalingConfig, within[1:]
+    name = str(within[0]) if within else ""
+    message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         return "no such setting", _allowed(settings, name)
-    if in_model and len(location) == 2:
+    if named and not within:
         if error["type"] == "string_pattern_mismatch":
-            return "not a model name", "Use up to 64 of a-z, 0-9, '.', '_' and '-', the first a letter or digit"
-        return "must be a mapping of settings", "Write {} for a model with default settings"
-    message = error["msg"].removeprefix("Value error, ")
+            return f"not a {named[1]} name", _NAME_RULE
+        if error["type"] == "value_error":
+            return message, "Change one of the two"
+        return "must be a mapping of settings", f"Write {{}} for a {named[1]} with default settings"
     shown = repr(error["input"])
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     message = f"{shown} {message}" if error["type"] == "value_error" else f"{message}, not {shown}"

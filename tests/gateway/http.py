@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ async def rig(
     data_dir: Path,
     host: StandInHost | None = None,
     *,
-    keys: Iterable[str] = (),
+    keys: Mapping[str, str] | None = None,
     models: dict[str, ModelConfig] | None = None,
     **settings: object,
 ) -> AsyncIterator[Rig]:
@@ -53,7 +53,7 @@ async def rig(
     host = host or StandInHost()
     config = configure(data_dir, models, **settings)
     async with run_node(config, host) as node:
-        gate = create_app(node, config, keys)
+        gate = create_app(node, config, keys or {})
         transport = httpx.ASGITransport(gate, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             yield Rig(client, node, host, gate)

@@ -16,7 +16,7 @@ async def main(data_dir: Path, delay: float) -> None:
     async with run_node(config, StandInHost(delay=delay)) as node:
         with listen("127.0.0.1", 0) as listener:
             await serve_app(
-                create_app(node, config, ()),
+                create_app(node, config, {}),
                 listener,
                 grace=config.grace,
                 announce=lambda url: print(f"listening on {url}", flush=True),

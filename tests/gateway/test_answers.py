@@ -229,7 +229,7 @@ async def test_fifty_requests_during_a_wake_share_it(tmp_path: Path) -> None:
             assert f"w{number}" in response.text
         assert gateway.host.calls.count("restore") == 1
         assert (
-            await gateway.metric('dormouse_requests_total{model="mouse",route="/v1/chat/completions",status="200"}')
+            await gateway.metric('dormouse_requests_total{model="mouse",route="/v1/chat/completions",status="200",')
             == 50
         )
 
@@ -245,10 +245,11 @@ async def test_idle_model_sleeps_and_the_metrics_tell_the_same_figures(tmp_path:
         assert await gateway.metric('dormouse_start_estimate_seconds_count{model="mouse",path="cold"}') == 1
         assert await gateway.metric('dormouse_start_estimate_error_ratio_count{model="mouse",path="cold"}') == 1
         assert await gateway.metric('dormouse_start_estimate_error{path="cold",quantile="0.99"}') > 0
+        assert await gateway.metric("dormouse_start_pace") == 1.0, "of a first start nothing was known"
         gateway.node.prewarms["mouse"] = 2
         assert await gateway.metric('dormouse_prewarms_total{model="mouse"}') == 2
         assert await gateway.metric('dormouse_captures_total{model="mouse",outcome="committed"}') == 1
         assert await gateway.metric('dormouse_captured_bytes_total{kind="stored",model="mouse"}') == 300
-        assert await gateway.metric('dormouse_replica_state{model="mouse",state="asleep"}') == 1
+        assert await gateway.metric('dormouse_replicas{model="mouse",state="asleep"}') == 1
         assert await gateway.metric('dormouse_time_to_first_token_seconds_count{model="mouse",path="cold"}') == 1
         assert await gateway.metric('dormouse_inter_token_seconds_count{model="mouse"}') >= 0

@@ -342,3 +342,31 @@ def test_names_and_pids_that_are_none(dormouse: Dormouse) -> None:
         thread = started.stdout.readline().decode().strip()
         assert f"{thread} is a thread of process {started.pid}" in dormouse.refused("checkpoint", thread)
         started.kill()
+
+
+def test_deleted_files_come_back_in_replicas_that_start_at_once(dormouse: Dormouse, tmp_path: Path) -> None:
+    """CRIU makes such files anew under names that are the same for all."""
+    program = f"""
+import mmap, os, time
+maps = []
+for number in range(40):
+    with open({str(tmp_path)!r} + f"/{{number}}", "w+b") as file:
+        file.write(b"%04d" % number * 1024)
+        file.flush()
+        maps.append(mmap.mmap(file.fileno(), 0))
+    os.unlink(file.name)
+while True:
+    print(all(found[:8] == b"%04d" % number * 2 for number, found in enumerate(maps)), flush=True)
+    time.sleep(0.1)
+"""
+    job = dormouse.python(program)
+    job.until("True")
+    snapshot = dormouse.checkpoint()
+    assert job.code() == 0
+    assert list(tmp_path.glob("[0-9]*")) == []
+    again = [dormouse.start("restore", "--name", f"again{number}", snapshot) for number in range(4)]
+    for one in again:
+        one.until("True")
+    assert list(tmp_path.glob("[0-9]*")) == []
+    for number in range(4):
+        dormouse.do("stop", f"again{number}")

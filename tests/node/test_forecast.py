@@ -25,7 +25,7 @@ from dormouse.node.replica import State, Stay
 from dormouse.node.room import Way, find_way
 from dormouse.phases import Phase, Phases
 from dormouse.schedule.cluster import DISK, MEMORY, Artifact, Cluster, Link, ModelCost, Move, Node, StartPlan, Tier
-from dormouse.schedule.estimate import Estimator, Observed, Transferred
+from dormouse.schedule.estimate import Estimate, Estimator, Observed, Transferred
 from dormouse.schedule.keepalive import Expected, GreedyDual, Histogram, Layered, Lru, Need, Step
 from tests.node.standin import StandInHost, configure
 
@@ -58,7 +58,9 @@ SNAPSHOT = steps(
 
 def test_a_restore_is_cut_into_weights_image_process_and_what_follows() -> None:
     links = {DISK: Link(1.0, queued=1000, transfers=1)}
-    seen = observed(MODEL, HERE, StartPlan("snapshot", WEIGHTS, IMAGE), SNAPSHOT, predicted=0.7, links=links)
+    seen = observed(
+        MODEL, HERE, StartPlan("snapshot", WEIGHTS, IMAGE), SNAPSHOT, expected=Estimate(0.7, 0.9, (), 1.4), links=links
+    )
     assert seen.seconds == pytest.approx(0.79) == seconds_of(SNAPSHOT), "the wait for room is not the start's"
     image, weights = seen.transfers
     assert (weights.links, weights.size, weights.ahead) == ((DISK,), 134, 134 + 60)
@@ -67,7 +69,7 @@ def test_a_restore_is_cut_into_weights_image_process_and_what_follows() -> None:
     phases = dict(seen.phases)
     assert phases["process"] == pytest.approx(0.66 - image.seconds)
     assert phases["ready"] == pytest.approx(0.106)
-    assert (seen.predicted, seen.sources) == (0.7, "weights disk, image disk")
+    assert (seen.predicted, seen.pace, seen.sources) == (0.7, 1.4, "weights disk, image disk")
 
 
 def test_a_cold_start_reads_its_libraries_while_its_weights_come() -> None:
@@ -261,6 +263,7 @@ def standing(name: str, doing: State = State.READY, host: int = 10, since: float
     fields = {"weight_bytes": 5, "process_bytes": 2, "needs_host": 10} | more
     return Standing(
         name,
+        name,
         "null",
         f"c of {name}",
         gpu=None,
@@ -304,7 +307,7 @@ def test_what_leaves_anyway_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_busy_and_pinned_ones_stay(tmp_path: Path) -> None:
-    others = [standing("busy", running=1), standing("waited-for", waiting=1), standing("pinned", pinned=True)]
+    others = [standing("busy", running=(0.0,)), standing("waited-for", waiting=1), standing("pinned", pinned=True)]
     assert way(tmp_path, others, 10, 30) == Way(fits=False)
 
 
@@ -327,7 +330,7 @@ standings = st.lists(
         st.sampled_from([State.READY, State.DOZING, State.STARTING, State.STOPPING, State.CAPTURING]),
         st.integers(0, 100),
         st.floats(0, 100),
-        running=st.integers(0, 1),
+        running=st.sampled_from(((), (0.0,))),
         pinned=st.booleans(),
         weight_bytes=st.integers(0, 100),
         process_bytes=st.integers(0, 100),

@@ -149,9 +149,10 @@ async def test_a_start_ahead_takes_nobodys_room(tmp_path: Path) -> None:
     config = configure(tmp_path, {name: ModelConfig() for name in names}, memory="700MiB")
     async with run_node(config, StandInHost(), models) as node:
         await ask(node, model="one")
-        await node._make_ready(node._runner("two"), may_evict=False)
+        runner = node._crew("two").leader
+        await node._make_ready(runner, may_evict=False)
         assert (state(node, "one"), state(node, "two"), node.prewarms) == ("ready", "asleep", {})
-        await node._make_ready(node._runner("two"), may_evict=True)
+        await node._make_ready(runner, may_evict=True)
         assert (state(node, "one"), state(node, "two"), node.prewarms) == ("asleep", "ready", {"two": 1})
 
 

@@ -541,10 +541,10 @@ async def test_start_nobody_waits_for_any_more_is_dropped(tmp_path: Path) -> Non
     config = configure(tmp_path, dict.fromkeys(models, ModelConfig()), memory="700MiB")
     async with run_node(config, StandInHost(), models) as node, node.replica("one"):
         waiting = asyncio.create_task(ask(node, model="two"))
-        await until(lambda: state(node, "two") == "starting")
+        await until(lambda: node.statuses()[1].waiting == 1)
         waiting.cancel()
-        await until(lambda: state(node, "two") == "asleep")
-        assert state(node, "one") == "ready"
+        await until(lambda: node.statuses()[1].waiting == 0)
+        assert (state(node, "one"), state(node, "two")) == ("ready", "asleep")
 
 
 @on_loop

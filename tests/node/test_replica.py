@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -32,25 +33,25 @@ from dormouse.phases import Phase, Phases
 
 def new_replica(
     keep_alive: float = 10.0,
-    max_queue: int = 4,
     max_concurrent: int = 2,
     snapshots: bool = True,
     snapshot_id: str | None = None,
     dozes: bool = False,
+    captured_beside: Callable[[], bool] = lambda: False,
 ) -> Replica:
     return Replica(
         "mouse",
         stay=lambda now: r.Stay(now + keep_alive),
-        max_queue=max_queue,
         max_concurrent=max_concurrent,
         snapshots=snapshots,
         snapshot_id=snapshot_id,
         now=0.0,
         dozes=dozes,
+        captured_beside=captured_beside,
     )
 
 
-def ready_replica(**options: float | bool | str | None) -> Replica:
+def ready_replica(**options: float | bool | str | Callable[[], bool] | None) -> Replica:
     replica = new_replica(**options)  # type: ignore[arg-type]
     replica.handle(r.Request(0), 0.0)
     replica.handle(r.Done(), 1.0)
@@ -78,14 +79,6 @@ def test_many_requests_share_one_restore() -> None:
     assert replica.handle(r.Request(2), 0.5) == []
     start = Start("snapshot", 1.0)
     assert replica.handle(r.Done(), 1.0) == [r.Ready(start, Phases(0.0)), r.Serve(1, start), r.Serve(2, start)]
-
-
-def test_one_too_many_is_refused_with_a_time_to_come_back() -> None:
-    replica = new_replica(max_queue=1)
-    replica.handle(r.Request(1), 0.0)
-    (refusal,) = replica.handle(r.Request(2), 0.0)
-    assert isinstance(refusal, r.Fail) and isinstance(refusal.error, BusyError)
-    assert refusal.error.retry_after >= 1.0
 
 
 def test_first_idle_captures_then_sleeps() -> None:
@@ -601,22 +594,54 @@ ERRORS: tuple[DormouseError, ...] = (
 )
 
 
+def test_a_snapshot_that_was_replaced_while_it_was_restored_is_followed_by_the_newer_one() -> None:
+    replica = new_replica(snapshot_id="s1")
+    assert replica.handle(r.Request(1), 0.0) == [r.Restore("s1")]
+    assert replica.handle(r.Renew("s2"), 0.1) == []
+    gone = NotFoundError("there is no snapshot s1")
+    assert replica.handle(r.Failed(gone), 0.2) == [r.Fallback("snapshot", "s1", gone), r.Restore("s2")]
+    assert replica.handle(r.Failed(gone), 0.3) == [r.Fallback("snapshot", "s2", gone), r.StartCold()]
+
+
+def test_what_is_not_the_snapshots_fault_is_no_reason_to_try_a_newer_one() -> None:
+    replica = new_replica(snapshot_id="s1")
+    replica.handle(r.Request(1), 0.0)
+    replica.handle(r.Renew("s2"), 0.1)
+    full = HostError("no memory")
+    assert replica.handle(r.Failed(full), 0.2) == [r.Fallback("snapshot", "s1", full), r.StartCold()]
+    assert replica.snapshot_id == "s2"
+
+
+def test_one_is_captured_at_a_time_and_the_others_sleep_without() -> None:
+    beside = True
+    replica = ready_replica(captured_beside=lambda: beside)
+    assert replica.handle(r.Sleep(), 3.0) == [r.Stop()] and not replica.capturing
+    assert replica.handle(r.Done(), 4.0) == []
+    assert replica.handle(r.Request(5), 5.0) == [r.StartCold()]
+    replica.handle(r.Done(), 6.0)
+    replica.handle(r.Leave(5), 7.0)
+    assert replica.handle(r.Sleep(capture=True), 8.0) == [r.Quiesce()]  # somebody wants just that
+    assert replica.capturing
+
+
 class AnyOrder(RuleBasedStateMachine):
     """The world around a replica, doing whatever it may do in any order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.replica = new_replica(max_queue=3, max_concurrent=2, dozes=True)
+        self.replica = new_replica(max_concurrent=2, dozes=True, captured_beside=lambda: self.beside)
         self.operation: r.Operation | None = None
         self.workers = 0
         self.parked = False
         self.waiting: set[int] = set()
         self.served: set[int] = set()
         self.next_waiter = 0
+        self.began: dict[int, float] = {}
+        self.ready_at = -1.0
         self.word_due = self.retried = False
         self.restored: str | None = None
-        self.closing = self.hopeless = self.proven = False
+        self.closing = self.hopeless = self.proven = self.beside = False
         self.ids = 0
         self.quarantined: set[str] = set()
         self.suspicions: dict[str, int] = {}
@@ -635,6 +660,10 @@ class AnyOrder(RuleBasedStateMachine):
                 assert self.workers == 1 and not self.parked and self.operation is None
                 self.waiting.remove(effect.waiter)
                 self.served.add(effect.waiter)
+                began = self.began[effect.waiter]
+                assert began >= self.ready_at or effect.start == self.replica.last_start, "waited for a start, untold"
+                if effect.start.path == "hot":
+                    assert effect.start.seconds == self.now - began and began >= self.ready_at
             case r.Fail():
                 self.waiting.remove(effect.waiter)
             case r.Fallback():
@@ -648,6 +677,7 @@ class AnyOrder(RuleBasedStateMachine):
                 self.quarantined.add(effect.snapshot_id)
             case r.Ready():
                 assert self.workers == 1
+                self.ready_at = self.now
             case r.CaptureFailed() | r.Discard():
                 pass
             case r.GiveUp():
@@ -668,6 +698,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert effect.template_id not in self.quarantined, "a quarantined template is used"
         if isinstance(effect, r.Capture):
             assert not self.hopeless, "captured although no capture was any good"
+            assert self.replica.capturing
         if isinstance(effect, r.Quiesce | r.Capture):
             assert not self.served, "captured with a request in flight"
         if isinstance(effect, r.Capture | r.Resume | r.Wake):
@@ -676,11 +707,13 @@ class AnyOrder(RuleBasedStateMachine):
             self.served.clear()
         self.operation = effect
 
-    @rule()
-    def request(self) -> None:
+    @rule(waited=st.none() | st.sampled_from([0.0, 0.2, 1.0, 5.0]))
+    def request(self, waited: float | None) -> None:
         self.waiting.add(self.next_waiter)
         self.next_waiter += 1
-        self.send(r.Request(self.next_waiter - 1))
+        since = None if waited is None else max(self.now - waited, 0.0)
+        self.began[self.next_waiter - 1] = self.now + 0.25 if since is None else since
+        self.send(r.Request(self.next_waiter - 1, since))
 
     @rule(pick=st.integers(0))
     def leave(self, pick: int) -> None:
@@ -742,6 +775,16 @@ class AnyOrder(RuleBasedStateMachine):
     def offer(self) -> None:
         self.hopeless = False
         self.send(r.Offer(self.new_id("s")))
+
+    @rule()
+    def renew(self) -> None:
+        self.send(r.Renew(self.new_id("s")))
+        if self.replica.state not in (State.ASLEEP, State.DOZING, State.READY) or self.operation is None:
+            assert self.replica.snapshot_id == f"s{self.ids}"
+
+    @rule(beside=st.booleans())
+    def another_is_captured(self, beside: bool) -> None:
+        self.beside = beside
 
     @rule()
     def withdraw(self) -> None:
@@ -811,7 +854,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever happened: when all goes well from here on, everyone is served or failed and nothing stays."""
-        for _ in range(40):
+        for _ in range(120):
             if self.operation is not None:
                 self.succeed(False, False)
             elif self.served:

@@ -75,9 +75,12 @@ def check_memory(view: Cluster) -> None:
         taken, host = [0] * len(view.node(name).gpus), 0
         for replica in view.replicas_on(name):
             one = view.model(replica.model)
-            host += one.process_bytes if replica.state is State.SLEEPING else one.host_bytes
-            for gpu in replica.gpus if replica.state is not State.SLEEPING else ():
-                taken[gpu] += one.device_bytes
+            asleep = replica.state is State.SLEEPING
+            usual = (one.asleep_bytes, one.process_bytes) if asleep else (one.device_bytes, one.host_bytes)
+            of_device, of_host = replica.measured or usual
+            host += of_host
+            for gpu in replica.gpus:
+                taken[gpu] += of_device
         free = [total - used for total, used in zip(view.node(name).gpus, taken, strict=True)]
         assert view.free(name) == free and view.free_host(name) == view.node(name).host_bytes - host
         assert min([*free, view.free_host(name)]) >= 0
@@ -105,7 +108,7 @@ class Keeper:
             gone = self.view.drop(eviction.replica)
             assert gone.idle
             if eviction.to == "sleep":
-                self.view.put(replace(gone, state=State.SLEEPING, since=self.now))
+                self.view.put(replace(gone, state=State.SLEEPING, since=self.now, measured=None))
         name = option.replica or f"replica of {decision.request.name}"
         ready = self.now + option.seconds
         running = (Running(decision.request.name, self.now, movable=False),)
@@ -146,6 +149,9 @@ def clusters(draw: st.DrawFn) -> Cluster:
         one = model(
             f"m{number}", draw(st.integers(1, 50)), width, snapshot=draw(st.booleans()), slots=draw(st.integers(1, 2))
         )
+        if width == 1:
+            only, asleep = draw(st.sampled_from([(), (), (0,), (0, 1)])), draw(st.sampled_from([0, 0, GB // 2]))
+            one = replace(one, only_on=only, asleep_bytes=asleep, max_replicas=draw(st.sampled_from([0, 0, 1, 2])))
         view.add_model(one)
         for where in list(view.nodes):
             tier = draw(st.sampled_from([None, Tier.DISK, Tier.DRAM]))
@@ -163,11 +169,19 @@ def _put(draw: st.DrawFn, view: Cluster, number: int) -> None:
     where = view.node(draw(st.sampled_from(sorted(view.nodes))))
     if len(where.gpus) < one.gpus:
         return
-    gpus = tuple(sorted(draw(st.permutations(range(len(where.gpus))))[: one.gpus]))
+    mine = [gpu for gpu in range(len(where.gpus)) if gpu in (one.only_on or range(len(where.gpus)))]
+    gpus = tuple(sorted(draw(st.permutations(mine))[: one.gpus]))
+    if view.has_all(one.name):
+        return
     make = draw(st.sampled_from([hot, busy]))
     replica = make(f"r{number}", one.name, where.name, gpus)
     if make is hot and draw(st.booleans()):
         replica = replace(replica, state=State.SLEEPING)
-    device, host = view.takes(replica) if replica.state is State.SLEEPING else (one.device_bytes, one.host_bytes)
+    if draw(st.booleans()) and replica.state is not State.SLEEPING:
+        spent = draw(st.integers(1, 6))  # quarters of what is usual, beside what stays while it sleeps
+        device, process = one.device_bytes - one.asleep_bytes, one.host_bytes - one.process_bytes
+        measured = one.asleep_bytes + device * spent // 4, one.process_bytes + process * spent // 4
+        replica = replace(replica, measured=measured)
+    device, host = view.takes(replica)
     if host <= view.free_host(where.name) and all(device <= view.free(where.name)[gpu] for gpu in gpus):
         view.put(replica)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dormouse.schedule.cluster import Cluster, Link, Move, StartPlan, Tier, pcie
-from dormouse.schedule.estimate import Estimator, Median, Observed, Transferred, shared
+from dormouse.schedule.estimate import Estimator, Median, Observed, Pace, Transferred, shared
 from tests.schedule.clusters import GB, lay, links, model, node
 
 
@@ -110,7 +110,10 @@ def test_known_rates_are_recovered(rate: float, declared: float, noise: float, o
         )
         phases = (("process", process), ("ready", 0.3))
         estimator.observe(
-            Observed("m", "transformers", "a", "snapshot", seconds, transfers, phases, estimate.mean), view
+            Observed(
+                "m", "transformers", "a", "snapshot", seconds, transfers, phases, estimate.mean, pace=estimate.pace
+            ),
+            view,
         )
         if number >= 50 and not slow:
             errors.append(abs(estimate.mean - seconds) / seconds)
@@ -129,6 +132,45 @@ def test_a_lasting_change_is_followed_and_an_outlier_is_not() -> None:
     for _ in range(8):
         one.add(3.0)
     assert one.value == pytest.approx(3.0)
+
+
+def test_a_node_that_is_slow_for_a_while_is_slow_for_all_its_models() -> None:
+    view, estimator = view_with(Tier.DRAM), Estimator()
+
+    def start(name: str, seconds: float) -> float:
+        """How far off the estimate of this start was, as a share of what it took."""
+        expected = estimator.estimate(view.model(name), "a", plan_of(view, name=name), view)
+        phases = (("process", 0.8 * seconds), ("ready", 0.2 * seconds))
+        estimator.observe(
+            Observed(name, "e", "a", "snapshot", seconds, (), phases, expected.mean, pace=expected.pace), view
+        )
+        return abs(expected.mean / seconds - 1.0)
+
+    names = {"m": 1.0, "wide": 3.0}
+    plain, followed = [], []
+    for number in range(120):
+        for name, usual in names.items():
+            pace = 1.4 if number // 10 % 2 else 1.0
+            followed.append(start(name, pace * usual))
+            plain.append(abs(1.0 / pace - 1.0))
+    assert sum(followed[40:]) < 0.6 * sum(plain[40:])
+    assert estimator.pace("b") == 1.0, "other nodes are not concerned"
+
+
+def test_a_disturbed_start_and_one_of_milliseconds_say_nothing_of_the_pace() -> None:
+    pace = Pace()
+    pace.add(1.0, 2.5)
+    pace.add(0.002, 0.003)
+    assert pace.value == 1.0
+    pace.add(1.0, 1.4)
+    assert 1.05 < pace.value < 1.4
+
+
+def test_a_pace_that_foretells_nothing_is_not_trusted() -> None:
+    pace, rng = Pace(), random.Random(1)
+    for _ in range(300):
+        pace.add(1.0, rng.lognormvariate(0.0, 0.1))
+    assert pace.value == pytest.approx(1.0, abs=0.03)
 
 
 def test_the_upper_quantile_and_the_errors_come_from_what_happened() -> None:

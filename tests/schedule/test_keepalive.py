@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dormouse.schedule.cluster import Cluster, Replica, State, Tier
 from dormouse.schedule.estimate import Estimator, Observed
 from dormouse.schedule.keepalive import (
+    Balance,
     Basic,
     Expected,
     FixedTtl,
@@ -269,24 +270,35 @@ def idle_then_asked(policy: Basic, view: Cluster, at: float, name: str = "m0") -
     return next(step.at for step in steps if step.to == "sleep")
 
 
-def test_a_start_that_is_our_own_doing_lowers_the_price_and_any_other_raises_it() -> None:
-    view, policy = one_node(40, 40), Expected(Estimator(), Prices(0.01, 0.001), regret=0.2)
-    before = policy.prices.gpu
-    policy.on_start("m0", (), 0.0)  # the first start of all
-    raised = policy.prices.gpu
-    assert raised > before
+def test_memory_gets_dearer_with_starts_and_cheaper_with_what_is_held() -> None:
+    view, policy = one_node(40, 40), Expected(Estimator())
+    before = policy.prices(0.0).gpu
+    policy.on_start("m0", (), 0.0)  # the first start of all: no price could have spared it
+    assert policy.prices(0.0).gpu == before
     asleep = idle_then_asked(policy, view, 10.0)
-    assert asleep < 10_000.0
+    held = policy.prices(asleep).gpu
+    assert held < before
     policy.on_request("m0", asleep + 100.0)
     policy.on_start("m0", (), asleep + 100.0)  # it had been let go
-    lowered = policy.prices.gpu
-    assert lowered < before
+    started = policy.prices(asleep + 100.0).gpu
+    assert started > held
     asleep = idle_then_asked(policy, view, asleep + 200.0)
     policy.on_start("m1", [hot("r-m0", "m0", "a")], asleep - 1e-3)  # evicted before its time
     policy.on_request("m0", asleep + 100.0)
+    evicted = policy.prices(asleep + 100.0).gpu
     policy.on_start("m0", (), asleep + 100.0)
-    assert policy.prices.gpu > lowered
-    assert policy.prices.gpu / policy.prices.host == pytest.approx(10.0)
+    assert policy.prices(asleep + 100.0).gpu > evicted
+
+
+def test_the_price_is_what_starts_cost_for_what_was_held() -> None:
+    balance, now = Balance(1.0, 2.0), 0.0
+    for _number in range(100_000):
+        balance.asked("m", now)
+        balance.start("m", now)
+        balance.hold("m", 5.0, now + 3.0, 7.0, now)  # 15 GB-seconds for each start of 7 seconds
+        now += 10.0
+    assert balance.price(now) == pytest.approx(2.0 * 7.0 / 15.0, rel=0.01)
+    assert balance.price(now + 1e6) == pytest.approx(1.0)  # all that is long ago
 
 
 def test_a_dearer_price_keeps_shorter_and_a_popular_model_stays_longer() -> None:

@@ -12,7 +12,7 @@ from dormouse.errors import ConfigError
 from dormouse.schedule.cluster import Claim, Cluster, Request, Running, State, Tier
 from dormouse.schedule.estimate import Estimator
 from dormouse.schedule.place import Decision, Weights, default_worth, place, slot_waits
-from dormouse.schedule.room import ends, find_room
+from dormouse.schedule.room import Eviction, ends, find_room
 from tests.schedule.clusters import GB, Keeper, busy, check_memory, clusters, hot, lay, model, node
 
 
@@ -172,6 +172,8 @@ def test_no_start_is_better_than_what_was_chosen(view: Cluster) -> None:
     worth = default_worth(view, estimator, 0.0)
     for name in sorted(view.models):
         one = view.model(name)
+        if view.has_all(name):
+            continue
         best = float("inf")
         for where in view.nodes:
             room = find_room(one, where, view, worth, 0.0)
@@ -211,3 +213,50 @@ def test_the_longer_something_is_late_the_longer_it_still_takes() -> None:
     one = busy("r", "m", "a", until=10.0)
     assert ends(one, 4.0) == 6.0
     assert 0.0 < ends(one, 11.0) < ends(one, 20.0)
+
+
+def test_a_model_keeps_to_its_own_gpus() -> None:
+    view = Cluster([node("a", 2)], [replace(model("m", 60), only_on=(1,)), model("other", 60)])
+    lay(view, view.model("m"), "a")
+    assert decide(view, "m").chosen.gpus == (1,)  # type: ignore[union-attr]
+    view.put(hot("r", "other", "a", gpus=(1,)))
+    chosen = decide(view, "m").chosen
+    assert chosen is not None and chosen.gpus == (1,) and [one.replica for one in chosen.evict] == ["r"]
+    view.put(busy("r", "other", "a", gpus=(1,)))
+    waits = decide(view, "m").chosen
+    assert waits is not None and waits.action == "wait" and waits.gpus == (1,)
+
+
+def test_processes_that_sleep_end_where_what_they_keep_of_a_gpu_is_needed() -> None:
+    other = replace(model("other", 60), asleep_bytes=10 * GB)
+    view = Cluster([node("a")], [model("small", 60), model("m", 75), other])
+    for name in ("small", "m"):
+        lay(view, view.model(name), "a")
+    view.put(hot("r", "other", "a"))
+    evicted = {name: decide(view, name).chosen.evict for name in ("small", "m")}  # type: ignore[union-attr]
+    assert evicted == {"small": (Eviction("r", "sleep"),), "m": (Eviction("r", "end"),)}
+    view.put(replace(view.replica("r"), state=State.SLEEPING))
+    evicted = {name: decide(view, name).chosen.evict for name in ("small", "m")}  # type: ignore[union-attr]
+    assert evicted == {"small": (), "m": (Eviction("r", "end"),)}
+
+
+def test_what_was_measured_counts_for_what_is_usual() -> None:
+    view = Cluster([node("a")], [model("m", 40), model("other", 60)])
+    lay(view, view.model("m"), "a")
+    view.put(replace(hot("r", "other", "a"), measured=(30 * GB, GB)))
+    assert view.free("a") == [50 * GB] and view.free_host("a") == 99 * GB
+    assert decide(view, "m").chosen.evict == ()  # type: ignore[union-attr]
+    view.put(replace(view.replica("r"), measured=(70 * GB, 2 * GB)))
+    assert decide(view, "m").chosen.evict == (Eviction("r", "sleep"),)  # type: ignore[union-attr]
+    view.drop("r")
+    assert view.free("a") == [80 * GB] and view.free_host("a") == 100 * GB
+
+
+def test_nobody_goes_who_would_free_nothing() -> None:
+    """One was measured to take no more than what its process keeps asleep."""
+    none = replace(model("none", 20), asleep_bytes=10 * GB)
+    view = Cluster([node("a")], [model("m", 40), none, model("other", 60)])
+    lay(view, view.model("m"), "a")
+    view.put(replace(hot("n", "none", "a"), measured=(5 * GB, GB)))
+    view.put(hot("r", "other", "a"))
+    assert decide(view, "m").chosen.evict == (Eviction("r", "sleep"),)  # type: ignore[union-attr]

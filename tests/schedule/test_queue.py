@@ -11,7 +11,7 @@ from dormouse.schedule.cluster import Cluster, Request, Running, State, Tier
 from dormouse.schedule.estimate import Estimator
 from dormouse.schedule.place import Decision
 from dormouse.schedule.queue import Fairness, Queue
-from tests.schedule.clusters import Keeper, busy, clusters, hot, lay, model, node
+from tests.schedule.clusters import Keeper, busy, check_memory, clusters, hot, lay, model, node
 
 
 def one_place(slots: int = 1) -> Cluster:
@@ -195,13 +195,136 @@ def test_every_request_that_can_run_does(view: Cluster, arrivals: list[tuple[int
     assert not {one for one in left.values() if possible(view, one)}
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    view=clusters(),
+    arrivals=st.lists(
+        st.tuples(*(st.integers(0, most) for most in (5, 60, 3, 2)), st.none() | st.integers(1, 40)),
+        min_size=1,
+        max_size=25,
+    ),
+)
+def test_with_caps_and_a_view_made_anew_nobody_starves(
+    view: Cluster, arrivals: list[tuple[int, int, int, int, int | None]]
+) -> None:
+    """As the node does it: free slots are taken past the queue, each dispatch sees another view with the claims of the
+    last one, some give up. No tenant has more than its cap, and whatever can run does."""
+    caps = {"t0": 1, "t1": 2}
+    names, estimator = sorted(view.models), Estimator()
+    keeper, queue = Keeper(view, service=3.0), Queue(Fairness(patience=5.0, tenant_caps=caps))
+    running: dict[str, Request] = {}
+    coming = [
+        (float(at), Request(f"q{number}", names[which % len(names)], float(at), priority, f"t{tenant}"), patience)
+        for number, (which, at, priority, tenant, patience) in enumerate(arrivals)
+    ]
+    gone: set[str] = set()
+
+    def commit(decision: Decision) -> None:
+        keeper.commit(decision)
+        if decision.chosen and decision.chosen.action != "wait":
+            running[decision.request.name] = decision.request
+
+    for second in range(0, 3000, 2):
+        for name in keeper.advance(float(second)):
+            if name in running:
+                queue.finished(running.pop(name))
+                gone.add(name)
+        for at, request, patience in coming:
+            if second - 2 < at <= second:
+                queue.push(request)
+                free = next((one for one in view.soonest(request.model) if view.takes_now(request.model)), None)
+                kept = free is not None and view.is_kept(free.node, free.gpus, "")
+                if free is not None and not kept and queue.head(request.model) is request:
+                    queue.take(request)
+                    keeper._queue(request, free.name)
+                    running[request.name] = request
+            if patience is not None and at + patience <= second and queue.remove(request.name, view):
+                gone.add(request.name)
+        claims = list(view.claims)
+        for claim in claims:
+            view.release(claim.request)
+        for claim in claims:
+            view.claim(claim)
+        queue.look_anew()
+        queue.dispatch(view, estimator, keeper.now, commit)
+        check_memory(view)
+        for tenant, cap in caps.items():
+            assert sum(one.tenant == tenant for one in running.values()) <= cap
+        if second > 62 and not (len(queue) or running):
+            break
+    left = {request.model for _at, request, _patience in coming if request.name not in gone}
+    assert not {name for name in left if possible(view, name)}
+    assert not any(queue._running.values()) and not (queue._parked and not queue._requests)
+
+
+def test_a_place_that_is_kept_is_the_heads_of_the_line() -> None:
+    view = one_place()
+    keeper, queue = Keeper(view), Queue()
+    queue.push(Request("first", "m", 0.0))
+    assert served(queue, keeper) == [] and view.claim_of("first")
+    queue.push(Request("urgent", "m", 1.0, priority=1))
+    assert served(queue, keeper) == [] and view.claim_of("urgent") and not view.claim_of("first")
+    view.drop("r")
+    assert served(queue, keeper)[0] == "urgent"
+
+
+def test_a_place_kept_for_one_at_its_tenants_cap_is_free_for_others() -> None:
+    view = one_place()
+    keeper, queue = Keeper(view), Queue(Fairness(tenant_caps={"t": 1}))
+    queue.push(Request("capped", "m", 0.0, tenant="t"))
+    assert served(queue, keeper) == [] and view.claim_of("capped")
+    taken(queue, Request("elsewhere", "other", 1.0, tenant="t"))
+    queue.push(Request("q", "n", 2.0))
+    view.drop("r")
+    assert served(queue, keeper) == ["q"]
+
+
+def test_one_of_a_capped_tenant_gets_the_turn_of_one_that_goes() -> None:
+    view = one_place()
+    keeper, queue = Keeper(view), Queue(Fairness(tenant_caps={"t": 1}))
+    running = Request("running", "other", 0.0, tenant="t")
+    taken(queue, running)
+    queue.push(Request("t1", "m", 1.0, tenant="t"))
+    queue.push(Request("t2", "m", 2.0, tenant="t"))
+    assert served(queue, keeper) == []
+    queue.finished(running)
+    assert served(queue, keeper) == []  # it is t1's turn, but there is no place yet
+    assert queue.remove("t1", view)
+    view.drop("r")
+    assert served(queue, keeper) == ["t2"]
+
+
+def test_the_head_of_a_line_is_none_of_a_tenant_at_its_cap() -> None:
+    queue = Queue(Fairness(tenant_caps={"t": 1}))
+    one = Request("one", "m", 0.0, tenant="t")
+    taken(queue, one)
+    queue.push(Request("two", "m", 0.0, tenant="t"))
+    assert queue.head("m") is None
+    queue.push(Request("three", "m", 1.0))
+    head = queue.head("m")
+    assert head is not None and head.name == "three"
+    queue.finished(one)
+    head = queue.head("m")
+    assert head is not None and head.name == "two"
+
+
+def taken(queue: Queue, request: Request) -> None:
+    """It gets a slot that is free."""
+    queue.push(request)
+    head = queue.head(request.model)
+    assert head is request
+    queue.take(head)
+
+
 def possible(view: Cluster, name: str) -> bool:
     """Whether a node that has (or can fetch) a model could hold it when nothing else ran."""
     one = view.model(name)
     if any(replica.state is not State.SLEEPING for replica in view.replicas_of(name)):
         return True
     for where in view.nodes:
-        fits = len([size for size in view.node(where).gpus if size >= one.device_bytes]) >= one.gpus
+        sizes = enumerate(view.node(where).gpus)
+        allowed = [size for gpu, size in sizes if not one.only_on or gpu in one.only_on]
+        fits = len([size for size in allowed if size >= one.device_bytes]) >= one.gpus
         if fits and view.node(where).host_bytes >= one.host_bytes and view.nearest(one.weights.key, where) is not None:
             return True
     return False

@@ -45,7 +45,17 @@ def refused(tmp_path: Path, text: str) -> str:
         (W, "    min_replicas: 9", 6, "9 replicas of each are more than all nodes can hold"),
         (W, "    min_replicas: 3\n    max_replicas: 2", 6, "3 replicas are to be ready, but max_replicas is"),
         (W, "  - {name: two, weights: 13GB, min_replicas: 8}\n  - {name: six, weights: 13GB, min_replicas: 2}",
-         5, "always ready need 130 GB of GPU memory, there are 120 GB"),
+         9, "with those of six, the 10 replicas that are always ready need 130 GB of GPU memory, there are 120 GB"),
+        (W, "  - {name: big, weights: 20GB, min_replicas: 3}\n  - {name: mid, weights: 16GB, min_replicas: 2}", 9,
+         "the 5 replicas that are always ready need 5 places of 16 GB or more on GPUs, there are 4"),
+        (W, "  - {name: two, gpus: 2, weights: 32GB, min_replicas: 1}\n  - {name: a, weights: 16GB, min_replicas: 3}",
+         9, "the 4 replicas that are always ready need 5 places of 16 GB or more on GPUs, there are 4"),
+        (W, "    process: 3GB\n    min_replicas: 3\n  - {name: cpu, gpus: 0, weights: 4GB, min_replicas: 2}",
+         6, "with those of one, the 5 replicas that are always ready need 19.1475 GB of host memory, there are 16 GB"),
+        (W, '    schedule: [{from: 08:30, to: 09:00, replicas: 8}]\n  - {name: six, weights: 13GB, min_replicas: 2}',
+         9, "with those of six, the 10 replicas that are to be ready at 08:30 need 130 GB of GPU memory"),
+        ("placement: dormouse", "    scaling: {min_replicas: 9}", 13,
+         "the 9 replicas that are always ready need 9 places of 13 GB or more on GPUs, there are 8"),
         (W, "    max_replicas: -1", 8, "max_replicas"),
         (W, "  - {name: one, weights: 1GB}", 8, "two models are called one"),
         (W, '    schedule: [{from: "25:00", to: "08:00", replicas: 1}]', 8, "25:00 is no time of the day"),
@@ -81,6 +91,16 @@ def test_what_contradicts_itself_is_named_with_its_line(
     message = refused(tmp_path, GOOD.replace(at, f"{at}\n{more}", 1))
     assert words in message
     assert message.startswith(f"line {line}: ")
+
+
+def test_minima_that_just_fit_are_accepted(tmp_path: Path) -> None:
+    more = "    min_replicas: 7\n  - {name: two, gpus: 2, weights: 34GB, min_replicas: 1}"
+    path = tmp_path / "scenario.yaml"
+    path.write_text(GOOD.replace(W, f"{W}\n{more}") + "    scaling: {min_replicas: 1}\n")
+    with pytest.raises(ConfigError, match="the 8 replicas that are always ready need 125 GB"):
+        load_scenario(path)
+    path.write_text(path.read_text().replace("min_replicas: 7", "min_replicas: 6"))
+    assert [group.least for group in load_scenario(path).models] == [6, 1]
 
 
 def test_a_limit_of_a_model_and_one_of_the_system_contradict_each_other(tmp_path: Path) -> None:

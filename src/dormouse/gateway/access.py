@@ -1,6 +1,6 @@
 """The outermost layer of the app: who may come in, when, and what is written down about it.
 
-request -> [draining? 503] -> [key? 401] -> route -> response + x-request-id -> one log line, one count
+request -> [key? 401] -> tenant -> [draining? 503] -> route -> response + x-request-id -> one log line, one count
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -47,6 +47,7 @@ BODY_SECONDS = 60.0
 class Story:
     """What becomes known about a request on its way; `status` overrides the response's (a stream that broke off)."""
 
+    tenant: str = ""
     model: str = ""
     start: str = ""
     first_token: float | None = None
@@ -69,21 +70,21 @@ def cut_off_of(scope: Scope) -> asyncio.Event:
 
 
 class Keys:
-    """API keys. They are kept and compared as digests, all of them each time, so that the time an answer takes says
-    nothing about any key."""
+    """API keys, each of a tenant. They are kept and compared as digests, all of them each time, so that the time an
+    answer takes says nothing about any key."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        self._tenants = [(hashlib.sha256(key.encode()).digest(), tenant) for key, tenant in keys.items()]
 
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def allow(self, authorization: str) -> bool:
-        """Whether a request with this Authorization header may come in."""
+    def tenant_of(self, authorization: str) -> str | None:
+        """Whose request this is, by its Authorization header; None: it may not come in. Without keys everybody may."""
         scheme, _, key = authorization.partition(" ")
         given = hashlib.sha256(key.strip().encode()).digest()
-        matches = [hmac.compare_digest(digest, given) for digest in self._digests]
-        return not self._digests or (scheme.lower() == "bearer" and any(matches))
+        found = None if self._tenants else ""
+        for digest, tenant in self._tenants:
+            if hmac.compare_digest(digest, given):
+                found = tenant
+        return found if not self._tenants or scheme.lower() == "bearer" else None
 
 
 class Gate:
@@ -128,28 +129,31 @@ class Gate:
             self._write_down(scope, story, story.status or status, time.perf_counter() - began, request_id)
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = self._problem(scope)
+        problem = self._problem(scope, story_of(scope))
         if problem is None:
             await self._app(scope, receive, send)
         else:
             await problem_response(problem)(scope, receive, send)
 
-    def _problem(self, scope: Scope) -> Exception | None:
+    def _problem(self, scope: Scope, story: Story) -> Exception | None:
         path: str = scope["path"]
-        if path not in self._open and not self._keys.allow(Headers(scope=scope).get("authorization", "")):
-            message = "Incorrect or missing API key. Send it as `Authorization: Bearer KEY`"
-            return HttpProblem(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        if path not in self._open:
+            tenant = self._keys.tenant_of(Headers(scope=scope).get("authorization", ""))
+            if tenant is None:
+                message = "Incorrect or missing API key. Send it as `Authorization: Bearer KEY`"
+                return HttpProblem(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+            story.tenant = tenant
         if self.draining and path.startswith("/v1/"):
             return StoppingError("the server is shutting down", remedy="Try again later")
         return None
 
     def _write_down(self, scope: Scope, story: Story, status: int, seconds: float, request_id: str) -> None:
         route = _route(scope["path"])
-        self._metrics.requests.labels(route, story.model, str(status)).inc()
+        self._metrics.requests.labels(route, story.model, str(status), story.tenant).inc()
         log.log(
             logging.INFO if route.startswith("/v1/") else logging.DEBUG,
-            "%s %s %d model=%s start=%s first_token=%s tokens=%d seconds=%.3f id=%s",
-            *(scope["method"], route, status, story.model or "-", story.start or "-"),
+            "%s %s %d tenant=%s model=%s start=%s first_token=%s tokens=%d seconds=%.3f id=%s",
+            *(scope["method"], route, status, story.tenant or "-", story.model or "-", story.start or "-"),
             *(f"{story.first_token:.3f}" if story.first_token is not None else "-", story.tokens, seconds, request_id),
         )
 

@@ -6,7 +6,7 @@ Gate (access.py) -> router -> parse (requests.py) -> Reply (serving.py) -> node
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -32,8 +32,8 @@ from dormouse.gateway.serving import Reply
 from dormouse.node.node import Node
 
 
-def create_app(node: Node, config: ServeConfig, keys: Iterable[str]) -> Gate:
-    """The app, behind its gate. Without keys everyone who can connect may use it."""
+def create_app(node: Node, config: ServeConfig, keys: Mapping[str, str]) -> Gate:
+    """The app, behind its gate. `keys` have the tenant of each; without any everyone who can connect may use it."""
     metrics = Metrics(node)
     routes = _Routes(node, config, metrics)
     app = Starlette(

@@ -1,5 +1,5 @@
 """What /metrics shows. Counters and histograms are fed where the thing happens; gauges are read from the node when
-somebody asks. Model labels are names that are served, so their number is bounded."""
+somebody asks. Labels are names that are served (models) or configured (tenants), so their number is bounded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,14 @@ class Metrics:
     def __init__(self, node: Node) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "dormouse_requests", "HTTP requests by outcome.", ("route", "model", "status"), registry=registry
+            "dormouse_requests", "HTTP requests by outcome.", ("route", "model", "status", "tenant"), registry=registry
+        )
+        self.queued = Histogram(
+            "dormouse_queue_seconds",
+            "How long requests waited until they had a replica, its start included; of those that got one.",
+            ("tenant",),
+            buckets=_START_BUCKETS,
+            registry=registry,
         )
         self.first_token = Histogram(
             "dormouse_time_to_first_token_seconds",
@@ -184,13 +191,13 @@ class _NodeGauges:
         waiting = GaugeMetricFamily("dormouse_waiting", "Requests that wait for the model.", labels=["model"])
         in_flight = GaugeMetricFamily("dormouse_in_flight", "Requests that use the model.", labels=["model"])
         memory = GaugeMetricFamily("dormouse_worker_rss_bytes", "Memory the worker has now.", labels=["model"])
-        state = GaugeMetricFamily("dormouse_replica_state", "1 for the current state.", labels=["model", "state"])
+        state = GaugeMetricFamily("dormouse_replicas", "Replicas in each state.", labels=["model", "state"])
         for status in self._node.statuses():
             waiting.add_metric([status.name], status.waiting)
             in_flight.add_metric([status.name], status.in_flight)
             memory.add_metric([status.name], status.rss_bytes)
             for name in State:
-                state.add_metric([status.name, name.value], float(status.state == name.value))
+                state.add_metric([status.name, name.value], list(status.replicas.values()).count(name.value))
         kept = GaugeMetricFamily(
             "dormouse_kept_weights_bytes",
             "Weights in memory that no worker uses.",
@@ -212,4 +219,9 @@ class _NodeGauges:
         )
         for model, count in self._node.prewarms.items():
             prewarms.add_metric([model], count)
-        yield from (error, prewarms)
+        pace = GaugeMetricFamily(
+            "dormouse_start_pace",
+            "How many times as long as usual starts take at present; estimates are multiplied by it.",
+            value=self._node.start_pace(),
+        )
+        yield from (error, prewarms, pace)

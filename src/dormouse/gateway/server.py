@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from dormouse.config import API_KEYS_VARIABLE, ServeConfig, load_api_keys
 from dormouse.data_dir import DataDir
@@ -39,7 +39,7 @@ def run_server(config: ServeConfig, *, environ: Mapping[str, str] = os.environ) 
     return 0
 
 
-def check_exposure(config: ServeConfig, keys: list[str]) -> None:
+def check_exposure(config: ServeConfig, keys: Collection[str]) -> None:
     """Refuse to be open to others without keys. Raises ConfigError."""
     if not keys and not _is_loopback(config.host):
         raise ConfigError(
@@ -93,7 +93,7 @@ async def serve_app(gate: Gate, listener: socket.socket, *, grace: float, announ
         await serving
 
 
-async def _serve_node(config: ServeConfig, keys: list[str], listener: socket.socket) -> None:
+async def _serve_node(config: ServeConfig, keys: Mapping[str, str], listener: socket.socket) -> None:
     async with await assemble_node(config) as node, serve_admin(node, DataDir(config.data_dir).run):
         await serve_app(
             create_app(node, config, keys), listener, grace=config.grace, announce=lambda url: _announce(node, url)

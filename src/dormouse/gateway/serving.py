@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from dormouse.config import ServeConfig
+from dormouse.config import ServeConfig, TenantConfig
 from dormouse.engine.messages import Delta, Finished
 from dormouse.errors import DeadlineError, DormouseError, StoppingError
 from dormouse.gateway.access import CLIENT_GONE, Story, cut_off_of, story_of
@@ -122,7 +122,11 @@ class Reply:
             await self._queue.put(_End())
 
     async def _generate(self) -> None:
-        async with self._node.replica(self._job.model) as lease:
+        tenant = self._story.tenant
+        priority = self._config.tenants.get(tenant, TenantConfig()).priority
+        asked = time.perf_counter()
+        async with self._node.replica(self._job.model, tenant=tenant, priority=priority) as lease:
+            self._metrics.queued.labels(tenant).observe(time.perf_counter() - asked)
             self._story.start = str(lease.start)
             await self._queue.put(lease.start)
             streams = [

@@ -24,9 +24,9 @@ def outlook(one: Standing, path: StartPath, view: Cluster, forecast: Forecast, k
     """The path of its next start, how long that should take, and what it steps down to while nobody asks."""
     idle = one.doing in _STEPS_DOWN and not (one.running or one.waiting)
     step = keeping.next_step(one.name, asleep=one.doing is Doing.DOZING) if idle else None
-    why = keeping.why(one.name)
+    why = keeping.why(one.model)
     return {
-        "name": one.name,
+        "name": one.model,
         "state": one.doing.value,
         "path": path,
         **estimate_json(forecast.estimate(one, path, view)),
@@ -39,13 +39,13 @@ def explanation(
     one: Standing, path: StartPath, view: Cluster, forecast: Forecast, keeping: Keeping, now: float
 ) -> dict[str, Any]:
     """The decision that a request would get now with its alternatives, the paths that are open, and latest starts."""
-    request = Request("next", one.name, now)
+    request = Request("next", one.model, now)
     decision = place(request, view, forecast.estimator, now, worth=keeping.worth(view))
     return {
         **outlook(one, path, view, forecast, keeping),
         "paths": list(_open_paths(one, view, forecast)),
         "decision": decision_json(decision),
-        "latest": [told.as_json() for told in forecast.told(one.name)],
+        "latest": [told.as_json() for told in forecast.told(one.model)],
     }
 
 

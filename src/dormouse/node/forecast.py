@@ -69,11 +69,14 @@ _UNKNOWN_GPU = 1 << 50
 
 @dataclass(frozen=True)
 class Standing:
-    """One model as it is now. Bytes: `host_bytes` and `gpu_bytes` are what counts for it at present (all of a ready
-    replica, the process of one that dozes), `needs_host` and `needs_gpu` what a start takes, `process_bytes` and
-    `context_bytes` what of it stays while it dozes, of the host and of its GPU."""
+    """One replica of a model as it is now. Bytes: `host_bytes` and `gpu_bytes` are what counts for it at present (all
+    of a ready replica, the process of one that dozes), `needs_host` and `needs_gpu` what a start takes,
+    `process_bytes` and `context_bytes` what of it stays while it dozes, of the host and of its GPU. `running` says
+    since when it has each of its requests, `devices` on which GPUs its model may start, `usual` how many seconds a
+    request of the model takes (0: nobody knows yet), `most` how many replicas there may be."""
 
     name: str
+    model: str
     engine: str
     checkpoint: str | None
     weight_bytes: int
@@ -81,8 +84,11 @@ class Standing:
     slots: int
     doing: Doing
     since: float
-    running: int = 0
+    running: tuple[float, ...] = ()
     waiting: int = 0
+    devices: tuple[str, ...] = ()
+    usual: float = 0.0
+    most: int = 1
     pinned: bool = False
     snapshot_id: str | None = None
     template_id: str | None = None
@@ -94,17 +100,28 @@ class Standing:
     context_bytes: int = 0
 
     @property
+    def awake(self) -> bool:
+        """It has its weights, or will have."""
+        return self.doing not in (Doing.ASLEEP, Doing.DOZING)
+
+    @property
     def leaving(self) -> bool:
         """Its memory is about to be freed, or most of it."""
         return self.doing in (Doing.QUIESCING, Doing.CAPTURING, Doing.STOPPING)
 
     @property
-    def gpu_number(self) -> int | None:
-        return int(self.gpu.partition(":")[2]) if self.gpu else None
+    def gpus(self) -> tuple[int, ...]:
+        return () if self.gpu is None else (number_of(self.gpu),)
 
     @property
-    def gpus(self) -> tuple[int, ...]:
-        return () if self.gpu_number is None else (self.gpu_number,)
+    def may_be_on(self) -> tuple[int, ...]:
+        """The GPUs that its model may start on."""
+        return tuple(number_of(device) for device in self.devices) if self.gpu is not None else ()
+
+
+def number_of(gpu: str) -> int:
+    """Of "cuda:N"."""
+    return int(gpu.partition(":")[2])
 
 
 @dataclass(frozen=True)
@@ -133,6 +150,7 @@ class Told:
     """What was decided, what it was estimated to take, and what came of it. `at` is in seconds of Unix time, `took` and
     the estimate leave out the wait for room; `outcome` is under way, ready, or the code of what went wrong."""
 
+    replica: str
     at: float
     path: StartPath
     estimate: Estimate | None
@@ -142,6 +160,7 @@ class Told:
 
     def as_json(self) -> dict[str, Any]:
         return {
+            "replica": self.replica,
             "at": self.at,
             "path": self.path,
             "why": self.why,
@@ -250,10 +269,13 @@ class Forecast:
         """These models with what they hold, as schedule/ sees them; `kept` are the checkpoints in memory."""
         view = Cluster([_node(standings, limits)])
         kept = set(kept)
+        models: dict[str, list[Standing]] = {}
         for one in standings:
-            view.add_model(self._cost(one))
-        for one in standings:
-            self._lay(view, one, kept, limits)
+            models.setdefault(one.model, []).append(one)
+        for replicas in models.values():
+            one = min(replicas, key=_nearness)
+            view.add_model(self._cost(one, replicas))
+            self._lay(view, one, replicas, kept, limits)
         for one in standings:
             if one.doing is not Doing.ASLEEP:
                 view.put(_replica(one, self._under_way.get(one.name)))
@@ -270,35 +292,32 @@ class Forecast:
                     queued.setdefault(link, []).append(move.size_on(link) if move else 0)
         return queued
 
-    def _cost(self, one: Standing) -> ModelCost:
-        """Its figures, so that a replica takes exactly what it holds now, or a start what it needs."""
-        host, device, process = one.needs_host, one.needs_gpu, one.process_bytes
-        if one.doing is Doing.DOZING:
-            process = one.host_bytes
-        elif one.doing is not Doing.ASLEEP:
-            host, device = one.host_bytes, one.gpu_bytes
-        weights = min(one.weight_bytes, device if one.gpu else host)
-        if one.gpu:
-            process = one.host_bytes if one.doing is Doing.DOZING else host  # of the host it takes nothing else
-            kv = device - weights
-        else:
-            process = process if one.doing is Doing.DOZING else min(process, host - weights)
-            kv = max(host - process - weights, 0)
+    def _cost(self, one: Standing, replicas: Sequence[Standing]) -> ModelCost:
+        """What the next start of a model takes, of `one` that has no process if there is one: replicas that there are
+        have what they have."""
+        device, host = one.needs_gpu, one.needs_host
+        shared = one.checkpoint is not None and any(other.awake for other in replicas if other is not one)
+        shared = shared and len(one.may_be_on) <= 1  # else on some GPUs only
+        weights = 0 if shared else min(one.weight_bytes, device if one.gpu else host)
+        process = host if one.gpu else min(one.process_bytes, host - weights)
         coded = self._found[one.checkpoint].stored_bytes if one.checkpoint in self._found else one.weight_bytes
         return ModelCost(
-            one.name,
+            one.model,
             Artifact(_weights(one), weights, coded),
             one.engine,
-            kv_bytes=kv,
+            kv_bytes=max((device if one.gpu else host - process) - weights, 0),
             gpus=len(one.gpus),
             process_bytes=process,
-            asleep_bytes=one.gpu_bytes if one.doing is Doing.DOZING else one.context_bytes,
+            asleep_bytes=one.context_bytes,
             image=self._artifact(one.snapshot_id),
             template=self._artifact(one.template_id),
             programs=self._artifact(_programs(one.engine)),
             paths=(_first_path(one),),
             slots=one.slots,
             phases=_GUESSES,
+            token_seconds=one.usual,
+            max_replicas=one.most,
+            only_on=one.may_be_on,
         )
 
     def _artifact(self, key: str | None) -> Artifact | None:
@@ -307,15 +326,15 @@ class Forecast:
         found = self._found.get(key, OnDisk(0, 0, ()))
         return Artifact(key, found.plain_bytes, found.stored_bytes)
 
-    def _lay(self, view: Cluster, one: Standing, kept: set[str], limits: Limits) -> None:
+    def _lay(self, view: Cluster, one: Standing, replicas: Sequence[Standing], kept: set[str], limits: Limits) -> None:
         """What lies where, of one model. Weights that are in memory, decoded, are where a CPU needs them."""
         for key in (_weights(one), one.snapshot_id, one.template_id, _programs(one.engine)):
             if key is not None:
                 view.hold(key, HERE, Tier.DISK)
                 if key in self._near:
                     view.hold(key, HERE, Tier.DRAM)
-        awake = one.doing not in (Doing.ASLEEP, Doing.DOZING)
-        if one.checkpoint is None or one.checkpoint in kept or awake:
+        everywhere = len(one.may_be_on) <= 1 and any(other.awake for other in replicas)
+        if one.checkpoint is None or one.checkpoint in kept or everywhere:
             view.hold(_weights(one), HERE, Tier.GPU)
         elif one.gpu and one.checkpoint in self._in_tier and limits.dram_tier:
             view.hold(_weights(one), HERE, Tier.DRAM)
@@ -324,13 +343,13 @@ class Forecast:
 
     def estimate(self, one: Standing, path: StartPath, view: Cluster) -> Estimate | None:
         """Of a start that begins now; None where that path is not open."""
-        model = view.model(one.name)
+        model = view.model(one.model)
         plan = view.plan(model, HERE, path, one.gpus)
         return self.estimator.estimate(model, HERE, plan, view) if plan else None
 
     def expect(self, one: Standing, path: StartPath, view: Cluster, why: str) -> Expected | None:
         """Note that a start by this path begins now. `view`: before it holds anything."""
-        model = view.model(one.name)
+        model = view.model(one.model)
         plan = view.plan(model, HERE, path, one.gpus)
         expected = None
         if plan is not None:
@@ -338,32 +357,32 @@ class Forecast:
             links = {link: view.link(HERE, link) for link in moved}
             estimate = self.estimator.estimate(model, HERE, plan, view)
             expected = self._under_way[one.name] = Expected(model, path, estimate, plan, links, self._now())
-        told = Told(self._wall_clock(), path, expected.estimate if expected else None, why)
-        self._told.setdefault(one.name, deque(maxlen=KEPT)).append(told)
+        told = Told(one.name, self._wall_clock(), path, expected.estimate if expected else None, why)
+        self._told.setdefault(one.model, deque(maxlen=KEPT)).append(told)
         return expected
 
     def came_true(self, one: Standing, expected: Expected | None, phases: Phases, view: Cluster) -> float:
         """The start has succeeded: learn from it. The answer are its seconds."""
         self._under_way.pop(one.name, None)
         took = seconds_of(phases)
-        self._settle(one.name, "ready", took)
+        self._settle(one, "ready", took)
         if expected is not None:
-            predicted = expected.estimate.mean
+            estimate, links = expected.estimate, expected.links
             self.estimator.observe(
-                observed(expected.model, HERE, expected.plan, phases, predicted=predicted, links=expected.links), view
+                observed(expected.model, HERE, expected.plan, phases, expected=estimate, links=links), view
             )
         if one.checkpoint is not None and one.gpu:
             self._loaded(one.checkpoint)
         return took
 
-    def failed(self, name: str, outcome: str) -> None:
+    def failed(self, one: Standing, outcome: str) -> None:
         """The start under way has failed, or was given up."""
-        self._under_way.pop(name, None)
-        self._settle(name, outcome, None)
+        self._under_way.pop(one.name, None)
+        self._settle(one, outcome, None)
 
-    def told(self, name: str) -> list[Told]:
+    def told(self, model: str) -> list[Told]:
         """The latest starts of a model, oldest first."""
-        return list(self._told.get(name, ()))
+        return list(self._told.get(model, ()))
 
     async def note_imported(self, engine: str) -> None:
         """A cold start has read what it needs of the engine's libraries."""
@@ -374,10 +393,12 @@ class Forecast:
             if cached:
                 self._imported[key] = cached
 
-    def _settle(self, name: str, outcome: str, took: float | None) -> None:
-        told = self._told.get(name)
-        if told and told[-1].outcome == "under way":
-            told[-1].outcome, told[-1].took = outcome, took
+    def _settle(self, one: Standing, outcome: str, took: float | None) -> None:
+        for told in reversed(self._told.get(one.model, ())):
+            if told.replica == one.name:
+                if told.outcome == "under way":
+                    told.outcome, told.took = outcome, took
+                return
 
     def _loaded(self, checkpoint: str) -> None:
         """The loader keeps what it read last, as far as its budget goes."""
@@ -390,13 +411,18 @@ class Forecast:
             del self._in_tier[next(iter(self._in_tier))]
 
 
+def _nearness(one: Standing) -> int:
+    """Of a model's replicas, the one without a process is what the next start is like, or the one that is parked."""
+    return 0 if one.doing is Doing.ASLEEP else 1 if one.doing is Doing.DOZING else 2
+
+
 def _first_path(one: Standing) -> StartPath:
     """The only one that a node takes without a process, unless it fails."""
     return "snapshot" if one.snapshot_id else "template" if one.template_id else "cold"
 
 
 def _weights(one: Standing) -> str:
-    return one.checkpoint or f"weights of {one.name}"
+    return one.checkpoint or f"weights of {one.model}"
 
 
 def _programs(engine: str) -> str:
@@ -417,22 +443,32 @@ def libraries(engine: str) -> OnDisk:
 
 def _node(standings: Sequence[Standing], limits: Limits) -> Node:
     """This host; where more is taken than may be, nothing is free."""
-    numbers = {one.gpu_number: one.gpu for one in standings if one.gpu_number is not None and one.gpu}
+    numbers = {number for one in standings for number in (*one.gpus, *one.may_be_on)}
     gpus = []
     for number in range(max(numbers, default=-1) + 1):
-        most = limits.gpus.get(numbers.get(number, ""), _UNKNOWN_GPU)
-        gpus.append(max(most, sum(one.gpu_bytes for one in standings if one.gpu_number == number)))
+        most = limits.gpus.get(f"cuda:{number}", _UNKNOWN_GPU)
+        gpus.append(max(most, sum(one.gpu_bytes for one in standings if number in one.gpus)))
     host = max(limits.host, sum(one.host_bytes for one in standings))
     return Node(HERE, tuple(gpus), host, dict(_LINKS), dram_tier=limits.dram_tier)
 
 
 def _replica(one: Standing, expected: Expected | None) -> Replica:
-    busy = tuple(Running(f"{one.name} {number}", one.since) for number in range(one.running))
-    state = _STATES.get(one.doing, State.STARTING)
-    if state is State.HOT and one.running >= one.slots:
+    tokens = 1 if one.usual else 0  # a request is a token that takes as long as requests do
+    busy = tuple(
+        Running(f"{one.name} {number}", began, expected_tokens=tokens, movable=False)
+        for number, began in enumerate(one.running)
+    )
+    coming = one.leaving and one.waiting  # as soon as it has gone it starts, or goes on where it was
+    state = State.STARTING if coming else _STATES.get(one.doing, State.STARTING)
+    if state is State.HOT and len(busy) >= one.slots:
         state = State.BUSY
     ready_at = expected.began + expected.estimate.mean if expected is not None else 0.0
-    return Replica(one.name, one.name, HERE, one.gpus, state, one.since, busy, one.waiting, ready_at, pinned=one.pinned)
+    done_at = max(one.running, default=ready_at) + one.usual
+    return Replica(
+        *(one.name, one.model, HERE, one.gpus, state, one.since, busy, one.waiting, ready_at, done_at),
+        pinned=one.pinned,
+        measured=(one.gpu_bytes, one.host_bytes),
+    )
 
 
 _STATES: Mapping[Doing, State] = MappingProxyType(

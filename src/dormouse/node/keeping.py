@@ -1,7 +1,7 @@
 """How long idle models stay here, and what is made ready ahead: the policy of schedule/ that the configuration names.
 
     a replica became idle -> Policy.on_idle -> Steps -> Stay (for the replica), a time to let its weights go
-    next_prewarm, provisioned models -> start(model), on free memory
+    next_prewarm, provisioned models -> start(model), on free memory or by the right of others' room
 
 Policies count in seconds of Unix time (`clock`), so that a time of the day means something; replicas in the event
 loop's. Nothing here reads or waits.
@@ -63,15 +63,16 @@ def make_policy(config: ServeConfig, estimator: Estimator) -> Provisioned:
 
 
 def _minima(settings: ModelConfig) -> tuple[Minimum, ...]:
-    if isinstance(settings.provisioned, bool):
-        return (Minimum(1),)
+    if isinstance(settings.provisioned, int):  # true is 1
+        return (Minimum(int(settings.provisioned)),)
     return tuple(Minimum(1, *parse_times(times)) for times in settings.provisioned)
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What keeping does to the node: `view` shows it as it is, `start` makes a model ready (with the right to others'
-    room, or only if that takes nobody's), `let_go` frees weights in memory, `replan` has an idle replica ask anew."""
+    """What keeping does to the node: `view` shows it as it is, `start` makes one more replica of a model ready (with
+    the right to others' room, or only if that takes nobody's), `let_go` frees weights in memory, `replan` has a
+    model's idle replicas ask anew."""
 
     view: Callable[[], Cluster]
     start: Callable[[str, bool], None]
@@ -100,44 +101,43 @@ class Keeping:
     def requested(self, model: str) -> None:
         """Somebody asks for it."""
         self._asked[model] = self._asked.get(model, 0) + 1
-        self._steps.pop(model, None)
         self.policy.on_request(model, self._clock())
 
-    def stay(self, model: str) -> Stay:
-        """It is idle from now on: for how long."""
+    def stay(self, name: str, model: str, *, pinned: bool) -> Stay:
+        """A replica is idle from now on: for how long. `pinned`: it stays ready (`standing`)."""
         now, view = self._clock(), self._hooks.view()
-        if model in self._forever:
-            return Stay()
-        steps = self.policy.on_idle(view.replica(model), view, now)
-        self._steps[model] = steps
-        self._plan_end(model, steps)
+        steps = self.policy.on_idle(view.replica(name), view, now)
+        self._steps[name] = () if pinned else steps
         self._look_ahead()
+        if pinned:
+            return Stay()
+        self._plan_end(model, steps)
         return as_stay(steps, self._loop.time() - now)
 
     def starting(self, model: str, evicted: Sequence[str]) -> None:
-        """It starts or wakes for a request, and those models give up what they have for it."""
+        """It starts or wakes for a request, and those replicas give up what they have for it."""
         view = self._hooks.view()
         self.policy.on_start(model, [view.replica(name) for name in evicted if name in view], self._clock())
 
-    def gone(self, model: str) -> None:
-        """Its process is about to be no more."""
+    def gone(self, name: str) -> None:
+        """A replica's process is about to be no more."""
         view = self._hooks.view()
-        if model in view:
-            self.policy.on_gone(view.replica(model), view, self._clock())
+        if name in view:
+            self.policy.on_gone(view.replica(name), view, self._clock())
 
-    def is_pinned(self, model: str) -> bool:
-        """Whether it stays ready whatever the memory is needed for."""
-        return model in self._forever or self.policy.least(model, self._clock()) > 0
+    def standing(self, model: str) -> int:
+        """How many of its replicas that are ready stay so whatever the memory is needed for."""
+        return max(self.policy.least(model, self._clock()), int(model in self._forever))
 
     def worth(self, view: Cluster) -> Callable[[Replica], float]:
         """What idle replicas are worth now."""
         now = self._clock()
         return lambda replica: self.policy.worth(replica, view, now)
 
-    def next_step(self, model: str, *, asleep: bool) -> Step | None:
-        """What an idle model steps down to next, ready or with its process asleep."""
+    def next_step(self, name: str, *, asleep: bool) -> Step | None:
+        """What an idle replica steps down to next, ready or with its process asleep."""
         now = self._clock()
-        below = [step for step in self._steps.get(model, ()) if not (asleep and step.to == "sleep")]
+        below = [step for step in self._steps.get(name, ()) if not (asleep and step.to == "sleep")]
         ahead = [step for step in below if step.at > now and math.isfinite(step.at)]
         return min(ahead, key=lambda step: step.at, default=None)
 
@@ -154,8 +154,9 @@ class Keeping:
     def begin(self) -> None:
         """Start what is provisioned, now and whenever it must be."""
         if self._provisioned and not self._closed:
-            for model in self.policy.missing(self._hooks.view(), self._clock()):
-                self._hooks.start(model, True)
+            for model, count in self.policy.missing(self._hooks.view(), self._clock()).items():
+                for _ in range(count):
+                    self._hooks.start(model, True)
             now = self._clock()
             self._at("provisioned", min(now + _RETRY, self.policy.next_border(now)) + _SOONEST, self._border)
 

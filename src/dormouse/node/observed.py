@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from dormouse.phases import Phase, Phases
 from dormouse.schedule.cluster import Link, ModelCost, Move, PhaseName, StartPath, StartPlan
-from dormouse.schedule.estimate import Observed, Transferred, shared, sources
+from dormouse.schedule.estimate import Estimate, Observed, Transferred, shared, sources
 
 _IMAGE: dict[StartPath, tuple[str, ...]] = {
     "snapshot": ("host.criu images", "host.fill ahead", "host.criu finish", "host.fill"),
@@ -36,7 +36,7 @@ def observed(
     plan: StartPlan,
     phases: Phases,
     *,
-    predicted: float | None = None,
+    expected: Estimate | None = None,
     links: dict[str, Link] | None = None,
 ) -> Observed:
     """A start by `plan`, from its phases. `links` are those of the node as they were when it began."""
@@ -63,8 +63,9 @@ def observed(
         end - began,
         tuple(transfers),
         parts,
-        predicted,
+        expected.mean if expected else None,
         sources=sources(plan),
+        pace=expected.pace if expected else None,
     )
 
 

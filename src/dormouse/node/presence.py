@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -25,7 +25,7 @@ _TRY_INTERVAL = 0.01
 @dataclass(frozen=True)
 class ModelStatus:
     """One model as `dormouse ls` and the metrics show it; `since` is in seconds of Unix time, `adapters` are the
-    imported ones that are served."""
+    imported ones that are served, `replicas` the state of each replica that has a process, and of the first."""
 
     name: str
     state: str
@@ -36,6 +36,7 @@ class ModelStatus:
     snapshot_id: str | None
     last_error: str | None
     adapters: tuple[str, ...] = ()
+    replicas: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

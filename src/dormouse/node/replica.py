@@ -33,6 +33,9 @@ Choices worth knowing:
   quarantined: it is never used again, and the next idle time makes a new one. What is not the snapshot's fault (this
   host is out of something, the snapshot belongs to another host) never counts against it; damage does so at once.
   A worker whose canary was judged well proves its snapshot: that it dies later is not the snapshot's fault.
+- Of several replicas that fall asleep and want a snapshot one is captured; the others go without, and use its one.
+- A snapshot that can't be restored and has been replaced meanwhile (its space may be free by then) is followed by the
+  newer one.
 - Three snapshots quarantined in a row, none of them proven, are no accident: no more are made until somebody asks for
   one. Else a model whose captures are never good would be restored in vain, and captured, for ever.
 """
@@ -63,7 +66,6 @@ MAX_CAPTURE_FAILURES = 3
 MAX_RESTORE_FAILURES = 2
 MAX_QUARANTINES = 3
 STOP_RETRY = 5.0
-_FIRST_GUESS = 5.0
 
 
 class State(StrEnum):
@@ -122,9 +124,11 @@ def judge(error: DormouseError) -> Verdict:
 
 @dataclass(frozen=True)
 class Request:
-    """Someone wants to use the model. `waiter` is a number never used before."""
+    """Someone wants to use the model. `waiter` is a number never used before; `since`: it has waited elsewhere since
+    then."""
 
     waiter: int
+    since: float | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,13 @@ class Offer:
 
 
 @dataclass(frozen=True)
+class Renew:
+    """Another replica of the model has been captured: its snapshot takes the place of what this one would use."""
+
+    snapshot_id: str
+
+
+@dataclass(frozen=True)
 class Withdraw:
     """A snapshot must not be used any more."""
 
@@ -221,6 +232,7 @@ Event = (
     | WorkerDied
     | Sleep
     | Offer
+    | Renew
     | Withdraw
     | OfferTemplate
     | Tick
@@ -385,19 +397,20 @@ class _Waiter:
 
 class Replica:
     """One model's replica. Not thread-safe: one event loop owns it. `stay` is asked whenever it has nothing to do any
-    more, with the time and when the replica already says that it is idle."""
+    more, with the time and when the replica already says that it is idle; `captured_beside`: whether another replica of
+    the model is being captured, whose snapshot will do."""
 
     def __init__(
         self,
         model: str,
         *,
         stay: Callable[[float], Stay],
-        max_queue: int,
         max_concurrent: int,
         snapshots: bool,
         snapshot_id: str | None,
         now: float,
         dozes: bool = False,
+        captured_beside: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model
         self.state = State.ASLEEP
@@ -408,13 +421,15 @@ class Replica:
         self.last_error: DormouseError | None = None
         self.idle_since: float | None = None
         self.stays = Stay()
+        self.capturing = False
+        """A snapshot of it is being made, or it is parked for that."""
         self._stay = stay
-        self._max_queue = max_queue
+        self._captured_beside = captured_beside
         self._max_concurrent = max_concurrent
         self._snapshots = snapshots
         self._dozes = dozes
         self._waiters: dict[int, _Waiter] = {}
-        self._running: set[int] = set()
+        self._running: dict[int, float] = {}
         self._attempt: Starting = StartCold()
         self._proven = True
         self._restore_failures = 0
@@ -426,7 +441,8 @@ class Replica:
         self._closing = False
         self._began = now
         self._starts = 0
-        self._last_start: Start | None = None
+        self._ready_at: float | None = None
+        self.last_start: Start | None = None
         self._retry_stop_at: float | None = None
         self._effects: list[Effect] = []
 
@@ -439,6 +455,15 @@ class Replica:
     def in_flight(self) -> int:
         """Requests that use the worker."""
         return len(self._running)
+
+    @property
+    def running_since(self) -> tuple[float, ...]:
+        """Since when it has each of them."""
+        return tuple(self._running.values())
+
+    def began(self, waiter: int) -> float | None:
+        """Since when a request has the worker; None when it has not."""
+        return self._running.get(waiter)
 
     @property
     def next_path(self) -> StartPath:
@@ -467,7 +492,7 @@ class Replica:
         """Take one event; what is to be done about it comes back in order."""
         match event:
             case Request():
-                self._request(event.waiter, now)
+                self._request(event, now)
             case Leave():
                 self._leave(event.waiter)
             case Done():
@@ -481,11 +506,11 @@ class Replica:
                     self._worker_died(event.error, now)
             case Sleep():
                 self._press(event)
-            case Offer() | Withdraw() | OfferTemplate() | Replan():
+            case Offer() | Renew() | Withdraw() | OfferTemplate() | Replan():
                 self._take_note(event, now)
             case Shutdown():
                 self._closing = True
-                self._fail_waiters(_shutting_down(self.model))
+                self._fail_waiters(shutting_down(self.model))
             case Tick():
                 if self._retry_stop_at is not None and now >= self._retry_stop_at:
                     self._operate(State.STOPPING, Stop(), now)
@@ -493,24 +518,19 @@ class Replica:
         effects, self._effects = self._effects, []
         return effects
 
-    def _request(self, waiter: int, now: float) -> None:
+    def _request(self, event: Request, now: float) -> None:
         if self._closing:
-            self._effects.append(Fail(waiter, _shutting_down(self.model)))
-        elif len(self._waiters) >= self._max_queue:
-            expected = self._last_start.seconds if self._last_start else _FIRST_GUESS
-            error = BusyError(
-                f"{len(self._waiters)} requests already wait for model {self.model}",
-                retry_after=max(1.0, expected),
-                remedy="Try again later, or raise max_queue",
-            )
-            self._effects.append(Fail(waiter, error))
-        else:
-            self._waiters[waiter] = _Waiter(now, self._starts)
+            self._effects.append(Fail(event.waiter, shutting_down(self.model)))
+            return
+        seen = self._starts
+        if event.since is not None and self._ready_at is not None and event.since < self._ready_at:
+            seen -= 1  # it has waited for the latest start
+        self._waiters[event.waiter] = _Waiter(now if event.since is None else event.since, seen)
 
     def _leave(self, waiter: int) -> None:
         self._waiters.pop(waiter, None)
         if waiter in self._running:
-            self._running.discard(waiter)
+            del self._running[waiter]
             self._prove()
 
     def _prove(self) -> None:
@@ -529,7 +549,7 @@ class Replica:
             self._recapture = True
             self._capture_failures = self._quarantines = 0
 
-    def _take_note(self, event: Offer | Withdraw | OfferTemplate | Replan, now: float) -> None:
+    def _take_note(self, event: Offer | Renew | Withdraw | OfferTemplate | Replan, now: float) -> None:
         match event:
             case Replan():
                 if self.state is State.READY and self.idle_since is not None:
@@ -537,6 +557,9 @@ class Replica:
             case Offer():
                 self._quarantines = 0
                 if self._snapshots and self.snapshot_id is None:
+                    self._use(event.snapshot_id)
+            case Renew():
+                if self._snapshots and self.snapshot_id != event.snapshot_id:
                     self._use(event.snapshot_id)
             case Withdraw():
                 if self.snapshot_id == event.snapshot_id:
@@ -594,13 +617,14 @@ class Replica:
             self._operate(State.STOPPING, Stop(), now)
 
     def _started(self, event: Done, now: float) -> None:
-        self._last_start = Start(_PATHS[type(self._attempt)], now - self._began)
+        self.last_start = Start(_PATHS[type(self._attempt)], now - self._began)
+        self._ready_at = now
         self._proven = False
         if event.proven:
             self._prove()
         self._starts += 1
         self.last_error = None
-        self._effects.append(Ready(self._last_start, event.phases))
+        self._effects.append(Ready(self.last_start, event.phases))
         self._enter(State.READY, now)
 
     def _failed(self, event: Failed, now: float) -> None:
@@ -639,7 +663,7 @@ class Replica:
                 self._effects.append(Fallback("sleep", "", event.error))
             case Restore():
                 again = self._snapshot_failed(attempt.snapshot_id, event)
-                following = RestoreTemplate(self.template_id) if self.template_id else StartCold()
+                following = self._after(attempt.snapshot_id, event)
             case RestoreTemplate():
                 self._template_failed(attempt.template_id, event)
                 following = StartCold()
@@ -647,6 +671,14 @@ class Replica:
             self._enter(State.ASLEEP, now)
         else:
             self._start(attempt if again else following, now)
+
+    def _after(self, snapshot_id: str, event: Failed) -> Starting:
+        """What follows a snapshot that is not tried again. One that took its place meanwhile does (it may have been
+        removed for that one), unless the snapshot is not what was wrong."""
+        innocent = event.restored or judge(event.error) is Verdict.INNOCENT
+        if self.snapshot_id not in (None, snapshot_id) and not innocent:
+            return self._first_path()
+        return RestoreTemplate(self.template_id) if self.template_id else StartCold()
 
     def _snapshot_failed(self, snapshot_id: str, event: Failed) -> bool:
         """Whether to try it again at once."""
@@ -749,15 +781,16 @@ class Replica:
         while self._waiters and len(self._running) < self._max_concurrent:
             number = next(iter(self._waiters))
             waiter = self._waiters.pop(number)
-            self._running.add(number)
-            start = self._last_start if waiter.starts < self._starts else None
+            self._running[number] = now
+            start = self.last_start if waiter.starts < self._starts else None
             self._effects.append(Serve(number, start or Start("hot", now - waiter.arrived)))
 
     @property
     def wants_capture(self) -> bool:
         """Whether falling asleep makes a snapshot."""
         hopeful = self._capture_failures < MAX_CAPTURE_FAILURES and self._quarantines < MAX_QUARANTINES
-        return self._snapshots and hopeful and (self.snapshot_id is None or self._recapture)
+        missing = self.snapshot_id is None and not self._captured_beside()
+        return self._snapshots and hopeful and (missing or self._recapture)
 
     def _may_keep(self, now: float) -> bool:
         """Whether nobody wants the process gone."""
@@ -788,6 +821,7 @@ class Replica:
         self.state, self.since = state, now
         self.idle_since = None
         self._retry_stop_at = None
+        self.capturing = state is State.CAPTURING or (state is State.QUIESCING and self.wants_capture)
         if state is State.ASLEEP:
             self._pressed = self._kept_when_pressed = self._recapture = False
         if state in (State.ASLEEP, State.DOZING):
@@ -799,5 +833,6 @@ def path_of(operation: Starting) -> StartPath:
     return _PATHS[type(operation)]
 
 
-def _shutting_down(model: str) -> StoppingError:
+def shutting_down(model: str) -> StoppingError:
+    """What a request gets that comes too late."""
     return StoppingError(f"the node is shutting down, model {model} is not started any more", remedy="Try again later")

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dormouse.config import ModelConfig
+import msgspec
+
+from dormouse.config import ModelConfig, devices_of
 from dormouse.engine.messages import Delta, Finished, Load, Loaded, Prompt, Resumed, Sampling
 from dormouse.errors import DeadlineError, DormouseError, EngineError, HostError, StoreError
 from dormouse.node import canary
@@ -35,7 +37,6 @@ from dormouse.node.memory import (
     resident_bytes,
 )
 from dormouse.node.parts import Host, Model, Observer
-from dormouse.node.presence import ModelStatus
 from dormouse.node.replica import Replica, Start, State, Stay
 from dormouse.phases import Phases
 from dormouse.schedule.cluster import StartPath
@@ -56,16 +57,17 @@ class Surroundings:
     host: Host
     observers: list[Observer]
     step_timeout: float
-    max_queue: int
     processes_stay: bool
     make_room: Callable[[Runner], Awaitable[None]]
     may_doze: Callable[[Runner, int], bool]
-    stay: Callable[[str], Stay]
-    going: Callable[[str], None]
-    is_pinned: Callable[[str], bool]
+    stay: Callable[[Runner], Stay]
+    going: Callable[[Runner], None]
+    is_pinned: Callable[[Runner], bool]
+    captured_beside: Callable[[Runner], bool]
     foresee: Callable[[Runner, StartPath], Awaitable[Expected | None]]
     came_true: Callable[[Runner, Expected | None, Phases], None]
     missed: Callable[[Runner, BaseException], None]
+    failed: Callable[[Runner, DormouseError], None]
     dozed: Callable[[], object]
     changed: Callable[[], None]
     captured: Callable[[str, str, str], None]
@@ -100,10 +102,11 @@ class Lease:
 
 
 class Runner:
-    """One model's replica together with its worker."""
+    """One replica of a model together with its worker."""
 
     def __init__(
         self,
+        name: str,
         model: Model,
         settings: ModelConfig,
         around: Surroundings,
@@ -114,6 +117,7 @@ class Runner:
         canary_of: Callable[[str], Awaitable[str | None]],
         log_path: Path,
     ) -> None:
+        self.name = name
         self.model = model
         self.admitted = False
         self._around = around
@@ -127,23 +131,23 @@ class Runner:
         self._load = Load(
             engine=settings.engine or model.engine,
             path=str(model.path),
-            device=settings.device,
+            device=devices_of(settings.device)[0],
             threads=settings.threads,
             context=settings.context,
             kv_tokens=settings.kv_tokens,
             kv_share=settings.kv_share,
         )
         self.replica = Replica(
-            model.name,
-            stay=lambda _now: around.stay(model.name),
-            max_queue=around.max_queue,
+            name,
+            stay=lambda _now: around.stay(self),
             max_concurrent=settings.max_concurrent,
             snapshots=settings.snapshot,
             snapshot_id=snapshot_id,
             now=self._loop.time(),
             dozes=settings.sleep and around.processes_stay,
+            captured_beside=lambda: around.captured_beside(self),
         )
-        self._slots = settings.max_concurrent
+        self.slots = settings.max_concurrent
         self._wants_snapshot = settings.snapshot
         self._numbers = itertools.count(1)
         self._futures: dict[int, asyncio.Future[Lease]] = {}
@@ -157,16 +161,41 @@ class Runner:
         self._restored = self._judged = False
         self._oom_kills = 0
         self.expected = self._peak = estimate(model, self._load.engine)
-        self.gpu = _gpu(self._load.device)
+        self.devices = devices_of(settings.device)
         self.gpu_bytes = gpu_estimate(model, self._load.engine) if self.gpu else 0
         self._parked_bytes = engine_bytes(self._load.engine)
 
     # For the node
 
     @property
+    def gpu(self) -> str | None:
+        """The GPU that it is on, or was last; None on the CPU."""
+        return self._load.device if self._load.device != "cpu" else None
+
+    def move_to(self, device: str) -> None:
+        """Start there next. Only for one that has no process and is not about to have one."""
+        assert device in self.devices
+        self._load = msgspec.structs.replace(self._load, device=device)
+
+    @property
+    def load(self) -> int:
+        """Requests that it has, those that wait included."""
+        return self.replica.in_flight + self.replica.waiting
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of what it takes: weights that replicas of the model on the same device share."""
+        return self.model.weight_bytes if self.model.checkpoint is not None else 0
+
+    @property
+    def resident_bytes(self) -> int:
+        """What its process has now, shared pages included."""
+        return resident_bytes(self._handle.pid) if self._handle is not None else 0
+
+    @property
     def held(self) -> int:
         """Bytes to count for its worker now: what it takes, and at least what such a model is expected to take."""
-        held = max(self.expected, resident_bytes(self._handle.pid) if self._handle is not None else 0)
+        held = max(self.expected, self.resident_bytes)
         self._peak = max(self._peak, held)
         return held
 
@@ -194,7 +223,12 @@ class Runner:
     @property
     def pinned(self) -> bool:
         """Whether it is ready and only an explicit `Sleep` puts it to sleep."""
-        return self.replica.state is State.READY and self._around.is_pinned(self.model.name)
+        return self.replica.state is State.READY and self._around.is_pinned(self)
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether it is to start, and has no memory yet."""
+        return not self.admitted and self.replica.state in (State.WAKING, State.RESTORING, State.STARTING)
 
     def standing(self, shift: float) -> Standing:
         """For the view of schedule/, whose clock is `shift` ahead of the event loop's."""
@@ -202,15 +236,17 @@ class Runner:
         pinned = self.pinned
         held = (self.held if pinned else self.peak) if self.admitted else self.dozing_bytes
         return Standing(
-            name=self.model.name,
+            name=self.name,
+            model=self.model.name,
             engine=self.engine,
             checkpoint=self.model.checkpoint,
             weight_bytes=self.model.weight_bytes,
             gpu=self.gpu,
-            slots=self._slots,
+            devices=self.devices,
+            slots=self.slots,
             doing=replica.state,
             since=(replica.since if replica.idle_since is None else replica.idle_since) + shift,
-            running=replica.in_flight,
+            running=tuple(began + shift for began in replica.running_since),
             waiting=replica.waiting,
             pinned=pinned,
             snapshot_id=replica.snapshot_id,
@@ -227,35 +263,23 @@ class Runner:
         """How long it stays has to be asked anew."""
         self._dispatch(machine.Replan())
 
-    def status(self) -> ModelStatus:
-        """The state now."""
-        replica = self.replica
-        return ModelStatus(
-            name=self.model.name,
-            state=replica.state.value,
-            since=self._around.wall_clock() - (self._loop.time() - replica.since),
-            in_flight=replica.in_flight,
-            waiting=replica.waiting,
-            rss_bytes=resident_bytes(self._handle.pid) if self._handle else 0,
-            snapshot_id=replica.snapshot_id,
-            last_error=str(replica.last_error) if replica.last_error else None,
-        )
+    def since(self, wall_time: float) -> float:
+        """Since when it is in its state, in seconds of Unix time."""
+        return wall_time - (self._loop.time() - self.replica.since)
 
-    async def acquire(self) -> tuple[int, Lease]:
-        """Wait for readiness; the number is for `release`. Raises BusyError, StoppingError or what a start raised."""
+    def enter(self, since: float | None = None) -> tuple[int, asyncio.Future[Lease]]:
+        """Ask for it, or have asked `since` then; the number is for `release`, also when the future fails (with
+        StoppingError or what a start raised) or is not waited for."""
         waiter = next(self._numbers)
-        future = self._futures[waiter] = self._loop.create_future()
-        self._dispatch(machine.Request(waiter))
-        try:
-            return waiter, await future
-        except BaseException:
-            self._dispatch(machine.Leave(waiter))
-            raise
-        finally:
-            del self._futures[waiter]
+        lease = self._futures[waiter] = self._loop.create_future()
+        self._dispatch(machine.Request(waiter, since))
+        return waiter, lease
 
     def release(self, waiter: int) -> None:
         """The request is over."""
+        lease = self._futures.pop(waiter)
+        if lease.done() and not lease.cancelled():
+            lease.exception()  # nobody may have looked at it
         self._dispatch(machine.Leave(waiter))
 
     async def need_adapter(self, served: Served) -> None:
@@ -276,7 +300,7 @@ class Runner:
         """Sleep as soon as no request runs; `capture`: and make a new snapshot; `keep`: the process may stay."""
         self._dispatch(machine.Sleep(capture, keep))
 
-    def note(self, event: machine.Offer | machine.Withdraw | machine.OfferTemplate) -> None:
+    def note(self, event: machine.Offer | machine.Renew | machine.Withdraw | machine.OfferTemplate) -> None:
         """Which snapshot or template there is."""
         self._dispatch(event)
 
@@ -322,6 +346,7 @@ class Runner:
             case machine.Serve():
                 self._serve(effect)
             case machine.Fail():
+                self._around.failed(self, effect.error)
                 if not (future := self._futures[effect.waiter]).done():
                     future.set_exception(effect.error)
             case machine.Ready() | machine.Fallback() | machine.Retry() | machine.CaptureFailed() | machine.GiveUp():
@@ -334,32 +359,32 @@ class Runner:
             case _:
                 assert self._operation is None
                 if isinstance(effect, machine.Stop) or effect == machine.Capture(keep=False):
-                    self._around.going(self.model.name)
+                    self._around.going(self)
                 self._operation = self._loop.create_task(self._work(effect))
                 self._operation.add_done_callback(self._ended)
 
     def _tell(self, effect: machine.Told) -> None:
-        name = self.model.name
+        name, who = self.model.name, self.name
         match effect:
             case machine.Ready():
-                log.info("model %s is ready: %s (%s)", name, effect.start, effect.phases)
+                log.info("model %s is ready: %s (%s)", who, effect.start, effect.phases)
                 for observer in self._around.observers:
                     observer.started(name, effect.start, effect.phases)
             case machine.Fallback():
                 what = f"{effect.path} {effect.snapshot_id}" if effect.snapshot_id else "the process that dozed"
-                log.warning("%s of model %s was not used: %s", what, name, effect.error)
+                log.warning("%s of model %s was not used: %s", what, who, effect.error)
                 for observer in self._around.observers:
                     observer.fell_back(name, effect.path, effect.error)
             case machine.Retry():
-                log.warning("snapshot %s of model %s gets one more try: %s", effect.snapshot_id, name, effect.error)
+                log.warning("snapshot %s of model %s gets one more try: %s", effect.snapshot_id, who, effect.error)
                 for observer in self._around.observers:
                     observer.retried(name, effect.error)
             case machine.Quarantine():
-                log.error("%s is quarantined for model %s: %s", effect.snapshot_id, name, effect.error)
+                log.error("%s is quarantined for model %s: %s", effect.snapshot_id, who, effect.error)
                 for observer in self._around.observers:
                     observer.quarantined(name, effect.error)
             case machine.CaptureFailed():
-                log.warning("model %s was not captured: %s", name, effect.error)
+                log.warning("model %s was not captured: %s", who, effect.error)
                 for observer in self._around.observers:
                     observer.capture_failed(name, effect.error)
             case machine.GiveUp():
@@ -392,7 +417,10 @@ class Runner:
         self._operation = None
         if operation.cancelled():
             return
-        self._dispatch(self._outcome(operation))
+        outcome = self._outcome(operation)
+        self._dispatch(outcome)
+        if isinstance(outcome, machine.Done) and outcome.snapshot_id is not None:  # now that this one uses it
+            self._around.captured(SNAPSHOT_KIND, self.model.name, outcome.snapshot_id)
         link = self._link
         if self.replica.state is State.DOZING and link is None:
             self._dispatch(machine.WorkerDied(self.replica.last_error or self._given_up()))
@@ -409,10 +437,10 @@ class Runner:
             message = f"{self.replica.state} model {self.model.name} took longer than {self._around.step_timeout:g} s"
             error = DeadlineError(message, remedy="Raise start_timeout, or look into the worker's log")
         elif not isinstance(error, DormouseError):
-            log.error("%s of model %s failed", self.replica.state, self.model.name, exc_info=error)
+            log.error("%s of model %s failed", self.replica.state, self.name, exc_info=error)
             error = EngineError(f"internal error while {self.replica.state} model {self.model.name}: {error!r}")
         if self.replica.state in (State.STARTING, State.QUIESCING, State.RESUMING, State.STOPPING):
-            log.error("model %s, %s: %s", self.model.name, self.replica.state, error)
+            log.error("model %s, %s: %s", self.name, self.replica.state, error)
         if self.replica.state is State.STARTING:
             for observer in self._around.observers:
                 observer.start_failed(self.model.name, error)
@@ -489,8 +517,8 @@ class Runner:
         assert self._link is not None and self._handle is not None
         self.admitted = False
         self._link.give_back_segments()
-        self._giving_back = asyncio.create_task(self._give_back(self._handle), name=f"give back {self.model.name}")
-        log.info("model %s sleeps, its process stays: %d bytes", self.model.name, self.dozing_bytes)
+        self._giving_back = asyncio.create_task(self._give_back(self._handle), name=f"give back {self.name}")
+        log.info("model %s sleeps, its process stays: %d bytes", self.name, self.dozing_bytes)
         self._around.dozed()
 
     async def _give_back(self, handle: WorkerHandle) -> None:
@@ -498,7 +526,7 @@ class Runner:
             async with asyncio.timeout(self._around.step_timeout):
                 await self._around.host.drop_segments(handle)
         except (DormouseError, TimeoutError) as error:  # they stay with the worker: memory, but nothing wrong
-            log.warning("the weights of model %s were not given back: %s", self.model.name, error)
+            log.warning("the weights of model %s were not given back: %s", self.name, error)
         self._around.changed()
 
     def _given_up(self) -> EngineError:
@@ -525,7 +553,7 @@ class Runner:
         if told.device_bytes:
             self.gpu_bytes = told.device_bytes + context_bytes(self._load.engine)
         if told.writable:
-            log.warning("the worker of model %s could write to weights that others share", self.model.name)
+            log.warning("the worker of model %s could write to weights that others share", self.name)
             for observer in self._around.observers:
                 observer.unprotected(self.model.name)
 
@@ -593,7 +621,7 @@ class Runner:
 
     def _lost(self, error: DormouseError) -> None:
         if self.replica.state is State.READY:
-            log.error("model %s: %s", self.model.name, error)
+            log.error("model %s: %s", self.name, error)
         self._dispatch(machine.WorkerDied(self._of_the_host(error)))
 
     @contextlib.contextmanager
@@ -663,7 +691,6 @@ class Runner:
         )
         for observer in self._around.observers:
             observer.captured(name, result, phases)
-        self._around.captured(SNAPSHOT_KIND, name, result.snapshot_id)
 
     async def _resume(self) -> machine.Done:
         if self._link is None:
@@ -695,8 +722,3 @@ class Runner:
                 await self._around.host.stop_worker(self._handle)
             self._handle = None
         self.admitted = False
-
-
-def _gpu(device: str) -> str | None:
-    """The GPU of a device as all name it, None for the CPU."""
-    return None if not device.startswith("cuda") else device if ":" in device else f"{device}:0"

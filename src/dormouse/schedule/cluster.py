@@ -105,6 +105,7 @@ class ModelCost:
     prefill_seconds: float = 0.0  # for each token of a prompt; what a migrated request must recompute
     max_replicas: int = 0  # ready or starting at once; 0: no limit
     pinned: bool = False  # its replicas never go for others
+    only_on: tuple[int, ...] = ()  # GPUs of a node that it may have; (): any
     device_bytes: int = field(init=False, default=0)  # what a ready replica takes of each of its GPUs
     host_bytes: int = field(init=False, default=0)  # what a ready replica takes of the host's memory
 
@@ -183,6 +184,7 @@ class Replica:
     ready_at: float = 0.0
     expected: float = 0.0
     pinned: bool = False
+    measured: tuple[int, int] | None = None  # bytes of each of its GPUs, of the host; else what its model's take
 
     @property
     def idle(self) -> bool:
@@ -272,6 +274,7 @@ class _Site:
     replicas: dict[str, None] = field(default_factory=dict)
     on_gpu: dict[int, dict[str, Replica]] = field(default_factory=dict)  # those that have memory of it
     idle_on_gpu: dict[int, dict[str, Replica]] = field(default_factory=dict)
+    asleep_on_gpu: dict[int, dict[str, Replica]] = field(default_factory=dict)
     tiers: dict[str, set[Tier]] = field(default_factory=dict)
     arriving: dict[str, tuple[str, int]] = field(default_factory=dict)
     claims: dict[str, Claim] = field(default_factory=dict)
@@ -499,6 +502,8 @@ class Cluster:
 
     def takes(self, replica: Replica) -> tuple[int, int]:
         """Bytes of each of its GPUs, and of the host."""
+        if replica.measured is not None:
+            return replica.measured
         model = self._models[replica.model]
         if replica.state is State.SLEEPING:
             return model.asleep_bytes, model.process_bytes
@@ -521,10 +526,13 @@ class Cluster:
 
     def _list(self, replica: Replica) -> None:
         """Enter it in the indexes of what it can do."""
+        site = self._sites[replica.node]
         if replica.state is State.SLEEPING:
             self._sleeping.setdefault(replica.model, {})[replica.name] = None
+            if self.takes(replica)[0]:
+                for gpu in replica.gpus:
+                    site.asleep_on_gpu.setdefault(gpu, {})[replica.name] = replica
             return
-        site = self._sites[replica.node]
         for gpu in replica.gpus:
             site.on_gpu.setdefault(gpu, {})[replica.name] = replica
             if replica.idle:
@@ -534,10 +542,12 @@ class Cluster:
             self._soonest.setdefault(replica.model, _Ranking()).put(replica.name, at)
 
     def _unlist(self, replica: Replica) -> None:
+        site = self._sites[replica.node]
         if replica.state is State.SLEEPING:
             self._sleeping[replica.model].pop(replica.name)
+            for gpu in replica.gpus:
+                site.asleep_on_gpu.get(gpu, {}).pop(replica.name, None)
             return
-        site = self._sites[replica.node]
         for gpu in replica.gpus:
             site.on_gpu[gpu].pop(replica.name)
             if replica.idle:
@@ -590,6 +600,10 @@ class Cluster:
     def idle_on_gpu(self, node: str, gpu: int) -> Iterable[Replica]:
         """Those of them that are idle."""
         return self._sites[node].idle_on_gpu.get(gpu, {}).values()
+
+    def asleep_on_gpu(self, node: str, gpu: int) -> Iterable[Replica]:
+        """Those that sleep, and whose processes hold memory of it all the same."""
+        return self._sites[node].asleep_on_gpu.get(gpu, {}).values()
 
     def replicas_on(self, node: str) -> Iterator[Replica]:
         return (self._replicas[name] for name in self._sites[node].replicas)
@@ -665,6 +679,11 @@ class Cluster:
         if claim is not None:
             self.changes += 1
             del self._sites[claim.node].claims[request]
+
+    @property
+    def claims(self) -> Iterable[Claim]:
+        """All places that are kept."""
+        return self._claims.values()
 
     def claim_of(self, request: str) -> Claim | None:
         return self._claims.get(request)

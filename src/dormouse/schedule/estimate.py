@@ -9,6 +9,10 @@ over it and the path of the start (weights are decoded as they come, beside impo
 phases for each (model, path, kind of node, tiers that bytes come from); a model that has never started so takes its
 engine's. All are medians of the last samples: an outlier, or a third of them, moves nothing; a lasting change is
 followed after a few starts.
+
+Besides, machines wander: for a while all starts of a node, whatever their model and path, take longer or shorter than
+usual (other work on it, neighbours of a virtual machine). That is its `Pace`: estimates are multiplied by it, and what
+is learned of a start is what it would have taken at the usual one.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import exp, log
 from statistics import median
 from typing import Any
 
@@ -41,17 +46,25 @@ _LEAST_FAR = 0.1  # of the median; below, it is noise whatever the deviation say
 _ERRORS = 512
 _UNKNOWN_SPREAD = 0.3  # p95 over mean, minus one, before there are starts to tell
 _ENOUGH_ERRORS = 8
+_FOLLOWED = 0.5  # of what the latest start was off its node's pace
+_USUAL = 0.2  # of a pace is lost with each start: one that lasts becomes what is usual
+_DISTURBED = log(1.5)  # so far off, a start says nothing of the next
+_TOO_SHORT = 0.05  # seconds: such starts vary by more than a node's pace
+_WEIGHT_KEPT = 0.98  # with each start, of what earlier ones count in how far their node's pace is trusted
+_FIRST_TRUST, _FIRST_WEIGHT = 0.5, 0.01  # as if a start had been 10 % off
 _GUESSED_START = 1.0
 _GUESSED_RATE = 2e9
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """`parts` are the steps of the critical path, in order; they add up to `mean`."""
+    """`parts` are the steps of the critical path, in order; they add up to `mean`. `pace` is what the node's pace has
+    been multiplied into all of them."""
 
     mean: float
     p95: float
     parts: tuple[tuple[str, float], ...]
+    pace: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +82,9 @@ class Transferred:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """A start that happened. `predicted` is the mean that was estimated when it was decided, for the statistics,
-    `sources` the tiers that its bytes came from (`sources(plan)`)."""
+    """A start that happened. `predicted` is the mean that was estimated when it was decided, for the statistics, and
+    `pace` the node's in it; without one, nothing is learned of that. `sources` are the tiers that its bytes
+    came from (`sources(plan)`)."""
 
     model: str
     engine: str
@@ -82,6 +96,7 @@ class Observed:
     predicted: float | None = None
     kind: str = ""  # of the node
     sources: str = ""
+    pace: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +148,32 @@ class Median:
         return min(newer) > middle + far or max(newer) < middle - far
 
 
+class Pace:
+    """How much longer all starts of a node take at present than usual: by how much the latest were off, as far as that
+    has foretold the next one so far (a regression: where starts differ by chance alone, it is not trusted)."""
+
+    __slots__ = ("_lately", "_moments", "_squares")
+
+    def __init__(self) -> None:
+        self._lately = 0.0  # all logarithms
+        self._squares = _FIRST_WEIGHT
+        self._moments = _FIRST_WEIGHT * _FIRST_TRUST
+
+    @property
+    def value(self) -> float:
+        """What usual seconds are to be multiplied by."""
+        return exp(self._lately * min(max(self._moments / self._squares, 0.0), 1.0))
+
+    def add(self, usual: float, seconds: float) -> None:
+        """A start that would usually have taken so long took so many seconds."""
+        off = log(seconds / usual) if min(usual, seconds) >= _TOO_SHORT else _DISTURBED
+        if abs(off) >= _DISTURBED:
+            return
+        self._moments = _WEIGHT_KEPT * self._moments + self._lately * off
+        self._squares = _WEIGHT_KEPT * self._squares + self._lately**2
+        self._lately = (1.0 - _USUAL) * (self._lately + _FOLLOWED * (off - self._lately))
+
+
 class _Errors:
     """The last relative errors, signed (positive: it took longer than predicted), and sorted by size."""
 
@@ -174,12 +215,19 @@ class Estimator:
         self._phases: dict[tuple[str, str, str, str, str], Median] = {}
         self._returns: dict[str, Median] = {}
         self._errors: dict[str, _Errors] = {"": _Errors()}
+        self._paces: dict[str, Pace] = {}
 
     def estimate(self, model: ModelCost, node: str, plan: StartPlan, view: Cluster) -> Estimate:
         """A start by `plan` that begins now."""
-        parts = self._critical(model, node, plan, view)
+        pace = self.pace(node)
+        parts = tuple((name, pace * seconds) for name, seconds in self._critical(model, node, plan, view))
         mean = sum(seconds for _name, seconds in parts)
-        return Estimate(mean, mean * (1.0 + self.spread(plan.path)), tuple(parts))
+        return Estimate(mean, mean * (1.0 + self.spread(plan.path)), parts, pace)
+
+    def pace(self, node: str) -> float:
+        """How many times as long as usual its starts take at present."""
+        pace = self._paces.get(node)
+        return pace.value if pace else 1.0
 
     def spread(self, path: StartPath) -> float:
         """How much more than the mean the 95th percentile is, as a share of the mean."""
@@ -246,6 +294,16 @@ class Estimator:
 
     def observe(self, started: Observed, view: Cluster) -> None:
         """Learn from a start. `view` knows the declared rates of the links that its bytes came over."""
+        first = (started.model, started.path, "rest", started.kind, started.sources) not in self._phases
+        self._learn(_at_usual_pace(started), view)
+        if started.predicted is None:
+            return
+        for key in ("", started.path):
+            self._errors.setdefault(key, _Errors()).add(started.predicted, started.seconds)
+        if started.pace is not None and not first:
+            self._paces.setdefault(started.node, Pace()).add(started.predicted / started.pace, started.seconds)
+
+    def _learn(self, started: Observed, view: Cluster) -> None:
         for transfer in started.transfers:
             self._learn_rate(started, transfer, view)
         for name, seconds in started.phases:
@@ -253,9 +311,6 @@ class Estimator:
         self._learn_phase(started, "rest", max(started.seconds - _accounted(started), 0.0))
         if started.path not in ("hot", "sleep"):
             self._returns.setdefault(started.model, Median()).add(started.seconds)
-        if started.predicted is not None:
-            for key in ("", started.path):
-                self._errors.setdefault(key, _Errors()).add(started.predicted, started.seconds)
 
     def saved(self) -> dict[str, list[list[Any]]]:
         """What it has learned (not its errors), for JSON."""
@@ -330,3 +385,16 @@ def _accounted(started: Observed) -> float:
         took[transfer.name] = max(took.get(transfer.name, 0.0), transfer.seconds)
     weights = took.pop("weights", 0.0)
     return max(weights, max(took.values(), default=0.0) + phases.get("process", 0.0)) + phases.get("ready", 0.0)
+
+
+def _at_usual_pace(started: Observed) -> Observed:
+    """What it would have taken, had its node not been slower or quicker than usual."""
+    pace = started.pace
+    if pace is None or pace == 1.0:
+        return started
+    return replace(
+        started,
+        seconds=started.seconds / pace,
+        transfers=tuple(replace(one, seconds=one.seconds / pace) for one in started.transfers),
+        phases=tuple((name, seconds / pace) for name, seconds in started.phases),
+    )

@@ -32,16 +32,18 @@ _LAST = 32  # idle times from which a return is planned
 _ENOUGH = 5
 _EARLY, _LATE = 0.98, 1.02
 _FIRST_START = 20.0  # seconds; what the oracle gives the first start of a model, whose length nobody knows yet
-_PACE = 0.5  # how far one start moves the logarithm of the price of memory
-_MOST_LEVEL = 10.0
+_MEMORY = 14_400.0  # seconds after which what starts cost and replicas held counts a third in the price of memory
+_FIRST_COST = 50.0  # seconds of starts that the first price counts for
+_HOST = 0.6  # a GB of the host counts for so much of one of a GPU
+_SLACK = 64
 _SOON = 60.0  # seconds; whoever is evicted and asked for later than that would probably have gone anyway
 RELUCTANCE = 1e-3
 """Seconds for a GB: what an eviction counts in placement for policies that know only who goes first. So little that a
 start goes where it is quickest, whoever must go for it; with 10, only where nothing is free does anybody go."""
 
 
-REGRET = 0.2
-"""The share of starts that are ours to blame, by default."""
+BALANCE = 1.15
+"""By how many per cent starts may cost more for one per cent less memory held by idle replicas, by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,11 +412,83 @@ class Layered(Planned):
 class Prices:
     """What a GB is worth for a second, in seconds of somebody's start."""
 
-    gpu: float = 1e-4
-    host: float = 1e-5
+    gpu: float = 3e-4
+    host: float = 1.8e-4
 
     def of(self, cost: LayerCost) -> float:
         return (self.gpu * cost.gpu_bytes + self.host * cost.host_bytes) / _GB
+
+
+class Balance:
+    """The price of memory at which starts and idle replicas weigh alike: `share` * (what starts cost so far) / (what
+    idle replicas held so far). Who keeps by it has `share` per cent more cost for the last per cent of memory that it
+    saves, whatever the load, the models and the machines. Only starts of what was there before count, for no price
+    could have spared the others. Of each model's replicas, the last that became idle is looked at, until it is asked
+    for, goes for another, or the time that it stays ends."""
+
+    def __init__(self, first: float, share: float) -> None:
+        self._share = share
+        self._cost = _FIRST_COST
+        self._held = self._usual = share * _FIRST_COST / first
+        self._now: float | None = None
+        self._idle: dict[str, tuple[float, float, float]] = {}
+        self._ends: list[tuple[float, str]] = []
+        self._lost: dict[str, float] = {}
+        self._holding = 0.0
+
+    def price(self, now: float) -> float:
+        """Seconds for a GB of GPU and second."""
+        self._advance(now)
+        return self._share * self._cost / self._held
+
+    def hold(self, model: str, size: float, until: float, saves: float, now: float) -> None:
+        """It is idle, holds so many GB, and a start of it would cost `saves`."""
+        self.asked(model, now)
+        self._lost.pop(model, None)
+        self._idle[model] = (size, until, saves)
+        self._holding += size
+        heapq.heappush(self._ends, (until, model))
+        if len(self._ends) > 2 * len(self._idle) + _SLACK:  # most are of those that were asked for in time
+            self._ends = sorted((end, name) for name, (_size, end, _saves) in self._idle.items())
+
+    def asked(self, model: str, now: float) -> None:
+        """Somebody asks for it: it is idle no more, or must start."""
+        self._advance(now)
+        self._end(model, lost=False)
+
+    def evict(self, model: str, now: float) -> None:
+        """It goes for another, if it has not gone by itself."""
+        self._advance(now)
+        self._end(model, lost=True)
+
+    def start(self, model: str, now: float) -> None:
+        """It starts."""
+        self._advance(now)
+        self._cost += self._lost.pop(model, 0.0)
+
+    def _end(self, model: str, *, lost: bool) -> None:
+        found = self._idle.pop(model, None)
+        if found:
+            self._holding = self._holding - found[0] if self._idle else 0.0
+            if lost:
+                self._lost[model] = found[2]
+
+    def _advance(self, now: float) -> None:
+        """To now, by way of those that end before."""
+        while self._ends and self._ends[0][0] <= now:
+            until, model = heapq.heappop(self._ends)
+            found = self._idle.get(model)
+            if found and found[1] == until:
+                self._pass(until)
+                self._end(model, lost=True)
+        self._pass(now)
+
+    def _pass(self, now: float) -> None:
+        seconds = max(now - self._now, 0.0) if self._now is not None else 0.0
+        self._now = now if self._now is None else max(now, self._now)
+        stays = math.exp(-seconds / _MEMORY)
+        self._cost = _FIRST_COST + stays * (self._cost - _FIRST_COST)
+        self._held = self._usual + stays * (self._held - self._usual) + self._holding * seconds
 
 
 class Expected(Planned):
@@ -425,40 +499,33 @@ class Expected(Planned):
     that there is one at all. If the last idle times that were longer than that lie close together, the model comes back
     before the next one.
 
-    Nobody sets the price of memory: it is learned from regret. A start of what had gone down by the policy's own doing
-    (not by eviction, nor for the first time) lowers the price, every other start raises it, such that a share `regret`
-    of all starts is the policy's own. So it frees as much as it can for that, and what it frees is what would have been
-    the least use for its bytes."""
+    Nobody sets the price of memory (unless `prices` are given): see `Balance`."""
 
     def __init__(
         self,
         estimator: Estimator,
         prices: Prices | None = None,
         *,
-        regret: float = REGRET,
+        balance: float = BALANCE,
         felt: float = 10.0,
         prior: float = 20.0,
     ) -> None:
         super().__init__()
         self._estimator = estimator
-        self._first = prices or Prices()
+        self._fixed = prices
+        self._balance = Balance(Prices().gpu, balance)
         self._felt = felt
-        self._regret = regret
-        self._level = 0.0
-        self._hot_until: dict[str, float] = {}
         self._times = IdleTimes(prior=prior)
         self._last: dict[str, deque[float]] = {}
 
-    @property
-    def prices(self) -> Prices:
+    def prices(self, now: float) -> Prices:
         """As they are now."""
-        times = math.exp(self._level)
-        return Prices(self._first.gpu * times, self._first.host * times)
+        gpu = self._balance.price(now)
+        return self._fixed or Prices(gpu, gpu * _HOST)
 
     def on_request(self, model: str, now: float) -> None:
         self._times.request(model, now)
-        if self._hot_until.get(model, 0.0) > now:
-            del self._hot_until[model]
+        self._balance.asked(model, now)
         super().on_request(model, now)
 
     def learn(self, model: str, idle: float, now: float) -> None:
@@ -466,11 +533,12 @@ class Expected(Planned):
         self._last.setdefault(model, deque(maxlen=_LAST)).append(idle)
 
     def on_start(self, model: str, evicted: Sequence[Replica], now: float) -> None:
-        own = self._hot_until.pop(model, math.inf) <= now
+        self._balance.start(model, now)
         for one in evicted:
-            self._hot_until.pop(one.model, None)
-        self._level += _PACE * (self._regret - own)
-        self._level = min(max(self._level, -_MOST_LEVEL), _MOST_LEVEL)
+            self._balance.evict(one.model, now)
+
+    def on_gone(self, replica: Replica, view: Cluster, now: float) -> None:
+        self._balance.evict(replica.model, now)
 
     def _costs(self, costs: Sequence[LayerCost]) -> tuple[LayerCost, ...]:
         """That there is a start at all is what being hot saves."""
@@ -484,7 +552,7 @@ class Expected(Planned):
         until = self.begins_idle(replica.model, now)
         model = view.model(replica.model)
         costs = self._costs(layer_costs(model, replica, view, self._estimator))
-        ahead, prices = self._times.outlook(replica.model, now), self.prices
+        ahead, prices = self._times.outlook(replica.model, now), self.prices(now)
         began = self._idle_since[replica.model]
         ends, longest = [], now - began
         for cost in costs:  # a layer stays at least as long as what needs it
@@ -495,19 +563,25 @@ class Expected(Planned):
             hot = max(until, now)  # it was made ready ahead
             sleep, snapshot = max(sleep, hot), max(snapshot, hot)
         else:
-            self._plan_return(model, costs, began, ends[0], ends[1])
-        self._hot_until[replica.model] = hot
+            self._plan_return(model, costs, prices, began, ends[0], ends[1])
+        self._balance.hold(model.name, model.device_bytes * model.gpus / _GB, hot, costs[0].saves, now)
         return tuple(Step(*step) for step in (("sleep", hot), ("snapshot", sleep), ("nothing", snapshot)))
 
     def _plan_return(
-        self, model: ModelCost, costs: tuple[LayerCost, ...], began: float, asleep: float, gone: float
+        self,
+        model: ModelCost,
+        costs: tuple[LayerCost, ...],
+        prices: Prices,
+        began: float,
+        asleep: float,
+        gone: float,
     ) -> None:
         """Make it ready again before a time at which it is often asked for."""
         times = sorted(self._last.get(model.name, ()))
         after = bisect_right(times, asleep)
         layers = costs[:2] if after < len(times) and times[after] > gone else costs[:1]
         saves = sum(cost.saves for cost in layers)
-        window = _return_window(times[after:], saves, sum(self.prices.of(cost) for cost in layers))
+        window = _return_window(times[after:], saves, sum(prices.of(cost) for cost in layers))
         if window:
             ahead = saves - self._felt  # the seconds of the start
             self.plan_warm(model.name, began + max(window[0] - ahead, asleep), began + window[1])
@@ -650,4 +724,6 @@ class Provisioned(Minima, Basic):
         return math.inf if self._needed(replica, view, now) else self._policy.worth(replica, view, now)
 
     def _needed(self, replica: Replica, view: Cluster, now: float) -> bool:
-        return view.ready_count(replica.model) <= self.least(replica.model, now) > 0
+        """Whether without it there would be too few. One that sleeps is none of them, as long as enough are ready."""
+        least, ready = self.least(replica.model, now), view.ready_count(replica.model)
+        return ready < least if replica.state is State.SLEEPING else ready <= least > 0

@@ -392,7 +392,10 @@ class _Search:
             if moved is not None:
                 process, after = self._phase_seconds(model, path, view.node(node).kind)
                 ways.append((path, moved + process, after))
-        return _Candidate(min(max(weights, process) + after for _path, process, after in ways), node, ways)
+        if not ways:
+            return None
+        least = min(max(weights, process) + after for _path, process, after in ways)
+        return _Candidate(least * estimator.pace(node), node, ways)
 
     def _image_seconds(self, model: ModelCost, node: str, path: StartPath) -> float | None:
         """What the image of a path takes to a node; None when that path is not open there."""
@@ -456,7 +459,8 @@ class _Search:
         """The GPUs for a start once a replica has ended; None where that alone makes no room."""
         device, host = self.view.takes(replica)
         free = self.view.free(replica.node)
-        roomy = [gpu for gpu in replica.gpus if free[gpu] + device >= self.model.device_bytes]
+        mine = self.model.only_on or replica.gpus
+        roomy = [gpu for gpu in replica.gpus if gpu in mine and free[gpu] + device >= self.model.device_bytes]
         enough = len(roomy) >= self.model.gpus and self.view.free_host(replica.node) + host >= self.model.host_bytes
         return tuple(roomy[: self.model.gpus]) if enough and self.model.gpus else None
 

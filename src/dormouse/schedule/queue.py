@@ -114,21 +114,36 @@ class Queue:
         self._requests[request.name] = request
         self._line_up(request)
 
-    def remove(self, name: str, view: Cluster) -> bool:
-        """It has been given up, or has timed out; False when it did not wait."""
-        view.release(name)
+    def head(self, model: str) -> Request | None:
+        """The first of a model's line that may run."""
+        entry = self._head(model)
+        return self._requests[entry[1]] if entry else None
+
+    def take(self, request: Request) -> None:
+        """A free slot is a head's, without a look at the cluster: it is placed."""
+        self._leave(request)
+        self._running[request.tenant] = self._running.get(request.tenant, 0) + 1
+
+    def remove(self, name: str, view: Cluster | None = None) -> bool:
+        """It has been given up, or has timed out; False when it did not wait. `view`: where it may have a claim."""
+        if view is not None:
+            view.release(name)
         request = self._requests.get(name)
         if request is None:
             return False
         self._leave(request)
+        self._unpark(request.tenant)  # it may have had the turn that has come
         return True
 
     def finished(self, request: Request) -> None:
         """A request that was placed has ended: its tenant may have another one."""
         self._running[request.tenant] = self._running.get(request.tenant, 0) - 1
-        parked = self._parked.get(request.tenant)
-        if parked:
-            self._line_up(self._requests[parked.pop(0)[1]])
+        self._unpark(request.tenant)
+
+    def look_anew(self) -> None:
+        """The next dispatch gets another view: what was found in the last one holds no more."""
+        self._waits.clear()
+        self._behind.clear()
 
     def dispatch(
         self,
@@ -143,6 +158,7 @@ class Queue:
         to start or to queue, and those to wait that need a migration: that must be begun. For all else that waits
         nothing is to be done."""
         state = _Pass(view, estimator, now, commit, worth)
+        self._pass_claims_on(view)
         lines = [only] if only else list(self._lines)
         heads = [(*entry, model) for model in lines if (entry := self._head(model))]
         heapq.heapify(heads)
@@ -172,6 +188,23 @@ class Queue:
         behind = self._behind.get(model)
         grown = len(self._lines[model]) - 1 > (behind.ahead if behind else 0)
         return not grown and (behind is None or behind.holds(model, state.view, state.now))
+
+    def _pass_claims_on(self, view: Cluster) -> None:
+        """A place that is kept is the head's, whoever of its line has claimed it: else one of higher priority, or one
+        whose tenant may run, would wait for a place that is kept for one behind it."""
+        for claim in list(view.claims):
+            request = self._requests.get(claim.request)
+            head = self._head(request.model) if request else None
+            if head is None or head[1] != claim.request:
+                view.release(claim.request)
+                if head is not None and view.claim_of(head[1]) is None:
+                    view.claim(replace(claim, request=head[1]))
+
+    def _unpark(self, tenant: str) -> None:
+        """One more of a tenant's may run, if any of them was at the cap."""
+        parked = self._parked.get(tenant)
+        if parked and not self._capped(tenant):
+            self._line_up(self._requests[parked.pop(0)[1]])
 
     # --- order
 
@@ -262,8 +295,7 @@ class Queue:
 
     def _place(self, decision: Decision, state: _Pass) -> None:
         request = decision.request
-        self._leave(request)
-        self._running[request.tenant] = self._running.get(request.tenant, 0) + 1
+        self.take(request)
         state.view.release(request.name)
         state.commit(decision)
         state.placed += 1

@@ -44,15 +44,16 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class _Device:
-    """What it takes to have room on one GPU."""
+    """What it takes to have room on one GPU: who goes to `sleep` (a part of their worth is lost), and who ends."""
 
     wait: float
     loss: float
     queue: int
     free: int
     gpu: int
-    evict: tuple[str, ...]
-    blockers: tuple[str, ...]
+    sleep: tuple[str, ...] = ()
+    end: tuple[str, ...] = ()
+    blockers: tuple[str, ...] = ()
 
     def key(self) -> tuple[float, float, int, int, int]:
         return (self.wait, self.loss, self.queue, self.free, self.gpu)
@@ -70,8 +71,8 @@ def find_room(
 ) -> Room | None:
     """Room for a new replica of `model` (or to `wake` one, on its own GPUs); None when there can't be any soon: too
     small, kept for others, or held by replicas that do not go."""
-    host = model.host_bytes - (model.process_bytes if wake else 0)
-    gpus = wake.gpus if wake else range(len(view.node(node).gpus))
+    host = max(model.host_bytes - (view.takes(wake)[1] if wake else 0), 0)
+    gpus = wake.gpus if wake else _allowed(model, len(view.node(node).gpus))
     if model.gpus == 0 and view.is_kept(node, (), request):
         return None
     quick = _free_now(model, node, view, gpus, host, request)
@@ -85,6 +86,11 @@ def find_room(
     if missing <= 0:
         return _on_devices(chosen)
     return _with_host(chosen, missing, node, view, worth, now, wake)
+
+
+def _allowed(model: ModelCost, count: int) -> Iterable[int]:
+    """Those of a node's GPUs that a model may have."""
+    return [gpu for gpu in model.only_on if gpu < count] if model.only_on else range(count)
 
 
 def _free_now(
@@ -126,22 +132,40 @@ def _device(need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: fl
     queue = view.link(node, pcie(gpu)).queued
     missing = need - free
     if missing <= 0:
-        return _Device(0.0, 0.0, queue, free, gpu, (), ())
-    models = view.models
-    idle = [(worth(one), models[one.model].device_bytes, one.name) for one in view.idle_on_gpu(node, gpu)]
-    gone, freed, loss = _cheapest(idle, missing)
-    missing -= freed
+        return _Device(0.0, 0.0, queue, free, gpu)
+    idle = [(worth(one), _frees(one, view), one.name) for one in view.idle_on_gpu(node, gpu)]
+    gone, freed, lost = _cheapest(idle, missing)
+    missing, loss = missing - freed, _ASLEEP_SHARE * lost
     if missing <= 0:
-        return _Device(0.0, loss, queue, free, gpu, gone, ())
+        return _Device(0.0, loss, queue, free, gpu, gone)
+    ended, freed, lost = _cheapest(_asleep(node, gpu, gone, view, worth), missing)
+    missing, loss = missing - freed, loss + lost
+    gone = tuple(name for name in gone if name not in ended)
+    if missing <= 0:
+        return _Device(0.0, loss, queue, free, gpu, gone, ended)
     wait, blockers = 0.0, []
     busy = {one.name: one for one in view.replicas_on_gpu(node, gpu) if not (one.idle or one.pinned)}
     for end, name in sorted((ends(one, now), name) for name, one in busy.items()):
-        wait, missing = end, missing - view.model(busy[name].model).device_bytes
-        loss += worth(busy[name])
+        wait, missing = end, missing - view.takes(busy[name])[0]
+        loss += _ASLEEP_SHARE * worth(busy[name])
         blockers.append(name)
         if missing <= 0:
-            return _Device(wait, loss, queue, free, gpu, gone, tuple(blockers))
+            return _Device(wait, loss, queue, free, gpu, gone, ended, tuple(blockers))
     return None
+
+
+def _frees(replica: Replica, view: Cluster) -> int:
+    """The bytes of each of its GPUs that are free once it sleeps."""
+    return view.takes(replica)[0] - view.models[replica.model].asleep_bytes
+
+
+def _asleep(node: str, gpu: int, gone: tuple[str, ...], view: Cluster, worth: Worth) -> list[tuple[float, int, str]]:
+    """What ends of those that sleep, those that have just `gone` to sleep too, would lose and free."""
+    there = [(worth(one), view.takes(one)[0], one.name) for one in view.asleep_on_gpu(node, gpu)]
+    replicas = [view.replica(name) for name in gone]
+    return there + [
+        (worth(one) * (1.0 - _ASLEEP_SHARE), view.models[one.model].asleep_bytes, one.name) for one in replicas
+    ]
 
 
 def ends(replica: Replica, now: float) -> float:
@@ -163,7 +187,8 @@ def _cheapest(idle: list[tuple[float, int, str]], missing: int) -> tuple[tuple[s
     vain. With the bytes that they free, and what they are worth."""
     gone: list[tuple[float, int, str]] = []
     freed = 0
-    for _share, name, value, size in sorted([(value / size, name, value, size) for value, size, name in idle if size]):
+    ranked = sorted([(value / size, name, value, size) for value, size, name in idle if size > 0])
+    for _share, name, value, size in ranked:
         if freed >= missing:
             break
         gone.append((value, size, name))
@@ -177,12 +202,13 @@ def _cheapest(idle: list[tuple[float, int, str]], missing: int) -> tuple[tuple[s
 
 
 def _on_devices(chosen: list[_Device]) -> Room:
-    evict = dict.fromkeys(name for device in chosen for name in device.evict)
+    ended = dict.fromkeys(name for device in chosen for name in device.end)
+    slept = dict.fromkeys(name for device in chosen for name in device.sleep if name not in ended)
     blockers = dict.fromkeys(name for device in chosen for name in device.blockers)
     return Room(
         tuple(sorted(device.gpu for device in chosen)),
-        tuple(Eviction(name, "sleep") for name in evict),
-        _ASLEEP_SHARE * sum(device.loss for device in chosen),
+        (*(Eviction(name, "sleep") for name in slept), *(Eviction(name, "end") for name in ended)),
+        sum(device.loss for device in chosen),
         max((device.wait for device in chosen), default=0.0),
         tuple(blockers),
     )
@@ -194,10 +220,12 @@ def _with_host(
     """The same with `missing` bytes of the host's memory: those that go may have to end, others that sleep as well."""
     room = _on_devices(chosen)
     replicas = [one for one in view.replicas_on(node) if wake is None or one.name != wake.name]
-    slept = {eviction.replica for eviction in room.evict}
+    slept = {eviction.replica for eviction in room.evict if eviction.to == "sleep"}
+    gone = {eviction.replica for eviction in room.evict if eviction.to == "end"}
     sizes = {one.name: view.takes(one)[1] for one in replicas}
+    missing -= sum(sizes.get(name, 0) for name in gone)
     idle = [(_more(one, slept, worth), sizes[one.name], one.name) for one in replicas if one.idle]
-    ended, freed, lost = _cheapest(idle, missing)
+    ended, freed, lost = _cheapest([one for one in idle if one[2] not in gone], missing)
     missing -= freed
     wait, blockers = room.wait, dict.fromkeys(room.blockers)
     for end, name in sorted((ends(one, now), one.name) for one in replicas if not (one.idle or one.pinned)):
@@ -207,7 +235,8 @@ def _with_host(
         blockers[name] = None
     if missing > 0:
         return None
-    evict = [Eviction(name, "end" if name in ended else "sleep") for name in dict.fromkeys((*sorted(slept), *ended))]
+    both = dict.fromkeys((*sorted(slept), *sorted(gone), *ended))
+    evict = [Eviction(name, "sleep" if name in slept and name not in ended else "end") for name in both]
     host_short = len(blockers) > len(room.blockers)
     return Room(room.gpus, tuple(evict), room.loss + lost, wait, tuple(blockers), host_short)
 

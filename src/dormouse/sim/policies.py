@@ -19,7 +19,7 @@ def keep_alive_policy(
         "greedy-dual": lambda: GreedyDual(estimator, rule.reluctance),
         "histogram": lambda: Histogram(reluctance=rule.reluctance),
         "layered": lambda: Layered(estimator),
-        "expected": lambda: Expected(estimator, regret=rule.regret),
+        "expected": lambda: Expected(estimator, balance=rule.balance),
         "oracle": lambda: Oracle(future, estimator),
     }
     return None if rule.policy == "load" else made[rule.policy]()

@@ -26,7 +26,8 @@ from pydantic import (
 from dormouse.config import Duration, KeepAlive, Marks, Size, SizeOrNone, mistake_place, parse_duration, read_yaml
 from dormouse.errors import ConfigError
 from dormouse.schedule.autoscale import Scaling
-from dormouse.schedule.keepalive import REGRET, RELUCTANCE, Minima, Minimum
+from dormouse.schedule.keepalive import BALANCE, RELUCTANCE, Minima, Minimum
+from dormouse.sim.packing import Nodes, Replicas, excess
 
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])?(B/s|bps)")
 _SCALE = {None: 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -284,7 +285,7 @@ class KeepAliveRule(_Part):
     """load: as long as loading it took. The others are those of schedule/keepalive.py."""
     seconds: KeepAlive = 60.0
     """For fixed."""
-    regret: Annotated[float, Field(gt=0, lt=1)] = REGRET
+    balance: Annotated[float, Field(gt=0)] = BALANCE
     """For expected: the share of all starts that may be of its own doing. More frees more memory."""
     reluctance: Annotated[float, Field(ge=0, le=1e6)] = RELUCTANCE
     """For fixed, lru, greedy-dual and histogram, which know only who goes first: the seconds for each GB that an
@@ -419,7 +420,11 @@ class Scenario(_Part):
             for name, system in self.systems.items():
                 if system.scaling:
                     _check_scaling(system.scaling, group, ("systems", name, "scaling"))
-        _check_room(groups, machines, (*place, "models"))
+        if over := _crowded(groups, machines):
+            raise Misplaced(over[1], *place, "models", over[0])
+        for name, system in self.systems.items():
+            if system.scaling and (over := _crowded(groups, machines, system.scaling.min_replicas)):
+                raise Misplaced(over[1], "systems", name, "scaling")
 
     def _check_events(self, machines: list[NodeGroup]) -> None:
         lost: dict[str, bool] = {}
@@ -478,25 +483,52 @@ def _check_requests(requests: Requests, case: Case, place: _Place) -> None:
         raise Misplaced("rates are for requests that are drawn, and these are of a trace", *place, "rates")
 
 
-def _check_room(groups: list[ModelGroup], machines: list[NodeGroup], place: _Place) -> None:
-    """Whether all minima of one time of the day could fit at all."""
-    there = sum(nodes.count * nodes.gpus * nodes.gpu_memory for nodes in machines)
-    on_gpus = [(group, Minima({"": group.minima(0.0)})) for group in groups if group.gpus]
-    for begins in {0.0, *(times.since for group, _minima in on_gpus for times in group.schedule)}:
-        needed = sum(minima.least("", begins) * group.copies * (group.weights + group.kv) for group, minima in on_gpus)
-        if needed <= there:
-            continue
-        raise Misplaced(
-            f"the replicas that are always ready need {needed / 1e9:.0f} GB of GPU memory, there are "
-            f"{there / 1e9:.0f} GB", *place)  # fmt: skip
+def _crowded(groups: list[ModelGroup], machines: list[NodeGroup], least: int = 0) -> tuple[int, str] | None:
+    """The group with which there surely is no room for all minima of one time of the day, and why. `least` is one of
+    every model."""
+    always = [max(group.min_replicas, least) for group in groups]
+    found = _too_many(groups, always, machines, "always ready")
+    all_minima = [Minima({"": group.minima(0.0)}) for group in groups]
+    for since in sorted({times.since for group in groups for times in group.schedule}):
+        counts = [max(minima.least("", since), least) for minima in all_minima]
+        found = found or _too_many(groups, counts, machines, f"to be ready at {_time_of_day(since)}")
+    return found
+
+
+def _too_many(
+    groups: list[ModelGroup], counts: list[int], machines: list[NodeGroup], ready: str
+) -> tuple[int, str] | None:
+    each = [(group, group.copies * count) for group, count in zip(groups, counts, strict=True)]
+    on_gpus = [Replicas(count if group.gpus else 0, group.gpus, _on_device(group)) for group, count in each]
+    on_hosts = [Replicas(count, 1, _on_host(group)) for group, count in each]
+    gpus = [Nodes(nodes.count, nodes.gpus, nodes.gpu_memory) for nodes in machines]
+    hosts = [Nodes(nodes.count, 1, nodes.host_memory) for nodes in machines]
+    over = excess(on_gpus, gpus, "GPU memory", "on GPUs") or excess(on_hosts, hosts, "host memory", "on nodes")
+    if over is None:
+        return None
+    name = groups[over.first_over].name
+    return over.first_over, f"with those of {name}, the {over.replicas} replicas that are {ready} {over.why}"
+
+
+def _time_of_day(seconds: float) -> str:
+    return f"{seconds // 3600:02.0f}:{seconds % 3600 // 60:02.0f}"
+
+
+def _on_device(model: ModelGroup) -> int:
+    return -(-(model.weights + model.kv) // max(model.gpus, 1))
+
+
+def _on_host(model: ModelGroup) -> int:
+    return model.process + (0 if model.gpus else model.weights + model.kv)
 
 
 def _replicas(model: ModelGroup, node: NodeGroup) -> int:
     """How many of one model an empty node can hold."""
+    by_host = node.host_memory // _on_host(model)
     if model.gpus == 0:
-        return node.host_memory // (model.weights + model.kv + model.process)
-    on_each = node.gpu_memory // -(-(model.weights + model.kv) // model.gpus)
-    return min(on_each * node.gpus // model.gpus if model.gpus <= node.gpus else 0, node.host_memory // model.process)
+        return by_host
+    on_each = node.gpu_memory // _on_device(model)
+    return min(on_each * node.gpus // model.gpus if model.gpus <= node.gpus else 0, by_host)
 
 
 def _needs(model: ModelGroup) -> str:

@@ -11,6 +11,7 @@ closed and nothing is left.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import signal
@@ -49,6 +50,7 @@ from dormouse.transfer.readahead import ReadAhead
 log = logging.getLogger(__name__)
 
 _LOG = "restore.log"
+_GHOSTS = "ghosts.lock"
 _FIRST_INHERITED_FD = 100
 """The inherited descriptors' numbers in the criu process: clear of the low numbers criu opens for itself."""
 
@@ -287,7 +289,7 @@ def _run_criu(
             inherited=dict(zip(numbers, body.externals, strict=True)),
             options=how.options,
         )
-        with RestoreStream(directory, work.served) as stream:
+        with _ghosts_alone(body, how.folders), RestoreStream(directory, work.served) as stream:
             threading.Thread(target=_read_ahead, args=(stream, body, work.fill), name="prefetch", daemon=True).start()
             begin = host_clock()
             with _host_must("start criu"):
@@ -317,6 +319,22 @@ def _run_criu(
         return body.pid, None
     assert process.inode is not None
     return body.pid, (process.control, process.inode)
+
+
+@contextlib.contextmanager
+def _ghosts_alone(body: SnapshotBody, folders: Path) -> Iterator[None]:
+    """One restore at a time where deleted files come back that a process has open or mapped: CRIU makes each for a
+    moment, under a name that follows from its old path, so two at once would take each other's files away. Whoever
+    waits here waits no longer than the other's deadline."""
+    if not any(image.name.startswith("ghost-file") for image in body.images):
+        yield
+        return
+    fd = os.open(folders / _GHOSTS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager
