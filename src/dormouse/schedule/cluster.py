@@ -108,11 +108,13 @@ class ModelCost:
     only_on: tuple[int, ...] = ()  # GPUs of a node that it may have; (): any
     device_bytes: int = field(init=False, default=0)  # what a ready replica takes of each of its GPUs
     host_bytes: int = field(init=False, default=0)  # what a ready replica takes of the host's memory
+    awake: tuple[int, int] = field(init=False, default=(0, 0))  # both
 
     def __post_init__(self) -> None:
         all_bytes = self.weights.plain_bytes + self.kv_bytes
         object.__setattr__(self, "device_bytes", -(-all_bytes // self.gpus) if self.gpus else 0)
         object.__setattr__(self, "host_bytes", self.process_bytes + (0 if self.gpus else all_bytes))
+        object.__setattr__(self, "awake", (self.device_bytes, self.host_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -507,7 +509,7 @@ class Cluster:
         model = self._models[replica.model]
         if replica.state is State.SLEEPING:
             return model.asleep_bytes, model.process_bytes
-        return model.device_bytes, model.host_bytes
+        return model.awake
 
     def _take(self, replica: Replica, sign: int) -> None:
         site = self._sites[replica.node]

@@ -133,39 +133,43 @@ def _device(need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: fl
     missing = need - free
     if missing <= 0:
         return _Device(0.0, 0.0, queue, free, gpu)
-    idle = [(worth(one), _frees(one, view), one.name) for one in view.idle_on_gpu(node, gpu)]
+    models = view.models
+    idle = [
+        (worth(one), (one.measured or models[one.model].awake)[0] - models[one.model].asleep_bytes, one.name)
+        for one in view.idle_on_gpu(node, gpu)
+    ]
     gone, freed, lost = _cheapest(idle, missing)
     missing, loss = missing - freed, _ASLEEP_SHARE * lost
+    ended: tuple[str, ...] = ()
     if missing <= 0:
         return _Device(0.0, loss, queue, free, gpu, gone)
-    ended, freed, lost = _cheapest(_asleep(node, gpu, gone, view, worth), missing)
-    missing, loss = missing - freed, loss + lost
-    gone = tuple(name for name in gone if name not in ended)
-    if missing <= 0:
-        return _Device(0.0, loss, queue, free, gpu, gone, ended)
+    asleep = _asleep(node, gpu, gone, view, worth)
+    if asleep:
+        ended, freed, lost = _cheapest(asleep, missing)
+        missing, loss = missing - freed, loss + lost
+        gone = tuple(name for name in gone if name not in ended)
+        if missing <= 0:
+            return _Device(0.0, loss, queue, free, gpu, gone, ended)
     wait, blockers = 0.0, []
     busy = {one.name: one for one in view.replicas_on_gpu(node, gpu) if not (one.idle or one.pinned)}
-    for end, name in sorted((ends(one, now), name) for name, one in busy.items()):
-        wait, missing = end, missing - view.takes(busy[name])[0]
-        loss += _ASLEEP_SHARE * worth(busy[name])
+    for end, name in sorted([(ends(one, now), name) for name, one in busy.items()]):
+        one = busy[name]
+        wait, missing = end, missing - (one.measured or models[one.model].awake)[0]
+        loss += _ASLEEP_SHARE * worth(one)
         blockers.append(name)
         if missing <= 0:
             return _Device(wait, loss, queue, free, gpu, gone, ended, tuple(blockers))
     return None
 
 
-def _frees(replica: Replica, view: Cluster) -> int:
-    """The bytes of each of its GPUs that are free once it sleeps."""
-    return view.takes(replica)[0] - view.models[replica.model].asleep_bytes
-
-
 def _asleep(node: str, gpu: int, gone: tuple[str, ...], view: Cluster, worth: Worth) -> list[tuple[float, int, str]]:
     """What ends of those that sleep, those that have just `gone` to sleep too, would lose and free."""
-    there = [(worth(one), view.takes(one)[0], one.name) for one in view.asleep_on_gpu(node, gpu)]
-    replicas = [view.replica(name) for name in gone]
-    return there + [
-        (worth(one) * (1.0 - _ASLEEP_SHARE), view.models[one.model].asleep_bytes, one.name) for one in replicas
-    ]
+    models = view.models
+    found = [(worth(one), view.takes(one)[0], one.name) for one in view.asleep_on_gpu(node, gpu)]
+    for one in map(view.replica, gone):
+        if models[one.model].asleep_bytes:
+            found.append((worth(one) * (1.0 - _ASLEEP_SHARE), models[one.model].asleep_bytes, one.name))
+    return found
 
 
 def ends(replica: Replica, now: float) -> float:
