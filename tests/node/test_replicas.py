@@ -216,6 +216,7 @@ async def test_those_at_their_cap_count_in_the_queue(tmp_path: Path) -> None:
             await until(lambda: node.statuses()[0].waiting == 1)
             with pytest.raises(BusyError):
                 await ask(node, tenant="small")
+            assert (await ask(node))[0] == "a b a"  # who need not wait is in nobody's way
         await second
 
 

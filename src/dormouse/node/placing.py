@@ -180,11 +180,16 @@ class Placing:
     async def _seat(self, crew: Crew, request: Request, since: float, *, again: bool) -> Seat:
         """Wait until a replica has room for it, or starts for it; `again`: its first one did not start, and it has its
         place in the queue already."""
-        self._check_length(crew, 0 if again else 1)
+        if self._closing:
+            raise shutting_down(crew.name)
         one = self._waiting[request.name] = _Waiting(crew, request, since)
         self._queue.push(request)
         self._take_slots(crew)
         if request.name in self._waiting:
+            if not again and self.waiting(crew.name) + crew.bound > self._max_queue:
+                del self._waiting[request.name]
+                self._forget(request)
+                raise self._too_many(crew)
             self._around.changed()
         try:
             return await one.seat
@@ -228,13 +233,9 @@ class Placing:
         else:
             one.seat.set_result(seat)
 
-    def _check_length(self, crew: Crew, more: int) -> None:
-        if self._closing:
-            raise shutting_down(crew.name)
-        if not more or self.waiting(crew.name) + crew.bound + more <= self._max_queue:
-            return
+    def _too_many(self, crew: Crew) -> BusyError:
         last = crew.leader.replica.last_start
-        raise BusyError(
+        return BusyError(
             f"{self._max_queue} requests already wait for model {crew.name}",
             retry_after=max(1.0, last.seconds if last is not None else _FIRST_GUESS),
             remedy="Try again later, or raise max_queue",

@@ -109,12 +109,14 @@ class ModelCost:
     device_bytes: int = field(init=False, default=0)  # what a ready replica takes of each of its GPUs
     host_bytes: int = field(init=False, default=0)  # what a ready replica takes of the host's memory
     awake: tuple[int, int] = field(init=False, default=(0, 0))  # both
+    sleep_frees: int = field(init=False, default=0)  # bytes of each of its GPUs that one that falls asleep gives back
 
     def __post_init__(self) -> None:
         all_bytes = self.weights.plain_bytes + self.kv_bytes
         object.__setattr__(self, "device_bytes", -(-all_bytes // self.gpus) if self.gpus else 0)
         object.__setattr__(self, "host_bytes", self.process_bytes + (0 if self.gpus else all_bytes))
         object.__setattr__(self, "awake", (self.device_bytes, self.host_bytes))
+        object.__setattr__(self, "sleep_frees", self.device_bytes - self.asleep_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +332,7 @@ class Cluster:
         self._spare: dict[int, _Ranking] = {0: _Ranking()}
         self._size: dict[int, _Ranking] = {0: _Ranking()}
         self._network = _Ranking()
+        self.sleepers_hold = False  # whether any model's processes hold memory of GPUs while they sleep
         self.changes = 0  # goes up whenever a request that found no place might find one
         for node in nodes:
             self.add_node(node)
@@ -379,6 +382,7 @@ class Cluster:
         if self._by_model.get(model.name):
             raise ConfigError(f"model {model.name} changed while it has replicas", remedy="Stop them first")
         self._models[model.name] = model
+        self.sleepers_hold = self.sleepers_hold or model.asleep_bytes > 0
         if model.gpus not in self._free:
             for rankings in (self._free, self._spare, self._size):
                 rankings[model.gpus] = _Ranking()

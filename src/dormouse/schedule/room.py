@@ -135,7 +135,7 @@ def _device(need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: fl
         return _Device(0.0, 0.0, queue, free, gpu)
     models = view.models
     idle = [
-        (worth(one), (one.measured or models[one.model].awake)[0] - models[one.model].asleep_bytes, one.name)
+        (worth(one), models[one.model].sleep_frees if one.measured is None else _frees(one, view), one.name)
         for one in view.idle_on_gpu(node, gpu)
     ]
     gone, freed, lost = _cheapest(idle, missing)
@@ -143,9 +143,8 @@ def _device(need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: fl
     ended: tuple[str, ...] = ()
     if missing <= 0:
         return _Device(0.0, loss, queue, free, gpu, gone)
-    asleep = _asleep(node, gpu, gone, view, worth)
-    if asleep:
-        ended, freed, lost = _cheapest(asleep, missing)
+    if view.sleepers_hold:
+        ended, freed, lost = _cheapest(_asleep(node, gpu, gone, view, worth), missing)
         missing, loss = missing - freed, loss + lost
         gone = tuple(name for name in gone if name not in ended)
         if missing <= 0:
@@ -162,14 +161,18 @@ def _device(need: int, node: str, gpu: int, view: Cluster, worth: Worth, now: fl
     return None
 
 
+def _frees(replica: Replica, view: Cluster) -> int:
+    """The bytes of each of its GPUs that are free once it sleeps."""
+    return view.takes(replica)[0] - view.models[replica.model].asleep_bytes
+
+
 def _asleep(node: str, gpu: int, gone: tuple[str, ...], view: Cluster, worth: Worth) -> list[tuple[float, int, str]]:
     """What ends of those that sleep, those that have just `gone` to sleep too, would lose and free."""
-    models = view.models
-    found = [(worth(one), view.takes(one)[0], one.name) for one in view.asleep_on_gpu(node, gpu)]
-    for one in map(view.replica, gone):
-        if models[one.model].asleep_bytes:
-            found.append((worth(one) * (1.0 - _ASLEEP_SHARE), models[one.model].asleep_bytes, one.name))
-    return found
+    there = [(worth(one), view.takes(one)[0], one.name) for one in view.asleep_on_gpu(node, gpu)]
+    return there + [
+        (worth(one) * (1.0 - _ASLEEP_SHARE), view.models[one.model].asleep_bytes, one.name)
+        for one in map(view.replica, gone)
+    ]
 
 
 def ends(replica: Replica, now: float) -> float:
