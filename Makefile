@@ -8,7 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PYTEST_ARGS ?=
 # Files side by side: most tests wait for processes most of the time.
-WORKERS ?= 2
+WORKERS ?= 3
 RUNS ?= 5
 MODEL := smollm2-135m
 BIN := .venv/bin

@@ -194,6 +194,17 @@ async def test_a_model_without_room_is_not_starved_by_one_that_is_always_asked_f
 
 
 @on_loop
+async def test_models_that_take_each_others_place_serve_many_of_their_line_in_a_turn(tmp_path: Path) -> None:
+    models = {name: FakeModel(name, weight_bytes=200 * MIB) for name in ("mouse", "vole")}
+    settings = {name: several(1, 2) for name in models}
+    host = StandInHost(delay=0.005)
+    async with run_node(configure(tmp_path, settings, memory="300MiB"), host, models) as node:
+        answers = await asyncio.gather(*(ask(node, name) for _ in range(40) for name in models))
+        assert len(answers) == 80
+        assert host.calls.count("start_worker") + host.calls.count("restore") <= 20  # one for each request would be 80
+
+
+@on_loop
 async def test_a_tenant_at_its_cap_waits_and_others_pass(tmp_path: Path) -> None:
     tenants = {"small": {"cap": 1}, "large": {}}
     async with run_node(configure(tmp_path, tenants=tenants), StandInHost()) as node:
@@ -550,7 +561,7 @@ async def test_who_fits_on_none_of_its_gpus_is_told_at_once(tmp_path: Path) -> N
             await ask(node)
 
 
-@pytest.mark.parametrize(("seed", "device"), [(0, "cpu"), (1, "cpu"), (2, "cuda"), (3, "cuda")])
+@pytest.mark.parametrize(("seed", "device"), [(0, "cpu"), (2, "cuda")])
 def test_whatever_comes_every_request_ends_and_memory_is_never_passed(tmp_path: Path, seed: int, device: str) -> None:
     """Requests of three models and two tenants, given up at times, over a host that fails at times."""
     import random

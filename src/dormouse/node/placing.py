@@ -37,6 +37,8 @@ HOLD_OFF = 30.0
 """Seconds after a start beside other replicas has failed in which none is tried again."""
 _IDLE = (Doing.ASLEEP, Doing.DOZING)
 _LOOK_AGAIN = 1.0
+_TURN = 3.0
+"""So many times as long as it took to start, a replica serves its model's line before it makes room for others."""
 _FIRST_GUESS = 5.0
 _NEWEST = 0.2  # share of the newest request in what requests of a model usually take
 
@@ -220,7 +222,11 @@ class Placing:
         return None if beside else going[0]
 
     def _is_claimed(self, runner: Runner, request: Request) -> bool:
-        """Whether somebody else waits for its place, so that it must drain."""
+        """Whether somebody else waits for its place, so that it must drain. Not before its turn is over: models that
+        take each other's place would else start again and again for a request each."""
+        start, ready_at = runner.replica.last_start, runner.replica.ready_at
+        if start is not None and ready_at is not None and self._loop.time() - ready_at < _TURN * start.seconds:
+            return False
         others = [claim for claim in self._claims if claim.request != request.name]
         gpus = frozenset({number_of(runner.gpu)}) if runner.gpu is not None else frozenset()
         return any(claim.whole or claim.gpus & gpus for claim in others) or self._around.held_up(runner)
@@ -320,8 +326,8 @@ class Placing:
         else:
             runner = one.crew.to_start(option)
             log.debug("%s", decision.why())
-        self._bring_up_to_date(view, option, runner, one.request)
         self._seat_at(one, runner)
+        self._bring_up_to_date(view, option, runner, one.request)
 
     def _bring_up_to_date(self, view: Cluster, option: Option, runner: Runner, request: Request) -> None:
         """The view has the decision carried out. Who goes keeps its memory until it has gone; who starts takes what is

@@ -441,7 +441,7 @@ class Replica:
         self._closing = False
         self._began = now
         self._starts = 0
-        self._ready_at: float | None = None
+        self.ready_at: float | None = None
         self.last_start: Start | None = None
         self._retry_stop_at: float | None = None
         self._effects: list[Effect] = []
@@ -523,7 +523,7 @@ class Replica:
             self._effects.append(Fail(event.waiter, shutting_down(self.model)))
             return
         seen = self._starts
-        if event.since is not None and self._ready_at is not None and event.since < self._ready_at:
+        if event.since is not None and self.ready_at is not None and event.since < self.ready_at:
             seen -= 1  # it has waited for the latest start
         self._waiters[event.waiter] = _Waiter(now if event.since is None else event.since, seen)
 
@@ -618,7 +618,7 @@ class Replica:
 
     def _started(self, event: Done, now: float) -> None:
         self.last_start = Start(_PATHS[type(self._attempt)], now - self._began)
-        self._ready_at = now
+        self.ready_at = now
         self._proven = False
         if event.proven:
             self._prove()
